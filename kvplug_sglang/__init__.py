@@ -1,0 +1,1 @@
+"""The SGLang adapter, which is not built yet: no entry point names this package."""
