@@ -1,0 +1,15 @@
+"""Kernels over a paged KV cache, a folder per op: reference.py says what, kernel.py does it fast.
+
+    page_digest     min and max per channel of a page's keys, written as the keys arrive
+    page_bound      upper bound of q . k over each page, from its digest (Quest)
+    page_select     the pages that score highest, as ascending indices
+    virtual_heads   a selection per KV head as page tables for a stock dense kernel
+    sparse_decode   softmax attention of one query token over the selected pages
+
+Import an op from its folder: ``from kvplug_kernels.page_bound import page_bound``.
+Importing needs torch alone; Triton is imported by the first CUDA call.
+
+Axes: B requests, Hq query heads, H KV heads, G = Hq / H, D head dim, S tokens per page, N physical
+pages, P width of the page table, K width of a selection, T tokens. Columns of a page table at or
+past a request's page count are never followed: the pages behind them may belong to others.
+"""

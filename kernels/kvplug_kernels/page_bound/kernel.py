@@ -1,0 +1,53 @@
+"""One program per (request, KV head, block of pages); a digest is read once for its group."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PAGES = 32  # digests read at once
+
+
+@triton.jit
+def page_bound_kernel(
+    query, digest, page_table, pages, out, P, query_b, query_h,
+    digest_n, digest_h, digest_x, table_b, out_b, out_h,
+    G: tl.constexpr, D: tl.constexpr, BG: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1).to(tl.int64)
+    p = tl.program_id(2) * BP + tl.arange(0, BP)
+    valid = p < tl.load(pages + b)
+    page = tl.load(page_table + b * table_b + p, mask=valid, other=0).to(tl.int64)
+    d = tl.arange(0, BD)
+    inside = (d < D)[:, None] & valid[None, :]
+    low = digest + page[None, :] * digest_n + h * digest_h + d[:, None]
+    lo = tl.load(low, mask=inside, other=0.0)  # [BD, BP]
+    hi = tl.load(low + digest_x, mask=inside, other=0.0)  # [BD, BP]
+    g = tl.arange(0, BG)
+    head = query + b * query_b + (h * G + g[:, None]) * query_h + d[None, :]
+    q = tl.load(head, mask=(g < G)[:, None] & (d < D)[None, :], other=0.0)  # [BG, BD]
+    zero = tl.zeros_like(q)
+    bound = tl.dot(tl.where(q < 0, q, zero), lo, input_precision="ieee")
+    bound = tl.dot(tl.where(q > 0, q, zero), hi, bound, input_precision="ieee")  # [BG, BP]
+    bound = tl.max(tl.where((g < G)[:, None], bound, float("-inf")), axis=0)
+    bound = tl.where(valid, bound, float("-inf"))
+    tl.store(out + b * out_b + h * out_h + p, bound, mask=p < P)
+
+
+def blocks(G: int, D: int) -> dict[str, int]:
+    BG = max(16, triton.next_power_of_2(G))  # tl.dot takes no fewer than 16 rows
+    return {"BG": BG, "BP": PAGES, "BD": triton.next_power_of_2(D)}
+
+
+def page_bound(query: Tensor, digest: Tensor, page_table: Tensor, pages: Tensor) -> Tensor:
+    B, Hq, D = query.shape
+    H, P = digest.shape[1], page_table.shape[1]
+    out = torch.empty(B, H, P, dtype=torch.float32, device=query.device)
+    if not out.numel():
+        return out
+    page_bound_kernel[(B, H, triton.cdiv(P, PAGES))](
+        query, digest, page_table, pages, out, P, *query.stride()[:2], *digest.stride()[:3],
+        page_table.stride(0), *out.stride()[:2], G=Hq // H, D=D, **blocks(Hq // H, D),
+    )  # fmt: skip
+    return out

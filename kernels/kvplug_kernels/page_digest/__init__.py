@@ -1,0 +1,30 @@
+"""Min and max per channel of each page's keys, kept up to date as keys are written."""
+
+from torch import Tensor, int64
+
+from kvplug_kernels.dispatch import wants_kernel
+from kvplug_kernels.page_digest import reference
+from kvplug_kernels.shapes import FLOATS, Shapes, check_page_size
+
+
+def update_page_digest(digest: Tensor, keys: Tensor, slots: Tensor, page_size: int) -> None:
+    """digest [N, H, 2, D] (min, max) takes in keys [T, H, D] written at slots [T] int64.
+
+    A slot is page * page_size + offset; negative ones are padding, and keys past the last slot are
+    ignored. A page whose offset 0 arrives starts anew: what its digest held does not count. The
+    tokens of one page stand side by side and ascend, as engines send them. Raises ValueError on
+    shapes.
+    """
+    shapes = Shapes(digest.device)
+    shapes.check("digest", digest, "N H 2 D", FLOATS)
+    shapes.check("slots", slots, "T", (int64,))
+    shapes.check("keys", keys[: slots.shape[0]], "T H D", (digest.dtype,))
+    check_page_size(page_size)
+    if not wants_kernel(digest):
+        return reference.update_page_digest(digest, keys, slots, page_size)
+    from kvplug_kernels.page_digest import kernel
+
+    kernel.update_page_digest(digest, keys, slots, page_size)
+
+
+__all__ = ["update_page_digest"]

@@ -1,0 +1,42 @@
+"""Plain torch; right for any order of slots, provided that a slot occurs once."""
+
+import torch
+from torch import Tensor
+
+
+def update_page_digest(digest: Tensor, keys: Tensor, slots: Tensor, page_size: int) -> None:
+    written = slots >= 0
+    keys = keys[: slots.shape[0]]
+    if not written.all():
+        keys, slots = keys[written], slots[written]
+    if not slots.numel():
+        return
+    pages, owner = torch.unique(slots // page_size, return_inverse=True)
+    offsets = slots % page_size
+    started = torch.zeros(len(pages), dtype=torch.bool, device=digest.device)
+    started[owner[offsets == 0]] = True
+    low, high = extremes(keys, owner, offsets, len(pages), page_size)
+    old = digest[pages]
+    started = started[:, None, None]
+    digest[pages] = torch.stack(
+        [
+            torch.where(started, low, torch.minimum(low, old[:, :, 0])),
+            torch.where(started, high, torch.maximum(high, old[:, :, 1])),
+        ],
+        dim=2,
+    )
+
+
+def extremes(
+    keys: Tensor, owner: Tensor, offsets: Tensor, pages: int, page_size: int
+) -> tuple[Tensor, Tensor]:
+    """keys [T, H, D] of pages owner [T] -> min and max, each [pages, H, D]."""
+    tokens = torch.arange(len(owner), device=keys.device)
+    some = torch.empty(pages, dtype=torch.int64, device=keys.device)
+    some[owner] = tokens
+    if len(owner) == pages:
+        return keys[some], keys[some]
+    grid = some[:, None].repeat(1, page_size)  # offsets that did not arrive repeat one that did
+    grid[owner, offsets] = tokens
+    rows = keys[grid]  # [pages, S, H, D]
+    return rows.amin(1), rows.amax(1)

@@ -1,0 +1,140 @@
+"""Flash-decoding over a selection: parts of it in parallel, a softmax each, then merged."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+KEY_BYTES = (
+    16 << 10
+)  # keys read at once, and as many values; more spills or overflows 64 KiB of LDS
+MOST_PARTS = 64
+PROGRAMS_PER_CORE = 4  # parts are cut until so many programs wait for a multiprocessor
+LOG2_E = math.log2(math.e)
+
+
+@triton.jit
+def attend_kernel(
+    query, keys, values, page_table, chosen, counts, lengths, partial, weight, scale,
+    query_b, query_h, keys_n, keys_s, keys_h, values_n, values_s, values_h,
+    table_b, chosen_b, chosen_h, counts_b,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, PARTS: tl.constexpr,
+    BG: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(2)
+    count = tl.load(counts + b * counts_b + h)
+    tail = (tl.load(lengths + b) - 1) % S + 1
+    tokens = tl.where(count > 0, (count - 1) * S + tail, 0)
+    share = tl.cdiv(tl.cdiv(tokens, BT), PARTS) * BT
+    begin = part * share
+    end = tl.minimum(begin + share, tokens)
+
+    g = tl.arange(0, BG)
+    d = tl.arange(0, BD)
+    heads = (g < G)[:, None]
+    channels = d < D
+    head = query + b * query_b + (h * G + g[:, None]) * query_h + d[None, :]
+    q = tl.load(head, mask=heads & channels[None, :], other=0.0)  # [BG, BD]
+
+    top = tl.full([BG], float("-inf"), tl.float32)
+    total = tl.zeros([BG], tl.float32)
+    acc = tl.zeros([BG, BD], tl.float32)
+    for start in range(begin, end, BT):
+        t = start + tl.arange(0, BT)
+        inside = t < end
+        logical = tl.load(chosen + b * chosen_b + h * chosen_h + t // S, mask=inside, other=0)
+        page = tl.load(page_table + b * table_b + logical, mask=inside, other=0).to(tl.int64)
+        key = keys + page * keys_n + (t % S) * keys_s + h * keys_h
+        k = tl.load(
+            key[None, :] + d[:, None], mask=channels[:, None] & inside[None, :], other=0.0
+        )  # [BD, BT]
+        logits = tl.dot(q, k, input_precision="ieee") * scale
+        logits = tl.where(inside[None, :], logits, float("-inf"))  # [BG, BT]
+        above = tl.maximum(top, tl.max(logits, axis=1))
+        shrink = tl.exp2(top - above)
+        p = tl.exp2(logits - above[:, None])
+        total = total * shrink + tl.sum(p, axis=1)
+        value = values + page * values_n + (t % S) * values_s + h * values_h
+        v = tl.load(
+            value[:, None] + d[None, :], mask=inside[:, None] & channels[None, :], other=0.0
+        )  # [BT, BD]
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        top = above
+
+    row = (b * H + h) * G + g  # query heads in the order of the output
+    at = row * PARTS + part
+    total = tl.where(begin < end, total, 1.0)
+    mixed = acc / total[:, None]
+    filled = (g < tl.where(begin < end, G, 0))[:, None] & channels[None, :]
+    tl.store(partial + at[:, None] * D + d[None, :], mixed, mask=filled)
+    tl.store(weight + at, top + tl.log2(total), mask=g < G)  # -inf where the part is empty
+
+
+@triton.jit
+def merge_kernel(
+    partial, weight, out, D: tl.constexpr, PARTS: tl.constexpr, BD: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, PARTS)
+    d = tl.arange(0, BD)
+    w = tl.load(weight + row * PARTS + part)  # log2 of each part's sum of exponentials
+    top = tl.max(w, axis=0)
+    w = tl.exp2(w - tl.where(top > float("-inf"), top, 0.0))
+    some = (w > 0)[:, None] & (d < D)[None, :]
+    acc = tl.load(partial + (row * PARTS + part[:, None]) * D + d[None, :], mask=some, other=0.0)
+    total = tl.sum(w, axis=0)
+    mixed = tl.sum(acc * w[:, None], axis=0) / tl.where(total > 0, total, 1.0)
+    tl.store(out + row * D + d, mixed.to(out.dtype.element_ty), mask=d < D)
+
+
+def blocks(G: int, D: int, itemsize: int) -> dict[str, int]:
+    BD = triton.next_power_of_2(D)
+    BT = min(128, max(32, KEY_BYTES // (BD * itemsize)))
+    return {"BG": max(16, triton.next_power_of_2(G)), "BT": BT, "BD": BD}
+
+
+def stages(hip: bool) -> int:
+    return 2 if hip else 3  # 64 KiB of LDS against 163 KiB and more
+
+
+def parts_for(rows: int, tokens: int, BT: int, device: torch.device) -> int:
+    """How many parts keep every multiprocessor busy; a power of two."""
+    if device.type != "cuda":
+        return 2
+    cores = torch.cuda.get_device_properties(device).multi_processor_count
+    wanted = min(triton.cdiv(cores * PROGRAMS_PER_CORE, rows), triton.cdiv(tokens, BT), MOST_PARTS)
+    return triton.next_power_of_2(max(wanted, 1))
+
+
+def sparse_decode(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    page_table: Tensor,
+    chosen: Tensor,
+    counts: Tensor,
+    lengths: Tensor,
+    scale: float,
+) -> Tensor:
+    B, Hq, D = query.shape
+    S, H = keys.shape[1:3]
+    out = torch.empty(B, Hq, D, dtype=query.dtype, device=query.device)
+    if not out.numel():
+        return out
+    sizes = blocks(Hq // H, D, keys.element_size())
+    PARTS = parts_for(B * H, chosen.shape[2] * S, sizes["BT"], query.device)
+    partial = torch.empty(B * Hq, PARTS, D, dtype=torch.float32, device=query.device)
+    weight = torch.empty(B * Hq, PARTS, dtype=torch.float32, device=query.device)
+    attend_kernel[(B, H, PARTS)](
+        query, keys, values, page_table, chosen, counts, lengths, partial, weight,
+        scale * LOG2_E, *query.stride()[:2], *keys.stride()[:3], *values.stride()[:3],
+        page_table.stride(0), *chosen.stride()[:2], counts.stride(0),
+        H=H, G=Hq // H, D=D, S=S, PARTS=PARTS, **sizes,
+        num_stages=stages(torch.version.hip is not None),
+    )  # fmt: skip
+    merge_kernel[(B * Hq,)](partial, weight, out, D=D, PARTS=PARTS, BD=sizes["BD"])
+    return out

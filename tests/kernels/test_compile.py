@@ -1,0 +1,158 @@
+"""Every kernel compiled for GPUs that are not here: no spills, memory that fits, MMA used."""
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from kvplug_kernels.dispatch import interpreted
+
+if interpreted():
+    pytest.skip("TRITON_INTERPRET=1 replaces the compiler", allow_module_level=True)
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from kvplug_kernels.page_bound import kernel as page_bound  # noqa: E402
+from kvplug_kernels.page_digest import kernel as page_digest  # noqa: E402
+from kvplug_kernels.page_select import kernel as page_select  # noqa: E402
+from kvplug_kernels.sparse_decode import kernel as sparse_decode  # noqa: E402
+from kvplug_kernels.virtual_heads import kernel as virtual_heads  # noqa: E402
+
+# Triton 3.9 warns that 3.10 will no longer fuse multiply and add by default.
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+
+KIB = 1024
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * KIB),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * KIB),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * KIB),
+}
+POINTERS = {
+    "page_table": "*i32", "pages": "*i32", "keep": "*i32", "chosen": "*i32", "counts": "*i32",
+    "lengths": "*i32", "table": "*i32", "tokens": "*i32", "slots": "*i64", "scores": "*fp32",
+    "partial": "*fp32", "weight": "*fp32",
+}  # fmt: skip
+SCALARS = {"scale": "fp32", "top_p": "fp32"}
+OPTIONS = {"num_warps", "num_stages"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    kernel: object
+    constants: dict[str, object]
+    types: dict[str, str]
+    uses_mma: bool = False
+
+
+def variants(hip: bool) -> list[Variant]:
+    found = []
+    for dtype, G, D, S in (
+        ("bf16", 4, 128, 16), ("fp16", 4, 128, 64), ("bf16", 3, 64, 32), ("fp16", 1, 96, 16),
+        ("bf16", 8, 256, 32),
+    ):  # fmt: skip
+        name = f"{dtype} G{G} D{D} S{S}"
+        tensors = dict.fromkeys(("query", "keys", "values", "digest"), f"*{dtype}")
+        sizes = sparse_decode.blocks(G, D, 2)
+        attend = {"H": 8, "G": G, "D": D, "S": S, "PARTS": 16, **sizes}
+        attend["num_stages"] = sparse_decode.stages(hip)
+        merge = {"D": D, "PARTS": 64, "BD": sizes["BD"]}
+        bound = {"G": G, "D": D, **page_bound.blocks(G, D)}
+        digest = {"H": 8, "D": D, "S": S, **page_digest.blocks(D)}
+        fp32, out = {"out": "*fp32"}, {"out": f"*{dtype}"}
+        found += [
+            Variant(f"attend {name}", sparse_decode.attend_kernel, attend, tensors, True),
+            Variant(f"merge {name}", sparse_decode.merge_kernel, merge, out),
+            Variant(
+                f"page_bound {name}", page_bound.page_bound_kernel, bound, tensors | fp32, True
+            ),
+            Variant(
+                f"page_digest {name}",
+                page_digest.update_page_digest_kernel,
+                digest,
+                tensors | {"tokens": "i32"},
+            ),
+        ]
+    for P, top_p in ((512, False), (16384, True)):
+        select = {"TOP_P": top_p, **page_select.blocks(P)}
+        found.append(
+            Variant(f"page_select P{P} {top_p}", page_select.page_select_kernel, select, {})
+        )
+    heads = {"S": 16, "BK": 256}
+    found.append(Variant("virtual_heads", virtual_heads.virtual_heads_kernel, heads, {}))
+    return found
+
+
+def compiled(variant: Variant, target: GPUTarget):
+    """As the launcher would see it: aligned pointers, strides that are multiples of 16."""
+    names = variant.kernel.arg_names
+    options = {k: v for k, v in variant.constants.items() if k in OPTIONS}
+    constants = {k: v for k, v in variant.constants.items() if k not in OPTIONS}
+    types = {
+        n: "constexpr" if n in constants
+        else variant.types.get(n) or POINTERS.get(n) or SCALARS.get(n) or "i32"
+        for n in names
+    }  # fmt: skip
+    aligned = (n for n in names if types[n].startswith("*") or re.search(r"_[bhnstx]$", n))
+    source = ASTSource(
+        fn=variant.kernel,
+        signature=types,
+        constexprs={(names.index(n),): v for n, v in constants.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+    )
+    return triton.compile(source, target=target, options=options)
+
+
+def nvidia_spills(cubin: bytes, folder: Path) -> tuple[int, str]:
+    """Bytes of stack plus local loads and stores, and the disassembly."""
+    file = folder / "kernel.cubin"
+    file.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+    def dump(flag: str) -> str:
+        return subprocess.run(
+            [tool, flag, file], capture_output=True, text=True, check=True
+        ).stdout
+
+    stack = int(re.search(r"STACK:(\d+)", dump("-res-usage"))[1])
+    code = dump("-sass")
+    return stack + len(re.findall(r"\b(?:LDL|STL)\b", code)), code
+
+
+def amd_spills(assembly: str) -> int:
+    fields = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    return sum(int(re.search(rf"\.{field}:\s+(\d+)", assembly)[1]) for field in fields)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """A cache of our own: what is measured was compiled now."""
+    old = os.environ.get("TRITON_CACHE_DIR")
+    os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    yield
+    os.environ.pop("TRITON_CACHE_DIR")
+    if old is not None:
+        os.environ["TRITON_CACHE_DIR"] = old
+
+
+CASES = [(t, v) for t in TARGETS for v in variants(hip=TARGETS[t][0].backend == "hip")]
+
+
+@pytest.mark.parametrize("name, variant", CASES, ids=[f"{t} {v.name}" for t, v in CASES])
+def test_kernel_fits_the_gpu(name, variant, tmp_path):
+    target, memory = TARGETS[name]
+    binary = compiled(variant, target)
+    assert binary.metadata.shared <= memory
+    if target.backend == "cuda":
+        spills, code = nvidia_spills(binary.asm["cubin"], tmp_path)
+        instruction = r"\bH?G?MMA\b"
+    else:
+        code = binary.asm["amdgcn"]
+        spills, instruction = amd_spills(code), r"\bv_mfma"
+    assert spills == 0
+    assert bool(re.search(instruction, code)) >= variant.uses_mma

@@ -1,0 +1,64 @@
+"""What the references promise, on shapes and values that Hypothesis draws."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from kvplug_kernels.page_digest import reference as page_digest
+from kvplug_kernels.page_select import reference as page_select
+from tests.kernels.test_page_select import check
+
+pytest.importorskip("hypothesis", reason="Hypothesis is not installed")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+S, H = 4, 2
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_digest_is_min_and_max_of_the_page_however_its_tokens_arrive(data):
+    """Every chunk may also be shuffled and padded."""
+    length = data.draw(st.integers(1, 21))
+    cuts = sorted({0, length, *data.draw(st.lists(st.integers(0, length), max_size=5))})
+    seed = torch.Generator().manual_seed(length)
+    keys = torch.randn(length, H, 8, generator=seed)
+    table = torch.randperm(8, generator=seed)
+    slots = table[torch.arange(length) // S] * S + torch.arange(length) % S
+    digest = torch.full((8, H, 2, 8), float("nan"))
+    for start, stop in pairwise(cuts):
+        order = torch.tensor(data.draw(st.permutations(range(start, stop))))
+        chunk = torch.cat([torch.tensor([-1]), slots[order], torch.tensor([-7])])
+        chunk_keys = torch.nn.functional.pad(keys[order], (0, 0, 0, 0, 1, 3), value=float("nan"))
+        page_digest.update_page_digest(digest, chunk_keys, chunk, S)
+    for p in range(-(-length // S)):
+        page = keys[p * S : (p + 1) * S]
+        assert torch.equal(digest[table[p]], torch.stack([page.amin(0), page.amax(0)], 1))
+    unused = table[-(-length // S) :]
+    assert digest[unused].isnan().all()
+
+
+@st.composite
+def problems(draw):
+    """Few distinct scores, so that ties abound; no sum of shares comes near a top_p."""
+    B, H, P = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 17))
+    width = draw(st.integers(1, P + 2))
+    levels = st.sampled_from([-3.0, -0.0, 0.0, 0.5, 2.0, 7.0])
+    scores = draw(st.lists(levels, min_size=B * H * P, max_size=B * H * P))
+    counts = st.lists(st.integers(0, P), min_size=B, max_size=B)
+    return (
+        torch.tensor(scores).view(B, H, P),
+        torch.tensor(draw(counts), dtype=torch.int32),
+        torch.tensor(draw(counts), dtype=torch.int32),
+        width,
+        draw(st.sampled_from([None, 0.1237, 0.5003, 0.8991, 0.9903])),
+        draw(st.integers(1, width)),
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(problems())
+def test_selection_equals_sorting(problem):
+    check(*problem, *page_select.page_select(*problem))
