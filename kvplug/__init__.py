@@ -1,0 +1,52 @@
+"""KV-cache policies for vLLM and SGLang: one file a method, the same line in both engines.
+
+    >>> import kvplug
+    >>> str(kvplug.parse("quest(budget=1024)"))
+    'quest(budget=1024, dense_layers=2)'
+
+This package knows no engine. ``kvplug_vllm`` and ``kvplug_sglang`` translate.
+"""
+
+from kvplug.accounting import StepReads, byte_share, digest_bytes, step_reads
+from kvplug.composition import Composition
+from kvplug.config import Settings, read_settings
+from kvplug.grammar import parse
+from kvplug.plan import Planner, Segments
+from kvplug.policy import (
+    Action,
+    Digest,
+    Evidence,
+    Granularity,
+    Policy,
+    PositionalEviction,
+    Selector,
+    Stage,
+)
+from kvplug.registry import policy_class, policy_names
+from kvplug.selection import choose_pages
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Action",
+    "Composition",
+    "Digest",
+    "Evidence",
+    "Granularity",
+    "Planner",
+    "Policy",
+    "PositionalEviction",
+    "Segments",
+    "Selector",
+    "Settings",
+    "Stage",
+    "StepReads",
+    "byte_share",
+    "choose_pages",
+    "digest_bytes",
+    "parse",
+    "policy_class",
+    "policy_names",
+    "read_settings",
+    "step_reads",
+]

@@ -1,0 +1,51 @@
+"""What a policy costs: bytes as the engine allocates them, tokens as a step reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvplug.plan import Planner, Segments
+
+
+def digest_bytes(rows: int, kv_heads: int, head_dim: int, itemsize: int) -> int:
+    """Bytes that a page grows by so that its digest lies behind its tokens."""
+    return rows * kv_heads * head_dim * itemsize
+
+
+def byte_share(tokens: int, budget: int, page_size: int, rows: int = 2) -> float:
+    """Bytes that a selecting step must read, as a share of dense: digests and the selection.
+
+    A page of S tokens holds 2 S vectors of D (keys and values) and ``rows`` of digest, so the
+    share is rows / 2S + budget / tokens (METHODS: 1/S + K/n for minimum and maximum).
+    """
+    return rows / (2 * page_size) + min(1.0, budget / tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReads:
+    """Decode work of one step, summed over its queries; tokens are means over the layers."""
+
+    queries: int
+    cached: float
+    """Tokens behind the queries: what dense attention would read."""
+    read: float
+
+
+def step_reads(segments: Segments, planner: Planner, budgets: list[int | None]) -> StepReads:
+    """budgets: tokens that each planned layer may read, None for all (``layer_budget``).
+
+    A selection by mass may read less than this: the bound is what the host knows.
+    """
+    decode = segments.where(segments.decodes)
+    selecting = float(np.mean([budget is not None for budget in budgets])) if budgets else 0.0
+    pages = decode.pages
+    spared = np.where(decode.selects, (pages - planner.keep).clip(min=0), 0) * planner.page_size
+    # A segment of several queries grows by one token a query.
+    triangle = decode.queries * (decode.queries - 1) / 2
+    return StepReads(
+        queries=int(decode.queries.sum()),
+        cached=float((decode.stop * decode.queries - triangle).sum()),
+        read=float((decode.visible * decode.queries - triangle).sum() - selecting * spared.sum()),
+    )

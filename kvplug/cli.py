@@ -1,0 +1,105 @@
+"""``kvplug``: what is installed, what would be refused, what it costs."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+from kvplug import __version__
+from kvplug.registry import policy_class, policy_names
+
+try:
+    import typer
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"the command kvplug needs {error.name}; install it with: pip install 'kvplug[cli]'"
+    ) from None
+
+app = typer.Typer(
+    help=f"KV-cache policies for vLLM and SGLang. Version {__version__}.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def policies() -> None:
+    """List the installed policies and what each does to the cache."""
+    table = Table(
+        title="policies",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+        caption="combine one of each stage with '+'",
+    )
+    for column in (
+        "policy",
+        "stage",
+        "action",
+        "unit",
+        "query-agnostic",
+        "memory",
+        "reads",
+        "paper",
+    ):
+        table.add_column(column, overflow="fold", no_wrap=column in ("policy", "paper"))
+    for name in policy_names():
+        cls = policy_class(name)
+        table.add_row(
+            name,
+            cls.stage.value,
+            cls.action.value,
+            cls.granularity.value,
+            "yes" if cls.query_agnostic else "no",
+            cls.memory,
+            cls.reads,
+            cls.paper.removeprefix("https://"),
+        )
+    # Wide enough for its words where nobody looks (a pipe is taken for 80 columns).
+    Console(width=max(Console().width, 124)).print(table)
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        str | None, typer.Option(help="Model folder or name: say what would be refused for it.")
+    ] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="Policy line to check with the model; the default if none.")
+    ] = None,
+) -> None:
+    """Check versions, hooks (by using them) and, with a model, what would be refused."""
+    if find_spec("vllm") is None:
+        raise SystemExit(
+            "no engine is installed here; install one with: pip install 'kvplug[vllm]'"
+        )
+    from kvplug_vllm.doctor import examine
+
+    table = Table(title="kvplug doctor", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    healthy = True
+    for check in examine(model, policy):
+        healthy &= check.passed
+        table.add_row("[green]ok[/]" if check.passed else "[red]no[/]", check.name, check.detail)
+    Console().print(table)
+    if not healthy:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """The console script. Commands of ``kvplug_evals`` join when it is there."""
+    if find_spec("kvplug_evals") is not None and find_spec("kvplug_evals.cli") is not None:
+        from kvplug_evals.cli import app as evals
+
+        app.add_typer(evals)
+    try:
+        app()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -1,0 +1,68 @@
+"""Policies together: at most one for each stage, legal by what their classes declare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kvplug.policies.dense import Dense
+from kvplug.policy import Policy, PositionalEviction, Selector, Stage
+
+
+@dataclass(frozen=True)
+class Composition:
+    """What one line names: ``streaming_llm(window=4096) + quest(budget=1024)``.
+
+    Raises ValueError, with both names, for two policies of one stage.
+    """
+
+    policies: tuple[Policy, ...] = ()
+
+    def __post_init__(self) -> None:
+        real = tuple(p for p in self.policies if not isinstance(p, Dense))
+        if len(real) < len(self.policies) and len(self.policies) > 1:
+            raise ValueError(
+                f"dense is the absence of a policy and cannot be combined, got "
+                f"{' + '.join(map(str, self.policies))!r}; leave dense out"
+            )
+        by_stage: dict[Stage, Policy] = {}
+        for policy in real:
+            other = by_stage.setdefault(policy.stage, policy)
+            if other is not policy:
+                raise ValueError(
+                    f"{other.name} and {policy.name} both answer the stage "
+                    f"{policy.stage.value!r}; keep one of them"
+                )
+        order = list(Stage)
+        object.__setattr__(
+            self, "policies", tuple(sorted(real, key=lambda p: order.index(p.stage)))
+        )
+
+    def __str__(self) -> str:
+        return " + ".join(map(str, self.policies)) or "dense"
+
+    def __iter__(self) -> Iterator[Policy]:
+        return iter(self.policies)
+
+    def stage(self, stage: Stage) -> Policy | None:
+        """The policy that answers a stage, or None."""
+        return next((p for p in self.policies if p.stage is stage), None)
+
+    @property
+    def is_dense(self) -> bool:
+        return not self.policies
+
+    @property
+    def eviction(self) -> PositionalEviction | None:
+        policy = self.stage(Stage.COMPRESS)
+        return policy if isinstance(policy, PositionalEviction) else None
+
+    @property
+    def selector(self) -> Selector | None:
+        policy = self.stage(Stage.LOAD)
+        return policy if isinstance(policy, Selector) else None
+
+    @property
+    def publishes(self) -> bool:
+        """Whether pages written under this composition may serve another request's prefix."""
+        return all(policy.publishes for policy in self.policies)

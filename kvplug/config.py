@@ -1,0 +1,100 @@
+"""Settings from the outside world: the only module that reads the environment.
+
+Both engines give a mapping (vLLM: ``--additional-config '{"kvplug": {...}}'``) or nothing;
+``KVPLUG_POLICY`` stands in for a policy that the mapping does not name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+from kvplug.composition import Composition
+from kvplug.grammar import parse
+from kvplug.registry import did_you_mean
+
+DEFAULT_POLICY = "quest(budget=2048)"
+DEFAULT_MIN_CONTEXT = 8192
+ENVIRONMENT = "KVPLUG_POLICY"
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What an engine was asked to do."""
+
+    policy: Composition = field(default_factory=Composition)
+    min_context: int = 0
+    """Requests no longer than this many tokens are served dense."""
+    protect: tuple[Span, ...] = ()
+    """Token spans [first, last) of every request that no policy may evict."""
+    shortcut: bool = True
+    """Serve what a policy would read whole through the engine's own path. Tests switch it off."""
+
+    def __str__(self) -> str:
+        spans = f", protect={[list(span) for span in self.protect]}" if self.protect else ""
+        return f"policy {str(self.policy)!r}, min_context={self.min_context}{spans}"
+
+
+def read_settings(given: object = None, environ: Mapping[str, str] | None = None) -> Settings:
+    """The ``kvplug`` entry of an engine's configuration -> settings.
+
+    Without a policy anywhere: quest(budget=2048) above 8,192 tokens, dense below. A named policy
+    has ``min_context=0`` unless it says otherwise. Raises ValueError that names the key, what was
+    wanted, what came and what to write instead.
+    """
+    if given is None:
+        given = {}
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f'kvplug\'s configuration must be a mapping such as {{"policy": "{DEFAULT_POLICY}"}}, '
+            f"got {given!r}"
+        )
+    known = [f.name for f in fields(Settings)]
+    for key in given:
+        if key not in known:
+            raise ValueError(f"kvplug has no setting {key!r}.{did_you_mean(str(key), known)}")
+    environ = os.environ if environ is None else environ
+    line = given.get("policy", environ.get(ENVIRONMENT))
+    min_context = given.get("min_context", DEFAULT_MIN_CONTEXT if line is None else 0)
+    shortcut = given.get("shortcut", True)
+    if not isinstance(shortcut, bool):
+        raise ValueError(f"kvplug: shortcut must be true or false, got {shortcut!r}")
+    return Settings(
+        policy=parse(DEFAULT_POLICY if line is None else line),
+        min_context=_tokens(min_context, "min_context"),
+        protect=_spans(given.get("protect", ())),
+        shortcut=shortcut,
+    )
+
+
+def _tokens(value: object, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(
+            f"kvplug: {name} must be a number of tokens, at least 0, got {value!r}; "
+            f'write {{"{name}": {DEFAULT_MIN_CONTEXT}}}'
+        )
+    return value
+
+
+def _spans(value: object) -> tuple[Span, ...]:
+    """A number n protects the first n tokens; a list of [first, last) protects those spans."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return ((0, _tokens(value, "protect")),) if value else ()
+    spans = []
+    for span in value if isinstance(value, (list, tuple)) else [value]:
+        if (
+            not isinstance(span, (list, tuple))
+            or len(span) != 2
+            or not all(isinstance(n, int) and not isinstance(n, bool) for n in span)
+            or not 0 <= span[0] < span[1]
+        ):
+            raise ValueError(
+                "kvplug: protect must be a number of first tokens or a list of spans "
+                f'[first, last) with 0 <= first < last, got {value!r}; write {{"protect": 256}} '
+                'or {"protect": [[0, 256]]}'
+            )
+        spans.append((span[0], span[1]))
+    return tuple(sorted(spans))

@@ -1,0 +1,164 @@
+"""How many: what every query of a step reads, from lengths and the policy alone, on the host.
+
+A step brings each request some query tokens. ``Planner.plan`` cuts them into segments: runs of
+queries of one request that see the same pages. An engine's adapter turns segments into its own
+tables and lengths; which pages a selecting query reads is decided later, on the device.
+
+Physical order, logical position and page table are three things here: a segment names logical
+pages, its visible length is what a kernel must be told, and the adapter owns where pages live.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvplug.config import Settings
+from kvplug.policy import Positions
+
+_PER_SEGMENT = ("row", "token", "start", "stop", "kept", "first", "selects", "decodes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segments:
+    """Runs of query tokens, in the order of the batch; every array is [n] int64 unless said.
+
+    A segment's queries stand at logical positions [start, stop) of request ``row`` and at
+    [token, token + stop - start) of the step's flat queries. They see the first ``kept`` of the
+    planner's ``held`` pages and all pages from ``first`` on (``kept == first == 0``: everything),
+    causally.
+    """
+
+    row: Positions
+    token: Positions
+    start: Positions
+    stop: Positions
+    kept: Positions
+    first: Positions
+    selects: NDArray[np.bool_]
+    """The segment is one query that reads a selection of the pages it sees."""
+    decodes: NDArray[np.bool_]
+    """The queries stand behind the prompt's end."""
+    page_size: int
+
+    @property
+    def queries(self) -> Positions:
+        return self.stop - self.start
+
+    @property
+    def visible(self) -> Positions:
+        """Tokens that the last query of each segment sees: the length a kernel must be told."""
+        return self.stop - (self.first - self.kept) * self.page_size
+
+    @property
+    def pages(self) -> Positions:
+        return -(-self.visible // self.page_size)
+
+    @property
+    def untouched(self) -> bool:
+        """Every query sees and reads everything: the engine's own path serves the step."""
+        return not (self.selects.any() or self.first.any())
+
+    def where(self, mask: NDArray[np.bool_]) -> Segments:
+        """The segments of a mask."""
+        return Segments(
+            page_size=self.page_size,
+            **{name: getattr(self, name)[mask] for name in _PER_SEGMENT},
+        )
+
+
+class Planner:
+    """Answers for one policy and one page size; holds no state of requests."""
+
+    def __init__(self, settings: Settings, page_size: int) -> None:
+        self.settings = settings
+        self.page_size = page_size
+        self.eviction = settings.policy.eviction
+        self.selector = settings.policy.selector
+        self.held = self._held_pages()
+        """Pages at the start and under protected spans, ascending: never evicted. [n] int64"""
+        self.keep = self.selector.pages(page_size) if self.selector else 0
+        """Pages that a selecting query reads per KV head, at most."""
+
+    def _held_pages(self) -> Positions:
+        if self.eviction is None:
+            return np.zeros(0, np.int64)
+        spans = [(0, self.eviction.kept_from_start()), *self.settings.protect]
+        pages = [np.arange(a // self.page_size, -(-b // self.page_size)) for a, b in spans]
+        return np.unique(np.concatenate(pages)).astype(np.int64)
+
+    def first_pages(self, positions: Positions) -> Positions:
+        """The oldest page, beside the held ones, that a query at each position sees. [n] -> [n]"""
+        if self.eviction is None:
+            return np.zeros_like(positions)
+        first = self.eviction.first_token(positions) // self.page_size
+        return np.where(positions < self.settings.min_context, 0, first)
+
+    def plan(self, computed: Positions, total: Positions, prompt: Positions) -> Segments:
+        """Segments of a step. Each request b brings the queries [computed[b], total[b]);
+        its original prompt has prompt[b] tokens, also after a preemption. [B] each
+        """
+        queries = total - computed
+        row = np.repeat(np.arange(len(queries)), queries)
+        offset = np.cumsum(queries) - queries
+        token = np.arange(len(row))
+        position = token - offset[row] + computed[row]
+
+        first = self.first_pages(position)
+        kept = np.searchsorted(self.held, first)
+        hidden = kept < first
+        first, kept = np.where(hidden, first, 0), np.where(hidden, kept, 0)
+
+        decodes = position >= prompt[row]
+        selects = decodes if self.selector else np.zeros(len(row), bool)
+        if self.settings.shortcut:
+            pages = position // self.page_size + 1 - first + kept
+            selects = selects & (pages > self.keep) & (position >= self.settings.min_context)
+            run = first
+        else:
+            run = position // self.page_size
+
+        begins = np.ones(len(row), bool)
+        begins[1:] = (np.diff(row) != 0) | (np.diff(run) != 0) | (np.diff(decodes) != 0)
+        begins |= selects
+        begins[1:] |= selects[:-1]
+        begin = np.flatnonzero(begins)
+        end = np.append(begin[1:], len(row)) - 1
+        return Segments(
+            row=row[begin],
+            token=token[begin],
+            start=position[begin],
+            stop=position[end] + 1 if len(begin) else position[begin],
+            kept=kept[begin],
+            first=first[begin],
+            selects=selects[begin],
+            decodes=decodes[begin],
+            page_size=self.page_size,
+        )
+
+    def width(self, max_tokens: int) -> int:
+        """The widest selection, in pages, of any request up to ``max_tokens``."""
+        whole = -(-max(self.settings.min_context, 1) // self.page_size)
+        return min(max(self.keep, whole), -(-max_tokens // self.page_size))
+
+    def evictable(self, processed: int) -> list[tuple[int, int]]:
+        """Ranges of pages [first, last) that no query from position ``processed`` on will see."""
+        first = int(self.first_pages(np.array([processed]))[0])
+        edges = [-1, *(page for page in self.held.tolist() if page < first), first]
+        return [(a + 1, b) for a, b in pairwise(edges) if a + 1 < b]
+
+    def needed(self, tokens: int) -> Positions:
+        """Pages before position ``tokens`` that queries from there on see. -> [n] ascending"""
+        first = int(self.first_pages(np.array([tokens]))[0])
+        last = tokens // self.page_size
+        return np.concatenate([self.held[self.held < min(first, last)], np.arange(first, last)])
+
+    def most_pages(self, in_flight: int, max_tokens: int) -> int:
+        """The most pages a request holds while up to ``in_flight`` tokens are being computed."""
+        processed = np.arange(max_tokens)
+        first = self.first_pages(processed)
+        last = (np.minimum(processed + in_flight, max_tokens) - 1) // self.page_size
+        return int((np.searchsorted(self.held, first) + last - first + 1).max(initial=0))

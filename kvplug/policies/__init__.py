@@ -1,0 +1,1 @@
+"""One file per policy. The entry-point group ``kvplug.policies`` names them."""

@@ -1,0 +1,196 @@
+"""What a policy is: one answer to one question in the life of a KV cache.
+
+    generate   which keys a prompt's queries look at          (sparse prefill)
+    compress   which tokens stay, in how many bits            (eviction, quantisation)
+    reuse      what of it another request may take            (prefix, blended chunks)
+    load       which part of what stayed a step reads         (selection)
+
+The stages are those of SCBench (Li et al., ICLR 2025, https://arxiv.org/abs/2412.10319).
+A policy class declares what it does to state, at which granularity and on which evidence; the
+core derives from the declaration what is legal (``kvplug.composition``).
+
+How many pages or tokens is decided on the host, from lengths and the policy alone, so that
+schedulers, workers and tensor-parallel ranks agree without talking. Which ones is decided on
+the device.
+
+Axes: B requests, T cached tokens, P pages, S tokens per page, N physical pages, Hq query heads,
+H KV heads, G = Hq / H, D head dim.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+Positions = NDArray[np.int64]
+
+
+class Stage(Enum):
+    GENERATE = "generate"
+    COMPRESS = "compress"
+    REUSE = "reuse"
+    LOAD = "load"
+
+
+class Action(Enum):
+    """What a policy does to state (the terms of SGLang's RFC #32657)."""
+
+    VISIBILITY = "visibility"  # read less, keep all
+    EVICTION = "eviction"  # keep less
+    PLACEMENT = "placement"  # keep it elsewhere or smaller
+
+
+class Granularity(Enum):
+    PAGE = "page"
+    TOKEN = "token"
+    HEAD = "head"
+    LAYER = "layer"
+
+
+class Evidence(Enum):
+    """What a policy looks at before it decides."""
+
+    NONE = "none"
+    KEYS = "keys"
+    WINDOW_QUERIES = "window queries"
+    CURRENT_QUERY = "current query"
+
+
+class Digest(Protocol):
+    """What a page says of its keys without being read.
+
+    It lies in the cache's dtype behind the page's tokens, so that it moves, is shared and is
+    freed with the page: ``rows`` vectors of D for each KV head.
+    """
+
+    rows: int
+
+    def update(self, digest: Tensor, keys: Tensor, slots: Tensor, page_size: int) -> None:
+        """Account for new keys, in place.
+
+        digest [N, H, rows, D], keys [tokens, H, D], slots [tokens] int64 (page * S + offset;
+        negative for padding). The tokens of one page arrive adjacent and ascending.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy(ABC):
+    """One method: a frozen dataclass whose fields are the paper's knobs."""
+
+    name: ClassVar[str]
+    stage: ClassVar[Stage]
+    action: ClassVar[Action]
+    granularity: ClassVar[Granularity]
+    evidence: ClassVar[Evidence]
+    query_agnostic: ClassVar[bool]
+    """Whether what is kept does not depend on the question, so that others may reuse it."""
+    memory: ClassVar[str]
+    """Cached tokens per request, in words."""
+    reads: ClassVar[str]
+    """Tokens that a decode step reads, in words."""
+    paper: ClassVar[str]
+
+    def __str__(self) -> str:
+        """The line that parses back to this policy."""
+        options = [(f.name, getattr(self, f.name), f.default) for f in fields(self)]
+        wrapped = [str(value) for _, value, _ in options if isinstance(value, Policy)]
+        shown = [
+            f"{name}={value!r}"
+            for name, value, default in options
+            if not isinstance(value, Policy) and not (value is None and default is None)
+        ]
+        inside = ", ".join(wrapped + shown)
+        return f"{self.name}({inside})" if inside else self.name
+
+    @property
+    def publishes(self) -> bool:
+        """Whether what the policy leaves in the cache may serve another request."""
+        return self.action is not Action.EVICTION or self.query_agnostic
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionalEviction(Policy):
+    """Keeps tokens by position alone, so the host knows every page that goes, during prefill too.
+
+    Visibility is rounded out to whole pages: a page is seen until its last token has left.
+    """
+
+    stage = Stage.COMPRESS
+    action = Action.EVICTION
+    granularity = Granularity.PAGE
+    evidence = Evidence.NONE
+    query_agnostic = True
+
+    @abstractmethod
+    def kept_from_start(self) -> int:
+        """Tokens at the start of a request that always stay."""
+
+    @abstractmethod
+    def first_token(self, positions: Positions) -> Positions:
+        """The oldest token that the query at each position still sees, beside the start.
+
+        Must not decrease with the position. [n] -> [n]
+        """
+
+    @abstractmethod
+    def most_tokens(self) -> int:
+        """The most tokens one query sees: what a request holds between steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selector(Policy):
+    """Keeps everything and reads the pages that score highest for the current query.
+
+    One set of pages per KV head: the query heads that share it read the same pages. The page
+    that holds the newest token is always read.
+    """
+
+    stage = Stage.LOAD
+    action = Action.VISIBILITY
+    granularity = Granularity.PAGE
+    evidence = Evidence.CURRENT_QUERY
+    query_agnostic = False
+    memory = "all tokens"
+
+    digest: ClassVar[Digest | None] = None
+    min_pages: ClassVar[int] = 1
+
+    budget: int = 2048
+    """Tokens read per KV head, layer and step, rounded up to whole pages."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.budget, bool) or not isinstance(self.budget, int) or self.budget < 1:
+            raise ValueError(
+                f"{self.name}: budget must be a positive number of tokens, got {self.budget!r}; "
+                f"write {self.name}(budget=2048)"
+            )
+
+    def layer_budget(self, layer: int) -> int | None:
+        """Tokens that this layer may read; None for all of them."""
+        return self.budget
+
+    def pages(self, page_size: int, budget: int | None = None) -> int:
+        """Pages of ``page_size`` tokens that a layer with this budget reads at most."""
+        return max(self.min_pages, -(-(budget or self.budget) // page_size))
+
+    @property
+    def mass(self) -> float | None:
+        """Stop early once the read pages carry this share of the estimated attention."""
+        return None
+
+    @abstractmethod
+    def score(
+        self, query: Tensor, digest: Tensor | None, page_table: Tensor, pages: Tensor
+    ) -> Tensor:
+        """Estimated logit of each page, before the softmax scale; higher is read.
+
+        query [B, Hq, D], digest [N, H, rows, D] (None without one), page_table [B, P] int32,
+        pages [B] int32 valid columns -> [B, H, P] fp32, -inf beyond ``pages``. Columns beyond
+        ``pages`` hold stale ids: skip them, never read and mask.
+        """
