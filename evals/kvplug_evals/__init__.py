@@ -1,0 +1,1 @@
+"""Measuring what a policy costs in answers, through the engine that serves it."""

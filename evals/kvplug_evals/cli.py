@@ -1,0 +1,62 @@
+"""Commands that measure. ``kvplug`` shows them as its own; alone: python -m kvplug_evals.cli."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def commands() -> None:
+    """What a policy costs, through the engine that serves it."""
+
+
+@app.command()
+def demo(
+    engine: Annotated[str, typer.Option(help="vllm; sglang is not built yet.")] = "vllm",
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="A policy beside dense, such as 'quest(budget=512)'; may be repeated."),
+    ] = None,
+    model: Annotated[Path, typer.Option(help="Model folder.")] = Path(".models/smollm2"),
+    out: Annotated[Path, typer.Option(help="Folder for plot, results and logs.")] = Path(
+        "demo-out"
+    ),
+    kv_cache_mib: Annotated[
+        int, typer.Option(help="KV cache of every server, in MiB.", min=1)
+    ] = 512,
+    enforce_eager: Annotated[
+        bool, typer.Option(help="Start sooner; --no-enforce-eager uses torch.compile.")
+    ] = True,
+) -> None:
+    """Serve one long conversation under several policies and compare them. Takes minutes."""
+    from kvplug_evals.demo.report import NothingSaved
+    from kvplug_evals.demo.server import ServerError, ServerOptions
+    from kvplug_evals.demo.session import check_engine, run_demo
+
+    console, failed = Console(highlight=False), Console(stderr=True, highlight=False)
+    for stop in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(
+            stop, signal.default_int_handler
+        )  # as Ctrl-C: the servers must not outlive us
+    options = ServerOptions(model=model, kv_cache_mib=kv_cache_mib, enforce_eager=enforce_eager)
+    try:
+        check_engine(engine)
+        run_demo(policy or [], options, out, console)
+    except KeyboardInterrupt:
+        failed.print("stopped; no server is left running")
+        raise typer.Exit(130) from None
+    except (ServerError, NothingSaved, ValueError, OSError) as error:
+        failed.print(f"[bold red]kvplug demo:[/] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+if __name__ == "__main__":
+    app()

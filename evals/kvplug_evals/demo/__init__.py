@@ -1,0 +1,1 @@
+"""``kvplug demo``: one conversation, one server a policy, side by side."""

@@ -1,0 +1,246 @@
+"""What clients feel and what the engine says of itself, while a conversation runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from kvplug_evals.demo.conversation import TURNS, Conversation, Question
+
+OUTPUT_TOKENS = 24
+SAMPLE_SECONDS = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineState:
+    """One reading of vLLM's ``/metrics``; counts are since the server's start."""
+
+    policy: str | None
+    """As kvplug's own counters name it; None before the first step."""
+    pool: int
+    """KV blocks that requests may hold."""
+    held: int
+    """KV blocks that requests do hold."""
+    fits: float
+    """Requests of the greatest length that fit at once, as vLLM says at its start."""
+    queries: float
+    """Decode queries."""
+    cached: float
+    """Tokens behind them: what dense attention reads."""
+    read: float
+    """Tokens that they read, mean over the layers."""
+
+    @classmethod
+    def parse(cls, text: str) -> EngineState:
+        """Raises KeyError with the name of a metric that this vLLM does not have."""
+        wanted = ("vllm:kv_cache_usage_perc", "vllm:cache_config_info", "kvplug_")
+        lines = [line for line in text.splitlines() if line.startswith(wanted)]
+        found = {
+            sample.name: sample
+            for family in text_string_to_metric_families("\n".join(lines) + "\n")
+            for sample in family.samples
+        }
+        config = found["vllm:cache_config_info"].labels
+        pool = int(config["num_gpu_blocks"]) - 1  # one is vLLM's own, the null block
+        counters = [
+            found.get(f"kvplug_{name}_total")
+            for name in ("decode_queries", "cached_tokens", "read_tokens")
+        ]
+        queries, cached, read = (counter.value if counter else 0.0 for counter in counters)
+        return cls(
+            policy=counters[0].labels["policy"] if counters[0] else None,
+            pool=pool,
+            held=round(found["vllm:kv_cache_usage_perc"].value * pool),
+            fits=float(config["kv_cache_max_concurrency"]),
+            queries=queries,
+            cached=cached,
+            read=read,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    question: Question
+    text: str
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    first_token_seconds: float
+    token_seconds: float
+    """Per output token after the first."""
+
+    @property
+    def answer(self) -> str:
+        return self.text.partition('"')[0]
+
+    @property
+    def right(self) -> bool:
+        return self.answer == self.question.answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    started: float
+    """Seconds since the conversation's start."""
+    seconds: float
+    replies: list[Reply]
+    queries: float
+    cached: float
+    read: float
+
+    @property
+    def read_per_step(self) -> float:
+        return self.read / self.queries
+
+
+@dataclass(kw_only=True)
+class Row:
+    """One policy's conversation, measured."""
+
+    policy: str
+    is_dense: bool
+    start_seconds: float
+    served: str | None = None
+    """The policy as the server's own counters name it."""
+    pool: int = 0
+    fits: float = 0.0
+    turns: list[Turn] = field(default_factory=list)
+    samples: list[tuple[float, int]] = field(default_factory=list)
+    """(seconds since the conversation's start, KV blocks held)"""
+
+    @property
+    def replies(self) -> list[Reply]:
+        return [reply for turn in self.turns for reply in turn.replies]
+
+    @property
+    def peak(self) -> int:
+        return max(held for _, held in self.samples)
+
+    @property
+    def mean_held(self) -> float:
+        """While requests ran."""
+        busy = [held for _, held in self.samples if held]
+        return sum(busy) / len(busy)
+
+    @property
+    def read_per_step(self) -> float:
+        return sum(turn.read for turn in self.turns) / sum(turn.queries for turn in self.turns)
+
+    @property
+    def right(self) -> int:
+        return sum(reply.right for reply in self.replies)
+
+
+class Clients:
+    """The conversation's clients at one server."""
+
+    def __init__(self, http: httpx.AsyncClient, conversation: Conversation) -> None:
+        self.http = http
+        self.conversation = conversation
+
+    async def state(self) -> EngineState:
+        answer = await self.http.get("/metrics")
+        answer.raise_for_status()
+        return EngineState.parse(answer.text)
+
+    async def warm_up(self) -> None:
+        """The first request of a server pays for what is built at first use."""
+        async for _ in self._stream("The capital of France is", 4):
+            pass
+
+    async def ask(self, question: Question) -> Reply:
+        sent = time.monotonic()
+        arrived: list[float] = []
+        text, usage = "", {}
+        async for event in self._stream(self.conversation.prompt(question), OUTPUT_TOKENS):
+            if event["choices"]:
+                arrived.append(time.monotonic())
+                text += event["choices"][0]["text"]
+            else:
+                usage = event["usage"]
+        output = usage["completion_tokens"]
+        return Reply(
+            question=question,
+            text=text,
+            prompt_tokens=usage["prompt_tokens"],
+            cached_tokens=(usage["prompt_tokens_details"] or {}).get("cached_tokens") or 0,
+            output_tokens=output,
+            first_token_seconds=arrived[0] - sent,
+            token_seconds=(arrived[-1] - arrived[0]) / (output - 1),
+        )
+
+    async def _stream(self, prompt: str, tokens: int) -> AsyncIterator[dict]:
+        """Server-sent events of a greedy completion of exactly ``tokens`` tokens."""
+        request = {
+            "model": "demo",
+            "prompt": prompt,
+            "max_tokens": tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        async with self.http.stream("POST", "/v1/completions", json=request) as answer:
+            if answer.is_error:
+                await answer.aread()
+                raise httpx.HTTPError(f"{answer.status_code}: {answer.text[:300]}")
+            async for line in answer.aiter_lines():
+                if line.startswith("data: ") and line != "data: [DONE]":
+                    yield json.loads(line.removeprefix("data: "))
+
+
+async def hold(
+    url: str,
+    conversation: Conversation,
+    row: Row,
+    sampled: Callable[[int], object],
+    turned: Callable[[], object],
+) -> None:
+    """Hold the conversation at a server and fill ``row``. Raises httpx.HTTPError.
+
+    ``sampled(held)`` is called at every sample of the blocks held, ``turned()`` after a turn.
+    """
+    timeout = httpx.Timeout(300, connect=10)
+    async with httpx.AsyncClient(base_url=url, timeout=timeout) as http:
+        clients = Clients(http, conversation)
+        await clients.warm_up()
+        state = await clients.state()
+        row.served, row.pool, row.fits = state.policy, state.pool, state.fits
+        began = time.monotonic()
+
+        async def sample() -> None:
+            while True:
+                state = await clients.state()
+                row.samples.append((time.monotonic() - began, state.held))
+                sampled(state.held)
+                await asyncio.sleep(SAMPLE_SECONDS)
+
+        sampler = asyncio.create_task(sample())
+        try:
+            for turn in range(TURNS):
+                before, started = await clients.state(), time.monotonic()
+                asked = conversation.turn(turn)
+                replies = await asyncio.gather(*map(clients.ask, asked))
+                ended, after = time.monotonic(), await clients.state()
+                row.turns.append(
+                    Turn(
+                        started=started - began,
+                        seconds=ended - started,
+                        replies=list(replies),
+                        queries=after.queries - before.queries,
+                        cached=after.cached - before.cached,
+                        read=after.read - before.read,
+                    )
+                )
+                turned()
+        finally:
+            sampler.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await sampler

@@ -1,0 +1,174 @@
+"""A real ``vllm serve`` that always ends: started, waited for, stopped with all its children."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import httpx
+
+START_SECONDS = 300
+STOP_SECONDS = 20
+MiB = 1 << 20
+
+
+class ServerError(Exception):
+    """What the server's log says, and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """What every policy's server has in common."""
+
+    model: Path
+    block_size: int = 32
+    """Tokens per block."""
+    chunk: int = 512
+    """Most tokens a step computes: longer prompts are prefilled in chunks."""
+    kv_cache_mib: int = 512
+    max_model_len: int = 8192
+    enforce_eager: bool = True
+    """torch.compile would cost more at start than it saves in a run this short."""
+    threads: int = len(os.sched_getaffinity(0))
+
+    def command(self, policy: str, port: int) -> list[str]:
+        settings = json.dumps({"kvplug": {"policy": policy}})
+        return [
+            *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(self.model)),
+            *("--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port)),
+            *("--attention-backend", "kvplug", "--additional-config", settings),
+            *("--block-size", str(self.block_size), "--enable-prefix-caching"),
+            *("--enable-chunked-prefill", "--max-num-batched-tokens", str(self.chunk)),
+            *("--max-model-len", str(self.max_model_len), "--max-num-seqs", "8"),
+            *("--kv-cache-memory-bytes", str(self.kv_cache_mib * MiB)),
+            *(["--enforce-eager"] if self.enforce_eager else []),
+            "--enable-prompt-tokens-details",
+        ]
+
+    def environment(self, counters: Path) -> dict[str, str]:
+        defaults = {
+            # Left to itself vLLM keeps a core free, which is half of a machine of two.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(self.threads),
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        # Through this folder the worker's counters reach the server's /metrics.
+        return {**defaults, **os.environ, "PROMETHEUS_MULTIPROC_DIR": str(counters)}
+
+    def as_json(self) -> dict[str, object]:
+        return {**asdict(self), "model": str(self.model)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    url: str
+    log: Path
+    start_seconds: float
+
+
+@contextlib.contextmanager
+def serve(
+    options: ServerOptions, policy: str, log: Path, waiting: Callable[[], object] = lambda: None
+) -> Iterator[Server]:
+    """A server that answers; ``waiting`` is called while it starts. ServerError says why not."""
+    counters = log.with_suffix(".counters")
+    shutil.rmtree(counters, ignore_errors=True)  # old counters would be added to the new ones
+    counters.mkdir(parents=True)
+    port = _free_port()
+    command = options.command(policy, port)
+    url = f"http://127.0.0.1:{port}"
+    started = time.monotonic()
+    with log.open("w") as out:
+        out.write(f"$ {shlex.join(command)}\n")
+        out.flush()
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=options.environment(counters),
+            start_new_session=True,  # a group of its own: one signal reaches engine and workers
+        )
+    try:
+        while not _answers(url):
+            if process.poll() is not None:
+                raise ServerError(f"vllm serve ended with {process.returncode}.\n{diagnose(log)}")
+            if time.monotonic() - started > START_SECONDS:
+                raise ServerError(
+                    f"vllm serve did not answer within {START_SECONDS} s.\n{diagnose(log)}"
+                )
+            waiting()
+            time.sleep(0.25)
+        yield Server(url=url, log=log, start_seconds=time.monotonic() - started)
+    except httpx.HTTPError as error:
+        what = f"{type(error).__name__} {error}".strip()
+        raise ServerError(f"a request to the server failed: {what}.\n{diagnose(log)}") from error
+    finally:
+        _stop(process)
+        shutil.rmtree(counters, ignore_errors=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _answers(url: str) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(f"{url}/health", timeout=2).status_code == 200
+    return False
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    try:
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(STOP_SECONDS)
+    finally:  # also when a second Ctrl-C cuts the wait short
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+ADVICE = {
+    r"Address already in use": "another program took the port meanwhile; run the demo again",
+    r"kvplug cannot serve": "kvplug refused, the reason is above; choose another --policy",
+    r"No available memory|KV cache is needed|memory.*(larger|exceed|not enough)|out of memory|"
+    r"Cannot allocate memory": "give the cache more memory with --kv-cache-mib, or free some",
+    r"No module named|PackageNotFoundError": "the environment is incomplete; run make setup",
+    r"(config\.json|safetensors|tokenizer).*(not|no) |Can't load": "rebuild the models: "
+    "rm -r .models && make models",
+}
+FAILURE = re.compile(r"\b\w*(?:Error|Exception|Killed)\b\s*:|^\S*\s*- |error: ")
+PREFIX = re.compile(r"^\((?:\w+ )*pid=\d+\) (?:ERROR \d\d-\d\d \S+ \[\S+\] ?)?")
+
+
+def diagnose(log: Path) -> str:
+    """The log's last lines that say what failed, and what to do about it."""
+    lines = [PREFIX.sub("", line).rstrip() for line in log.read_text(errors="replace").split("\n")]
+    lines = [line for line in lines if line]
+    telling = list(dict.fromkeys(line for line in lines if FAILURE.search(line)))[-6:]
+    shown = telling or lines[-12:]
+    text = "\n".join(lines)
+    advice = [what for pattern, what in ADVICE.items() if re.search(pattern, text)][:1]
+    return "\n".join(
+        [
+            f"The last that {log} says of it:",
+            *(f"    {line[:300]}" for line in shown),
+            f"What to do: {advice[0] if advice else f'read the whole log: less {log}'}",
+        ]
+    )
