@@ -1,0 +1,52 @@
+"""kvplug for vLLM: ``vllm serve MODEL --attention-backend kvplug``.
+
+Importing this module imports no vLLM. vLLM calls the two functions below, in every process and
+possibly more than once; both change nothing for a user who did not select kvplug.
+"""
+
+from typing import Any
+
+NAME = "KVPLUG"
+_BACKEND = "kvplug_vllm.backend.KVPlugBackend"
+
+
+def register() -> None:
+    """``vllm.general_plugins``: give vLLM's backend list the name KVPLUG."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from kvplug_vllm import compat
+
+    if NAME not in AttentionBackendEnum.__members__:
+        register_backend(NAME, _BACKEND)
+        # An enum pickles by value, and a spawned worker unpickles its config before plugins
+        # load: the member must bring its own registration along.
+        AttentionBackendEnum[NAME].__reduce_ex__ = _reduce
+    compat.honour_selection()
+
+
+def _reduce(protocol: Any) -> tuple[Any, tuple[()]]:
+    return restore, ()
+
+
+def restore() -> Any:
+    """Unpickle the backend's enum member in a process that has not loaded plugins yet."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    register()
+    return AttentionBackendEnum[NAME]
+
+
+def platform() -> str | None:
+    """``vllm.platform_plugins``: a CPU platform that honours the choice of KVPLUG.
+
+    vLLM's own CPU platform ignores ``--attention-backend``. Inactive on every other device, and
+    where another out-of-tree platform is installed: vLLM allows one.
+    """
+    from importlib.metadata import entry_points
+
+    from vllm.platforms import cpu_platform_plugin
+
+    ours = f"{__name__}:{platform.__name__}"
+    if any(entry.value != ours for entry in entry_points(group="vllm.platform_plugins")):
+        return None
+    return "kvplug_vllm.platform.KVPlugCpuPlatform" if cpu_platform_plugin() else None

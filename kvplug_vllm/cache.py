@@ -1,0 +1,165 @@
+"""Where a policy meets the pool: page sizes for the worker, freed pages for the scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from vllm.v1.core.kv_cache_utils import resolve_block_hashes
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace_as
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from kvplug import Planner, Settings, digest_bytes, read_settings
+from kvplug_vllm import compat
+from kvplug_vllm.settings import Engine
+
+
+def customize_spec(spec: Any) -> Any:
+    """The cache spec of one layer under the engine's policy; windowed layers stay stock.
+
+    A selector with a digest grows the page by it; an eviction by position brings its own manager.
+    """
+    engine = Engine.current
+    if engine is None or type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
+        return spec
+    policy = engine.settings.policy
+    if policy.selector is not None and policy.selector.digest is not None:
+        digest = digest_bytes(
+            policy.selector.digest.rows, spec.num_kv_heads, spec.head_size, spec.dtype.itemsize
+        )
+        spec = replace(spec, page_size_padded=spec.unpadded_page_size_bytes + digest)
+    if policy.eviction is not None:
+        planner = Planner(engine.settings, spec.block_size)
+        config = engine.vllm_config
+        spec = replace_as(
+            spec,
+            EvictingSpec,
+            drop=("sliding_window", "attention_chunk_size", "non_causal"),
+            settings=EvictionSettings.of(engine.settings),
+            max_blocks=planner.most_pages(
+                config.max_in_flight_tokens, config.model_config.max_model_len
+            ),
+        )
+    return spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvictionSettings:
+    """Settings as plain values: specs are compared, hashed and sent between processes."""
+
+    policy: str
+    min_context: int
+    protect: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, settings: Settings) -> EvictionSettings:
+        return cls(
+            policy=str(settings.policy),
+            min_context=settings.min_context,
+            protect=settings.protect,
+        )
+
+    @cache  # noqa: B019 -- frozen, hashable and as few as the engine's groups
+    def planner(self, page_size: int) -> Planner:
+        given = {
+            "policy": self.policy,
+            "min_context": self.min_context,
+            "protect": list(self.protect),
+        }
+        return Planner(read_settings(given, environ={}), page_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvictingSpec(AttentionSpec):
+    """Full attention whose policy evicts by position.
+
+    Not a FullAttentionSpec: vLLM shortens a hit of those by cutting its tail, and a shorter hit
+    of ours needs pages that the longer one did without.
+    """
+
+    settings: EvictionSettings
+    max_blocks: int
+    """The most blocks a request holds while one step is in flight."""
+
+    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
+        return self.max_blocks * self.page_size_bytes
+
+    @property
+    def prefix_cacheable(self) -> bool:
+        return self.settings.planner(self.block_size).settings.policy.publishes
+
+
+class EvictingManager(SingleTypeKVCacheManager):
+    """Frees the pages of live requests that no later query will see, during prefill too.
+
+    A freed page keeps its content and its hash until the pool needs it; a prefix hits as soon as
+    the pages that the next query sees are there.
+    """
+
+    def __init__(self, kv_cache_spec: EvictingSpec, **kwargs: Any) -> None:
+        kwargs["max_admission_blocks_per_request"] = kv_cache_spec.max_blocks
+        super().__init__(kv_cache_spec, **kwargs)
+        self.planner = kv_cache_spec.settings.planner(self.block_size)
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        for first, last in self.planner.evictable(processed_computed_tokens):
+            self._remove_blocks_in_range(request_id, first, last)
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: Any,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: Any,
+        kv_cache_spec: Any,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        dcp_world_size: int = 1,
+        pcp_world_size: int = 1,
+    ) -> tuple[tuple[list[Any], ...], int]:
+        assert not drop_eagle_block and dcp_world_size == pcp_world_size == 1
+        size = kv_cache_spec.block_size
+        hashes: Sequence[Any] = resolve_block_hashes(
+            block_hashes,
+            block_pool.hash_block_size,
+            size,
+            supports_fine_grained_hash_lookup=False,
+            alignment_tokens=alignment_tokens,
+        )
+        planner = kv_cache_spec.settings.planner(size)
+        found: dict[int, Any] = {}
+
+        def cached(block: int) -> Any:
+            if block not in found:
+                found[block] = block_pool.get_cached_block(hashes[block], kv_cache_group_ids)
+            return found[block]
+
+        blocks = max_length // size
+        while blocks:
+            if blocks * size % alignment_tokens:
+                blocks -= 1
+                continue
+            needed = planner.needed(blocks * size).tolist()
+            missing = [block for block in needed if not cached(block)]
+            if not missing:
+                break
+            blocks = min(missing)  # every longer prefix needs that block too
+        hit = tuple([block_pool.null_block] * blocks for _ in kv_cache_group_ids)
+        if blocks:
+            for block in needed:
+                for group, cached_block in zip(hit, cached(block), strict=True):
+                    group[block] = cached_block
+        return hit, blocks * size
+
+
+compat.ensure_builtin_specs()
+KVCacheSpecRegistry.register(EvictingSpec, EvictingManager, uniform_type_base_spec=EvictingSpec)

@@ -1,0 +1,134 @@
+"""Everything that leans on what vLLM does not promise, one function each.
+
+Written for vLLM 0.32 (``register_backend`` takes names of one's own from 0.32 on). Each function
+says which version ends it; ``tests/vllm/test_contract.py`` fails loudly when upstream moves.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+def honour_selection() -> None:
+    """Make a platform that ignores ``--attention-backend kvplug`` either honour it or refuse.
+
+    Needed where our platform plugin is not active: with VLLM_TARGET_DEVICE=cpu, which bypasses
+    platform plugins, or beside another out-of-tree platform. Until
+    CpuPlatform.get_attn_backend_cls honours the selected backend (0.32 logs "Cannot use ..." and
+    goes on without it).
+    """
+    from vllm.platforms import current_platform
+
+    cls = type(current_platform)
+    if current_platform.is_cuda() or getattr(cls.get_attn_backend_cls, "_kvplug", False):
+        return
+    stock = cls.get_attn_backend_cls.__func__  # type: ignore[attr-defined]
+
+    def get_attn_backend_cls(
+        cls: Any, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        if selected_backend is None or selected_backend.name != "KVPLUG":
+            return stock(cls, selected_backend, attn_selector_config, num_heads)
+        if not cls._enum.name == "CPU":
+            raise ValueError(
+                f"kvplug runs on CUDA and on the CPU, not on the platform {cls.__name__}; "
+                "start without --attention-backend kvplug"
+            )
+        return select_backend(selected_backend, attn_selector_config)
+
+    get_attn_backend_cls._kvplug = True  # type: ignore[attr-defined]
+    cls.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+def select_backend(selected: Any, selector_config: Any) -> str:
+    """What CudaPlatform does for a backend that was asked for, for platforms that do not."""
+    reasons = selected.get_class().validate_configuration(
+        device_capability=None, **selector_config._asdict()
+    )
+    if reasons:
+        raise ValueError(f"kvplug cannot serve this model: {'; '.join(reasons)}")
+    return selected.get_path()
+
+
+def ensure_builtin_specs() -> None:
+    """Register vLLM's own KV cache specs before ours.
+
+    ``KVCacheSpecRegistry`` registers them lazily and only into an empty list, so a plugin that
+    comes first leaves vLLM without any. Until the registry tracks its own registration.
+    """
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    KVCacheSpecRegistry._ensure_registered()
+
+
+def request_rows(common: Any) -> NDArray[np.int64]:
+    """Where the router knows each row of the batch: Model Runner V2 names the request's slot,
+    V1's rows are the slots. Until V1 is removed (0.32 calls it deprecated). -> [B]
+    """
+    if common.req_idx is not None:
+        return np.asarray(common.req_idx[: common.num_reqs], np.int64)
+    return np.arange(common.num_reqs)
+
+
+def host_lengths(common: Any) -> NDArray[np.int64]:
+    """Cached tokens of each row after this step, on the host: exact without speculative
+    decoding, which is refused. -> [B]
+    """
+    lengths = common.seq_lens_cpu_upper_bound
+    assert lengths is not None, "this model runner sends no host copy of the sequence lengths"
+    return lengths[: common.num_reqs].numpy().astype(np.int64)
+
+
+def single_head_builder(builder: Any, heads: int) -> Any:
+    """A copy of a stock metadata builder for batches of one KV head and ``heads`` query heads.
+
+    The names are attributes of CPUAttentionMetadataBuilder and FlashAttentionMetadataBuilder.
+    """
+    single = copy.copy(builder)
+    for name, value in (
+        ("num_heads", heads),
+        ("num_kv_heads", 1),
+        ("num_heads_q", heads),
+        ("num_heads_kv", 1),
+    ):
+        if hasattr(single, name):
+            setattr(single, name, value)
+    return single
+
+
+def single_head_impl(impl: Any) -> Any:
+    """A copy of a stock attention implementation for one KV head and its group of query heads."""
+    single = copy.copy(impl)
+    single.num_heads = impl.num_heads // impl.num_kv_heads
+    single.num_kv_heads = 1
+    return single
+
+
+def layer_index(layer_name: str) -> int:
+    """``model.layers.7.self_attn.attn`` -> 7."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    return extract_layer_index(layer_name)
+
+
+def page_tail(kv_cache: torch.Tensor, rows: int, head_size: int) -> torch.Tensor:
+    """The digest behind each page's tokens. kv_cache [N, H, S, C] LBHNC -> [N, H, rows, D]
+
+    Leans on ``page_size_padded`` leaving its bytes at the end of the page.
+    """
+    pages, heads, _, _ = kv_cache.shape
+    page, head, _, last = kv_cache.stride()
+    assert last == 1 and page >= heads * (head + rows * head_size), (
+        f"the page has no room for its digest: shape {tuple(kv_cache.shape)}, "
+        f"strides {kv_cache.stride()}, {rows} rows of {head_size}"
+    )
+    return kv_cache.as_strided(
+        (pages, heads, rows, head_size),
+        (page, rows * head_size, head_size, 1),
+        kv_cache.storage_offset() + heads * head,
+    )

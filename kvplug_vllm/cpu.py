@@ -1,0 +1,29 @@
+"""The stock CPU backend, planned."""
+
+from __future__ import annotations
+
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+)
+
+from kvplug_vllm.attention import PlannedBackend, PlannedBuilder, PlannedImpl
+
+
+class KVPlugImpl(PlannedImpl, CPUAttentionBackendImpl):
+    stock = CPUAttentionBackendImpl
+
+
+class KVPlugBuilder(PlannedBuilder, CPUAttentionMetadataBuilder):
+    stock = CPUAttentionMetadataBuilder
+
+
+class KVPlugBackend(PlannedBackend, CPUAttentionBackend):
+    @staticmethod
+    def get_impl_cls() -> type[KVPlugImpl]:
+        return KVPlugImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[KVPlugBuilder]:
+        return KVPlugBuilder

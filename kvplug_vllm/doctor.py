@@ -1,0 +1,147 @@
+"""Whether kvplug would work here, found out by doing."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+import kvplug
+from kvplug import parse, read_settings
+from kvplug_vllm import NAME
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    passed: bool
+    detail: str
+
+
+def examine(model: str | None, policy: str | None) -> Iterator[Check]:
+    """Every check; one that raises has failed, and its error says why."""
+    yield _try("versions", _versions)
+    yield _try("device", _device)
+    yield _try("default policy", lambda: str(read_settings()))
+    yield _try("backend name", _backend_name)
+    yield _try("worker start", _unpickles_before_plugins)
+    yield _try("platform", _platform)
+    yield _try("cache specs", _specs)
+    yield _try("request rows", _router)
+    if policy is not None:
+        yield _try("policy", lambda: str(parse(policy)))
+    if model is not None:
+        yield _try("model", lambda: _model(model, policy))
+
+
+def _try(name: str, check: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, check())
+    except Exception as error:  # a diagnosis reports whatever it meets
+        return Check(name, False, f"{type(error).__name__}: {error}")
+
+
+def _versions() -> str:
+    def of(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "not installed"
+
+    found = of("vllm")
+    if not found.startswith("0.32."):
+        raise ValueError(
+            f"kvplug was tested with vllm 0.32, got {found}: pip install 'vllm==0.32.*'"
+        )
+    return f"kvplug {kvplug.__version__}, vllm {found}, torch {torch.__version__}"
+
+
+def _device() -> str:
+    from vllm.platforms import current_platform
+
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+        raise ValueError(
+            f"kvplug runs on CUDA and on the CPU, not on {current_platform.device_name}"
+        )
+    return f"{current_platform.get_device_name()} ({current_platform.device_type})"
+
+
+def _backend_name() -> str:
+    from vllm.config.attention import AttentionConfig
+
+    from kvplug_vllm import register
+
+    register()
+    register()
+    backend = AttentionConfig(backend=NAME.lower()).backend
+    assert backend is not None
+    return f"--attention-backend kvplug is {backend.get_class().__name__}"
+
+
+def _unpickles_before_plugins() -> str:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    member = pickle.dumps(AttentionBackendEnum[NAME])
+    code = "import pickle, sys; print(pickle.load(sys.stdin.buffer).name)"
+    done = subprocess.run([sys.executable, "-c", code], input=member, capture_output=True)
+    if done.returncode:
+        raise ValueError(done.stderr.decode().strip().splitlines()[-1])
+    return "a spawned worker understands the choice before its plugins load"
+
+
+def _platform() -> str:
+    from vllm.platforms import current_platform
+
+    cls = type(current_platform)
+    if current_platform.is_cpu() and not getattr(cls.get_attn_backend_cls, "_kvplug", False):
+        raise ValueError(
+            f"{cls.__name__} ignores --attention-backend, and kvplug is not hooked in"
+        )
+    return cls.__name__
+
+
+def _specs() -> str:
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    from kvplug_vllm.cache import EvictingManager, EvictingSpec, EvictionSettings
+
+    shape: dict[str, Any] = {
+        "block_size": 32, "num_kv_heads": 1, "head_size": 64, "dtype": torch.float32,
+    }  # fmt: skip
+    settings = EvictionSettings.of(read_settings({"policy": "streaming_llm"}))
+    ours = EvictingSpec(**shape, settings=settings, max_blocks=4)
+    if KVCacheSpecRegistry.get_manager_class(ours) is not EvictingManager:
+        raise ValueError("vLLM does not know kvplug's cache manager")
+    if KVCacheSpecRegistry.get_manager_class(FullAttentionSpec(**shape)) is None:
+        raise ValueError("vLLM has lost its own cache managers")
+    return "vLLM's own managers and kvplug's are registered"
+
+
+def _router() -> str:
+    from kvplug_vllm.router import Router
+
+    if Router.__abstractmethods__:
+        raise ValueError(
+            f"vLLM asks its logits processors for {sorted(Router.__abstractmethods__)}"
+        )
+    return "speaks to Model Runner V1 and V2"
+
+
+def _model(model: str, policy: str | None) -> str:
+    from vllm.engine.arg_utils import EngineArgs
+
+    from kvplug_vllm.refusals import refuse
+
+    settings = {} if policy is None else {"kvplug": {"policy": policy}}
+    config = EngineArgs(
+        model=model, attention_backend=NAME.lower(), additional_config=settings
+    ).create_engine_config()
+    refuse(config)
+    return f"{model} can be served with {read_settings(settings.get('kvplug'))}"

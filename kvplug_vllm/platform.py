@@ -1,0 +1,33 @@
+"""vLLM's CPU platform, except that it honours ``--attention-backend kvplug``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.platforms import cpu_platform_plugin
+from vllm.utils.import_utils import resolve_obj_by_qualname
+
+from kvplug_vllm import NAME, compat
+
+_Stock: Any = resolve_obj_by_qualname(cpu_platform_plugin())  # CpuPlatform or ZenCpuPlatform
+
+
+class KVPlugCpuPlatform(_Stock):
+    @classmethod
+    def get_attn_backend_cls(
+        cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        if selected_backend is None or selected_backend.name != NAME:
+            return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
+        return compat.select_backend(selected_backend, attn_selector_config)
+
+    get_attn_backend_cls._kvplug = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: Any) -> None:
+        super().check_and_update_config(vllm_config)
+        backend = vllm_config.attention_config.backend
+        if backend is not None and backend.name == NAME:
+            from kvplug_vllm.refusals import refuse
+
+            refuse(vllm_config)

@@ -1,0 +1,87 @@
+"""What would be wrong, refused at start with the reason and the nearest thing that works."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from kvplug import Composition, PositionalEviction, Selector
+from kvplug_vllm.settings import settings_of
+
+
+def refuse(vllm_config: Any) -> None:
+    """Raises ValueError with every reason why kvplug cannot serve this configuration right."""
+    reasons = list(refusals(vllm_config))
+    if reasons:
+        raise ValueError("kvplug cannot serve this configuration:\n- " + "\n- ".join(reasons))
+
+
+def refusals(vllm_config: Any) -> Iterator[str]:
+    """The reasons, each saying what to do instead. A bad policy line is one of them."""
+    try:
+        policy = settings_of(vllm_config).policy
+    except ValueError as error:
+        yield str(error)
+        return
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    if model is not None and getattr(model, "use_mla", False):
+        yield (
+            "the model uses multi-head latent attention (MLA), whose cache has no keys to score; "
+            "serve it without --attention-backend kvplug (the engine has its own sparse paths)"
+        )
+    if policy.is_dense:
+        return
+    yield from unsupported(policy)
+    if vllm_config.speculative_config is not None:
+        yield (
+            f"speculative decoding with {policy}: rejected drafts would have been evicted or "
+            "selected for; drop --speculative-config, or use the policy 'dense'"
+        )
+    for name, flag in (
+        ("decode_context_parallel_size", "--decode-context-parallel-size"),
+        ("prefill_context_parallel_size", "--prefill-context-parallel-size"),
+    ):
+        if getattr(parallel, name, 1) > 1:
+            yield f"context parallelism splits a request's pages over ranks; drop {flag}"
+    if parallel.pipeline_parallel_size > 1:
+        yield (
+            "pipeline parallelism: later ranks are not told which row is which request; use "
+            "--tensor-parallel-size, or the policy 'dense'"
+        )
+    if vllm_config.kv_transfer_config is not None:
+        yield (
+            "a KV connector moves pages without knowing their digests or holes; drop "
+            "--kv-transfer-config, or use the policy 'dense'"
+        )
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    if cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
+        yield (
+            f"a quantised KV cache ({cache_dtype}) has no digests yet; use --kv-cache-dtype auto, "
+            "or the policy 'dense'"
+        )
+    if model is None:
+        return
+    if getattr(model, "enable_prompt_embeds", False):
+        yield "prompt embeddings hide the prompt's length; drop --enable-prompt-embeds"
+    if getattr(model, "is_hybrid", False):
+        yield (
+            "the model mixes attention with recurrent (Mamba-like) layers, which was never run; "
+            "use the policy 'dense'"
+        )
+    if policy.eviction and vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        windowed = getattr(model.hf_text_config, "sliding_window", None)
+        if windowed:
+            yield (
+                f"{policy.eviction.name} beside the model's own windowed layers needs the hybrid "
+                "KV cache manager; drop --disable-hybrid-kv-cache-manager"
+            )
+
+
+def unsupported(policy: Composition) -> Iterator[str]:
+    """Policies of a kind that this adapter does not know how to carry out."""
+    for part in policy:
+        if not isinstance(part, (PositionalEviction, Selector)):
+            yield (
+                f"{part.name} is a policy of the stage {part.stage.value!r} that the vLLM adapter "
+                "cannot carry out; use a subclass of PositionalEviction or Selector"
+            )

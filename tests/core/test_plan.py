@@ -1,0 +1,259 @@
+"""The planner against its definition, spelled out one query and one page at a time.
+
+query i sees page p  iff  p <= i // S, and
+                          i < min_context, or
+                          p holds a token that is kept from the start or protected, or
+                          p >= first_token(i) // S
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from kvplug import Planner, Settings, parse
+
+LONGEST = 420
+claims = hypothesis_settings(max_examples=200, deadline=None)
+
+
+def sees(settings: Settings, S: int, i: int, p: int) -> bool:
+    """The definition."""
+    eviction = settings.policy.eviction
+    if p > i // S:
+        return False
+    if eviction is None or i < settings.min_context:
+        return True
+    spans = [(0, eviction.kept_from_start()), *settings.protect]
+    if any(a < b and a < (p + 1) * S and p * S < b for a, b in spans):
+        return True
+    return p >= int(eviction.first_token(np.array([i]))[0]) // S
+
+
+def seen_pages(settings: Settings, S: int, i: int) -> list[int]:
+    return [p for p in range(i // S + 1) if sees(settings, S, i, p)]
+
+
+def per_query(planner, segments):
+    """Flat token -> (row, position, pages, selects, decodes), as the segments say it."""
+    queries = []
+    for n in range(len(segments.row)):
+        kept, first = segments.kept[n], segments.first[n]
+        assert segments.start[n] < segments.stop[n]
+        assert segments.token[n] == len(queries), "segments follow each other in the batch"
+        for i in range(segments.start[n], segments.stop[n]):
+            pages = [*planner.held[:kept].tolist(), *range(first, i // planner.page_size + 1)]
+            where = (int(segments.row[n]), i)
+            queries.append((*where, pages, bool(segments.selects[n]), bool(segments.decodes[n])))
+    return queries
+
+
+@st.composite
+def settings_(draw, policies=("streaming", "quest", "both")):
+    kind = draw(st.sampled_from(policies))
+    sinks = draw(st.sampled_from([0, 1, 4, 16, 33]) | st.integers(0, 150))
+    window = draw(st.sampled_from([1, 16, 64]) | st.integers(1, 200))
+    terms = {
+        "streaming": f"streaming_llm(sinks={sinks}, window={window})",
+        "quest": f"quest(budget={draw(st.integers(1, 300))})",
+    }
+    span = st.tuples(st.integers(0, LONGEST), st.integers(1, 70)).map(lambda s: (s[0], sum(s)))
+    return Settings(
+        policy=parse(" + ".join(terms.values()) if kind == "both" else terms[kind]),
+        min_context=draw(st.just(0) | st.integers(0, 250)),
+        protect=tuple(sorted(draw(st.lists(span, max_size=3)))),
+        shortcut=draw(st.booleans()),
+    )
+
+
+sizes = st.sampled_from([16, 32, 64])
+request = st.tuples(  # computed, queries, prompt
+    st.integers(0, 250), st.just(0) | st.just(1) | st.integers(0, 150), st.integers(1, LONGEST)
+)
+
+
+def batch(requests):
+    """computed, total and prompt, [B] each."""
+    computed, queries, prompt = (np.array(x, np.int64) for x in zip(*requests, strict=True))
+    return computed, computed + queries, prompt
+
+
+@claims
+@given(settings_(), sizes, st.lists(request, min_size=1, max_size=4))
+def test_every_query_sees_what_the_definition_says(settings, S, requests):
+    planner = Planner(settings, S)
+    computed, total, prompt = batch(requests)
+    segments = planner.plan(computed, total, prompt)
+    queries = per_query(planner, segments)
+
+    wanted = [(b, i) for b in range(len(total)) for i in range(computed[b], total[b])]
+    assert [query[:2] for query in queries] == wanted, "each query once, in the batch's order"
+    for b, i, pages, selects, decodes in queries:
+        assert pages == seen_pages(settings, S, i)
+        assert decodes == (i >= prompt[b])
+        selector = settings.policy.selector
+        if not settings.shortcut:
+            assert selects == (selector is not None and decodes)
+        else:
+            more = selector is not None and len(pages) > planner.keep
+            assert selects == (decodes and more and i >= settings.min_context)
+
+    hidden = any(len(pages) < i // S + 1 for _, i, pages, _, _ in queries)
+    assert segments.untouched == (not hidden and not any(q[3] for q in queries))
+    assert (segments.queries[segments.selects] == 1).all()
+
+
+@claims
+@given(settings_(), sizes, st.lists(request, min_size=1, max_size=3))
+def test_visible_counts_the_tokens_of_the_last_query(settings, S, requests):
+    planner = Planner(settings, S)
+    segments = planner.plan(*batch(requests))
+    for n in range(len(segments.row)):
+        last = int(segments.stop[n]) - 1
+        pages = seen_pages(settings, S, last)
+        assert segments.visible[n] == sum(t // S in pages for t in range(last + 1))
+        assert segments.pages[n] == len(pages)
+        # Causal within the segment: an earlier query sees the same pages up to its own.
+        for i in range(segments.start[n], last):
+            assert seen_pages(settings, S, i) == [p for p in pages if p <= i // S]
+
+
+@claims
+@given(
+    settings_(),
+    sizes,
+    st.integers(1, LONGEST),
+    st.integers(1, LONGEST),
+    st.sets(st.integers(1, LONGEST - 1)),
+    st.sets(st.integers(1, LONGEST - 1)),
+)
+def test_chunks_never_change_what_a_query_sees(settings, S, total, prompt, cuts, other_cuts):
+    planner = Planner(settings, S)
+
+    def in_chunks(cuts):
+        bounds = [0, *sorted(cut for cut in cuts if cut < total), total]
+        queries = []
+        for start, stop in itertools.pairwise(bounds):
+            # As the second row of a batch, behind a request that is done with its prefill.
+            segments = planner.plan(*batch([(30, 1, 30), (start, stop - start, prompt)]))
+            queries += [query[1:] for query in per_query(planner, segments)[1:]]
+        return queries
+
+    assert in_chunks(cuts) == in_chunks(other_cuts)
+
+
+@pytest.mark.parametrize("requests", [[], [(0, 0, 1)], [(7, 0, 3), (0, 0, 1), (64, 0, 64)]])
+@pytest.mark.parametrize("shortcut", [True, False])
+def test_a_batch_of_nothing_has_no_segments(requests, shortcut):
+    policy = parse("streaming_llm(sinks=1, window=1) + quest(budget=1)")
+    planner = Planner(Settings(policy=policy, shortcut=shortcut), 16)
+    columns = np.array(requests, np.int64).reshape(-1, 3).T
+    segments = planner.plan(columns[0], columns[0] + columns[1], columns[2])
+    assert len(segments.row) == 0
+    assert segments.untouched
+
+
+def test_dense_sees_everything_in_one_segment_a_phase():
+    planner = Planner(Settings(), 16)
+    segments = planner.plan(*batch([(0, 100, 60), (5, 0, 5), (99, 1, 1)]))
+    assert segments.untouched
+    assert segments.start.tolist() == [0, 60, 99]
+    assert segments.stop.tolist() == [60, 100, 100]
+    assert segments.decodes.tolist() == [False, True, True]
+
+
+def test_a_resumed_request_selects_behind_its_original_prompt():
+    """After a preemption, prompt and output come as one prefill; decoding selected before it."""
+    planner = Planner(Settings(policy=parse("quest(budget=48)")), 16)
+    segments = planner.plan(*batch([(0, 100, 70)]))
+    assert segments.start.tolist() == [0, *range(70, 100)]
+    assert segments.selects.tolist() == [False] + [True] * 30
+
+
+def test_where_keeps_the_segments_of_a_mask():
+    planner = Planner(Settings(policy=parse("quest(budget=48)")), 16)
+    segments = planner.plan(*batch([(0, 100, 97)]))
+    rest, selected = segments.where(~segments.selects), segments.where(segments.selects)
+    assert (rest.start.tolist(), rest.stop.tolist()) == ([0], [97])
+    assert selected.token.tolist() == selected.start.tolist() == [97, 98, 99]
+    assert selected.page_size == 16
+
+
+# What a request holds. Everything below asks about one request, whose queries come in order.
+
+evicting = settings_(policies=("streaming", "both"))
+
+
+@claims
+@given(settings_(), sizes, st.integers(0, LONGEST))
+def test_evictable_pages_are_those_that_no_later_query_sees(settings, S, processed):
+    planner = Planner(settings, S)
+    ranges = planner.evictable(processed)
+    pages = [page for first, last in ranges for page in range(first, last)]
+    assert all(first < last for first, last in ranges)
+    assert pages == sorted(set(pages))
+    later = range(processed, processed + 3 * S + 250)
+    unseen = [p for p in range(processed // S) if not any(sees(settings, S, i, p) for i in later)]
+    assert pages == unseen
+
+
+@claims
+@given(settings_(), sizes, st.integers(0, LONGEST))
+def test_needed_pages_are_those_that_a_later_query_sees(settings, S, tokens):
+    later = range(tokens, tokens + 3 * S + 250)
+    seen = [p for p in range(tokens // S) if any(sees(settings, S, i, p) for i in later)]
+    assert Planner(settings, S).needed(tokens).tolist() == seen
+
+
+@claims
+@given(settings_(), sizes, st.integers(0, LONGEST // 16), st.integers(0, LONGEST // 16))
+def test_a_page_that_a_prefix_needs_is_needed_by_every_longer_one_that_reaches_it_later(
+    settings, S, shorter, longer
+):
+    """What lets a lookup go from a missing page straight to the prefix that ends before it."""
+    planner = Planner(settings, S)
+    shorter, longer = sorted((shorter, longer))
+    for page in planner.needed(longer * S).tolist():
+        if page < shorter:
+            assert page in planner.needed(shorter * S)
+
+
+@claims
+@given(
+    evicting,
+    sizes,
+    st.integers(1, 100),
+    st.integers(1, LONGEST),
+)
+def test_most_pages_is_the_most_that_some_position_holds(settings, S, in_flight, max_tokens):
+    planner = Planner(settings, S)
+    most = 0
+    for processed in range(max_tokens):
+        written = -(-min(processed + in_flight, max_tokens) // S)
+        gone = {p for first, last in planner.evictable(processed) for p in range(first, last)}
+        most = max(most, len(set(range(written)) - gone))
+    assert planner.most_pages(in_flight, max_tokens) == most
+
+
+@claims
+@given(settings_(), sizes, st.integers(1, LONGEST))
+def test_width_holds_the_widest_selection_and_all_of_a_request_under_min_context(
+    settings, S, max_tokens
+):
+    planner = Planner(settings, S)
+    width = planner.width(max_tokens)
+    for i in range(max_tokens):
+        pages = len(seen_pages(settings, S, i))
+        read = pages if i < settings.min_context else min(pages, planner.keep)
+        assert read <= width
+    assert width <= -(-max_tokens // S)
+
+
+@given(st.integers(1, 10_000), sizes)
+def test_a_budget_is_rounded_up_to_whole_pages_and_at_least_three(budget, S):
+    keep = Planner(Settings(policy=parse(f"quest(budget={budget})")), S).keep
+    assert keep * S >= budget
+    assert keep == 3 or (keep - 1) * S < budget

@@ -1,0 +1,234 @@
+"""Choosing pages with policies as a third party would use them: public names only."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvplug import Planner, Selector, Settings, choose_pages, parse
+
+S = 16
+
+
+@dataclass
+class Cache:
+    """Random keys of a few requests in shuffled pages, their digests written chunk by chunk."""
+
+    keys: torch.Tensor  # [N, S, H, D]; NaN where nothing was written
+    digest: torch.Tensor  # [N, H, 2, D]
+    table: torch.Tensor  # [B, P], ids of no page beyond a request's own
+    lengths: list[int]
+
+    @property
+    def pages(self) -> torch.Tensor:
+        return torch.tensor([-(-length // S) for length in self.lengths], dtype=torch.int32)
+
+    def request(self, b: int) -> torch.Tensor:
+        """Keys of a request. -> [T, H, D]"""
+        pages = self.table[b, : self.pages[b]].long()
+        return self.keys[pages].flatten(0, 1)[: self.lengths[b]]
+
+
+def cache_of(lengths, digest, H=2, D=8, chunk=None, seed=0) -> Cache:
+    torch.manual_seed(seed)
+    counts = [-(-length // S) for length in lengths]
+    N, P = sum(counts) + 2, max(counts) + 2
+    ids = torch.randperm(N)[: sum(counts)].split(counts)
+    cache = Cache(
+        keys=torch.full((N, S, H, D), float("nan")),
+        digest=torch.full((N, H, 2, D), float("nan")),
+        table=torch.full((len(lengths), P), N + 7, dtype=torch.int32),
+        lengths=lengths,
+    )
+    for b, length in enumerate(lengths):
+        cache.table[b, : counts[b]] = ids[b]
+        keys = torch.randn(length, H, D)
+        slots = ids[b].repeat_interleave(S)[:length] * S + torch.arange(length) % S
+        cache.keys.flatten(0, 1)[slots] = keys
+        for part in torch.arange(length).split(chunk or length):
+            padding = slots.new_full((1,), -1)
+            written = torch.cat([slots[part], padding])
+            digest.update(cache.digest, torch.cat([keys[part], keys[:1]]), written, S)
+    return cache
+
+
+def choose(selector, cache, query, keep=None, width=None):
+    """Lists of logical pages, by request and head."""
+    keep = Planner(Settings(), S).keep if keep is None else keep
+    keep = torch.full((len(cache.lengths),), keep, dtype=torch.int32).minimum(cache.pages)
+    chosen, counts = choose_pages(
+        selector,
+        query,
+        cache.digest if selector.digest is not None else None,
+        cache.table,
+        cache.pages,
+        keep,
+        width=int(keep.max()) if width is None else width,
+        scale=query.shape[-1] ** -0.5,
+    )
+    return [
+        [head[:count].tolist() for head, count in zip(heads, numbers, strict=True)]
+        for heads, numbers in zip(chosen, counts.tolist(), strict=True)
+    ]
+
+
+def quest(**options) -> Selector:
+    line = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    selector = parse(f"quest({line})").selector
+    assert selector is not None
+    return selector
+
+
+lengths = st.lists(st.integers(3 * S + 1, 20 * S), min_size=1, max_size=3)
+groups = st.sampled_from([1, 2, 7])
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths, groups, st.sampled_from([None, 1, 5, S, 37]))
+def test_a_score_bounds_the_logits_of_every_key_of_its_page(lengths, G, chunk):
+    selector = quest()
+    cache = cache_of(lengths, selector.digest, chunk=chunk)
+    query = torch.randn(len(lengths), 2 * G, 8)
+    scores = selector.score(query, cache.digest, cache.table, cache.pages)
+    for b, length in enumerate(lengths):
+        logits = torch.einsum("hgd,thd->hgt", query[b].view(2, G, 8), cache.request(b))
+        for page in range(cache.pages[b]):
+            best = logits[..., page * S : min(length, (page + 1) * S)].amax((1, 2))
+            assert (scores[b, :, page] >= best - 1e-5).all()
+        assert (scores[b, :, cache.pages[b] :] == float("-inf")).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths, groups, st.integers(3, 8))
+def test_the_pages_that_score_highest_are_chosen_and_the_newest_always(lengths, G, keep):
+    selector = quest(budget=keep * S)
+    cache = cache_of(lengths, selector.digest)
+    query = torch.randn(len(lengths), 2 * G, 8)
+    scores = selector.score(query, cache.digest, cache.table, cache.pages)
+    for b, heads in enumerate(choose(selector, cache, query, keep)):
+        newest = int(cache.pages[b]) - 1
+        for h, chosen in enumerate(heads):
+            best = scores[b, h, :newest].topk(min(keep, newest + 1) - 1).indices.tolist()
+            assert chosen == sorted([*best, newest])
+
+
+def test_the_newest_page_is_chosen_though_it_scores_lowest():
+    selector = quest()
+    cache = cache_of([10 * S], selector.digest)
+    cache.digest[cache.table[0, 9].long()] = -100.0
+    query = torch.full((1, 2, 8), 1.0)
+    for chosen in choose(selector, cache, query, keep=3)[0]:
+        assert len(chosen) == 3
+        assert chosen[-1] == 9
+
+
+@settings(max_examples=20, deadline=None)
+@given(lengths, st.sampled_from([None, 1.0]))
+def test_the_whole_cache_as_budget_chooses_every_page(lengths, top_p):
+    selector = quest(top_p=top_p)
+    cache = cache_of(lengths, selector.digest)
+    query = torch.randn(len(lengths), 4, 8)
+    for b, heads in enumerate(choose(selector, cache, query, keep=1000)):
+        for chosen in heads:
+            if top_p is None:
+                assert chosen == list(range(cache.pages[b]))
+            else:  # what is left out is below the rounding of a sum in fp32
+                assert len(chosen) >= 3
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths, groups, st.floats(0.05, 0.99), st.integers(3, 30), st.sampled_from([1.0, 4.0, 20.0])
+)
+def test_a_selection_by_mass_stops_as_soon_as_the_mass_is_reached(lengths, G, top_p, keep, peaked):
+    selector = quest(top_p=top_p)
+    cache = cache_of(lengths, selector.digest)
+    query = torch.randn(len(lengths), 2 * G, 8) * peaked
+    scores = selector.score(query, cache.digest, cache.table, cache.pages) * 8**-0.5
+    for b, heads in enumerate(choose(selector, cache, query, keep)):
+        pages = int(cache.pages[b])
+        for h, chosen in enumerate(heads):
+            mass = scores[b, h, :pages].double().softmax(0)
+            assert chosen[-1] == pages - 1
+            assert min(3, pages) <= len(chosen) <= min(keep, pages)
+            if len(chosen) < min(keep, pages):
+                assert mass[chosen].sum() >= top_p - 1e-5
+            if len(chosen) > 3:
+                least = min(chosen[:-1], key=lambda page: mass[page])
+                assert mass[chosen].sum() - mass[least] < top_p + 1e-5
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_a_selection_narrower_than_the_least_reads_what_there_is(width):
+    """A short request where the shortcut is off, or a model of less than three pages."""
+    selector = quest()
+    cache = cache_of([width * S - 1], selector.digest)
+    query = torch.randn(1, 2, 8)
+    assert choose(selector, cache, query, keep=3, width=width) == [[list(range(width))] * 2]
+
+
+def test_heads_choose_for_themselves_and_their_group_together():
+    selector = quest()
+    cache = cache_of([12 * S], selector.digest, H=2, D=8)
+    cache.digest[:] = 0.0
+    table = cache.table[0].long()
+    cache.digest[table[2], 0, :, 0] = 5.0  # head 0 has its best page at 2
+    cache.digest[table[7], 1, :, 0] = 5.0  # head 1 at 7
+    query = torch.zeros(1, 6, 8)
+    query[0, [1, 5], 0] = 1.0  # one query head of each group asks
+    first, second = choose(selector, cache, query, keep=3)[0]
+    assert 2 in first
+    assert 2 not in second or second[:2] == [0, 2]
+    assert 7 in second
+    assert 7 not in first
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lottery(Selector):
+    """A third party's policy: pages by a hash of their number, nothing kept of the keys."""
+
+    name = "lottery"
+    reads = "budget"
+    paper = "none"
+
+    seed: int = 7
+
+    def score(self, query, digest, page_table, pages):
+        assert digest is None
+        column = torch.arange(page_table.shape[1])
+        drawn = ((column + 1) * 2654435761 * self.seed % 1009).float()
+        scores = drawn.expand(len(pages), 2, -1).clone()
+        return scores.masked_fill(column >= pages[:, None, None], float("-inf"))
+
+
+@settings(max_examples=20, deadline=None)
+@given(lengths, st.integers(1, 20))
+def test_a_selector_of_a_third_party_needs_nothing_but_a_score(lengths, budget):
+    selector = Lottery(budget=budget * S)
+    cache = cache_of(lengths, quest().digest)
+    keep = selector.pages(S)
+    assert keep == budget
+    query = torch.randn(len(lengths), 4, 8)
+    scores = selector.score(query, None, cache.table, cache.pages)
+    for b, heads in enumerate(choose(selector, cache, query, keep)):
+        newest = int(cache.pages[b]) - 1
+        for chosen in heads:
+            best = scores[b, 0, :newest].topk(min(keep, newest + 1) - 1).indices.tolist()
+            assert chosen == sorted([*best, newest])
+    assert choose(selector, cache, query, keep) == choose(selector, cache, query, keep)
+    assert str(selector) == f"lottery(budget={budget * S}, seed=7)"
+
+
+def test_choosing_never_touches_pages_that_are_not_the_requests_own():
+    """The table beyond a request holds ids of no page; foreign digests are NaN."""
+    selector = quest()
+    cache = cache_of([4 * S + 3, 20 * S], selector.digest)
+    written = cache.table[1, :20].long()
+    others = torch.ones(len(cache.digest), dtype=torch.bool)
+    others[written] = False
+    query = torch.randn(2, 4, 8)
+    before = choose(selector, cache, query, keep=5)[1]
+    cache.digest[others] = float("nan")
+    assert choose(selector, cache, query, keep=5)[1] == before

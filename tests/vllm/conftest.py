@@ -1,0 +1,214 @@
+"""Real engines in this process: scheduler, worker and test share it, so a test may look inside."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before vLLM or torch start a thread: in one process the engine would bind to a single core.
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    OMP_NUM_THREADS="1",
+    HF_HUB_OFFLINE="1",
+    VLLM_NO_USAGE_STATS="1",
+)
+
+ROOT = Path(__file__).parents[2]
+MiB = 1 << 20
+
+
+class Engine:
+    """A vLLM engine and what a test asks of it. Greedy, fp32, eager, page size 32, chunk 256."""
+
+    def __init__(self, model: Path, kvplug: dict[str, Any] | None, **options: Any) -> None:
+        from vllm import LLM
+
+        if kvplug is not None:
+            options = {
+                "attention_backend": "kvplug",
+                "additional_config": {"kvplug": kvplug},
+                **options,
+            }
+        self.llm = LLM(
+            str(model),
+            **{
+                "dtype": "float32",
+                "enforce_eager": True,
+                "block_size": 32,
+                "max_num_batched_tokens": 256,
+                "max_num_seqs": 8,
+                "max_model_len": 4096,
+                "kv_cache_memory_bytes": 256 * MiB,
+                "skip_tokenizer_init": True,
+                "disable_log_stats": False,
+                "seed": 0,
+                **options,
+            },
+        )
+        self.config = self.llm.llm_engine.vllm_config
+
+    @property
+    def scheduler(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core.scheduler
+
+    @property
+    def pool(self) -> Any:
+        return self.scheduler.kv_cache_manager.block_pool
+
+    @property
+    def free_blocks(self) -> int:
+        return self.pool.get_num_free_blocks()
+
+    @property
+    def layers(self) -> dict[str, Any]:
+        return self.config.compilation_config.static_forward_context
+
+    @property
+    def impls(self) -> list[Any]:
+        return [layer.impl for layer in self.layers.values()]
+
+    @property
+    def selected(self) -> list[int]:
+        """Queries that went through a selection, per layer."""
+        return [impl.selected_queries for impl in self.impls]
+
+    @property
+    def builders(self) -> list[Any]:
+        runner = self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
+        groups = runner.worker.model_runner.attn_groups
+        return [group.get_metadata_builder() for groups_ in groups for group in groups_]
+
+    def without_shortcut(self) -> None:
+        """From now on everything goes through selection and rewritten tables."""
+        from kvplug import Planner
+
+        for builder in self.builders:
+            if builder.planner is not None:
+                settings = replace(builder.planner.settings, shortcut=False)
+                builder.planner = Planner(settings, builder.planner.page_size)
+
+    def generate(
+        self, prompts: list[list[int]], tokens: int = 16, **sampling: Any
+    ) -> list[list[int]]:
+        """All prompts at once -> output tokens each."""
+        return [list(o.outputs[0].token_ids) for o in self.run(prompts, tokens, **sampling)]
+
+    def run(self, prompts: list[list[int]], tokens: int = 16, **sampling: Any) -> list[Any]:
+        from vllm import SamplingParams
+
+        sampling = {"temperature": 0, "ignore_eos": True, "detokenize": False, **sampling}
+        parameters = SamplingParams(max_tokens=tokens, **sampling)
+        return self.llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False
+        )
+
+    def poison(self, freed: bool) -> list[int]:
+        """Spoil blocks as they are handed out; with ``freed`` (no prefix cache) as they return too.
+
+        NaN for what is free, a large number for what is new: the stock kernel multiplies the
+        unwritten rest of a page by zero. Returns the ids of blocks that returned while their
+        request lived on, appended to as it happens.
+        """
+        caches = {layer.kv_cache.data_ptr(): layer.kv_cache for layer in self.layers.values()}
+        pool, scheduler = self.pool, self.scheduler
+        new_blocks, free_blocks = pool.get_new_blocks, pool.free_blocks
+        returned: list[int] = []
+
+        def spoil(blocks: list[Any], value: float) -> None:
+            for cache in caches.values():
+                size = cache.stride(0)
+                for block in blocks:  # its tokens and its digest
+                    start = cache.storage_offset() + block.block_id * size
+                    cache.as_strided((size,), (1,), start).fill_(value)
+
+        def get_new_blocks(count: int) -> list[Any]:
+            blocks = new_blocks(count)
+            spoil(blocks, 1e4)
+            return blocks
+
+        def free(ordered: Any) -> None:
+            blocks = list(ordered)
+            free_blocks(blocks)
+            gone = [block for block in blocks if block.ref_cnt == 0 and not block.is_null]
+            if scheduler.running:
+                returned.extend(block.block_id for block in gone)
+            if freed:
+                spoil(gone, float("nan"))
+
+        pool.get_new_blocks, pool.free_blocks = get_new_blocks, free
+        return returned
+
+    def forget(self) -> None:
+        """Empty the prefix cache."""
+        assert self.llm.reset_prefix_cache()
+
+
+@contextlib.contextmanager
+def start(model: Path, kvplug: dict[str, Any] | None = None, **options: Any) -> Iterator[Engine]:
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    engine = Engine(model, kvplug, **options)
+    try:
+        yield engine
+    finally:
+        engine.llm.llm_engine.engine_core.shutdown()
+        del engine.llm, engine
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+@pytest.fixture(scope="session")
+def engine() -> Callable[..., contextlib.AbstractContextManager[Engine]]:
+    """Start an engine: ``with engine(model, {"policy": "dense"}) as stock: ...``"""
+    return start
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    folder = ROOT / ".models" / "smollm2"
+    assert folder.exists(), "SmolLM2 is not built; run `make models`"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recall() -> Path:
+    folder = ROOT / ".models" / "recall"
+    assert folder.exists(), "the recall model is not built; run `make models`"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A tiny random Llama of the given shape, built once a session."""
+    from kvplug_evals.models.random_llama import build_random_llama
+
+    built: dict[tuple[Any, ...], Path] = {}
+
+    def build(**shape: Any) -> Path:
+        key = tuple(sorted(shape.items()))
+        if key not in built:
+            built[key] = tmp_path_factory.mktemp("model") / "llama"
+            build_random_llama(built[key], **shape)
+        return built[key]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def prompts() -> Callable[..., list[list[int]]]:
+    """Random prompts of the given lengths."""
+    import random
+
+    def make(*lengths: int, vocab: int = 512, seed: int = 0) -> list[list[int]]:
+        source = random.Random(seed)
+        return [[source.randrange(vocab) for _ in range(length)] for length in lengths]
+
+    return make

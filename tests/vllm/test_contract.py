@@ -1,0 +1,496 @@
+"""What ``kvplug_vllm`` leans on in vLLM without a promise. Each claim names what to look at."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import pickle
+import subprocess
+import sys
+import tomllib
+from dataclasses import fields
+from importlib.metadata import EntryPoint, version
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+import kvplug_vllm
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+VLLM = version("vllm")
+MOVED = f"vLLM {VLLM} moved what kvplug leans on"
+
+
+def parameters(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+@pytest.fixture(scope="module")
+def fresh() -> dict[str, str]:
+    """What a process finds that unpickles the backend's name before it has loaded plugins, and
+    then imports our cache specs before anything has asked vLLM for its own."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    kvplug_vllm.register()
+    code = """
+import os, pickle
+member = pickle.loads(bytes.fromhex(os.environ["PICKLED"]))["backend"]
+import torch
+from vllm.v1 import kv_cache_spec_registry
+before = len(kv_cache_spec_registry._REGISTRY_KVCACHESPEC_LIST)
+import kvplug_vllm.cache
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+shape = dict(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32)
+manager = kv_cache_spec_registry.KVCacheSpecRegistry.get_manager_class
+found = dict(
+    name=member.name,
+    path=member.get_path(),
+    specs_before=str(before),
+    full=manager(FullAttentionSpec(**shape)).__name__,
+    windowed=manager(SlidingWindowSpec(**shape, sliding_window=8)).__name__,
+)
+with os.fdopen(int(os.environ["OUT"]), "wb") as out:
+    pickle.dump(found, out)
+"""
+    pickled = pickle.dumps({"backend": AttentionBackendEnum["KVPLUG"]})
+    reader, writer = os.pipe()
+    python = subprocess.Popen(
+        [sys.executable, "-c", code],
+        pass_fds=[writer],
+        env={**os.environ, "OUT": str(writer), "PICKLED": pickled.hex()},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=ROOT,
+    )
+    os.close(writer)
+    log, _ = python.communicate(timeout=120)
+    with os.fdopen(reader, "rb") as out:
+        written = out.read()
+    assert python.returncode == 0, log.decode()
+    return pickle.loads(written)
+
+
+def source_of(module: str) -> ast.Module:
+    """The source of a module that may not import on this machine."""
+    spec = find_spec(module)
+    assert spec is not None, f"{MOVED}: there is no module {module}"
+    assert spec.origin is not None
+    return ast.parse(Path(spec.origin).read_text())
+
+
+def assigned_attributes(tree: ast.Module, class_name: str) -> set[str]:
+    """Names set on ``self`` anywhere in a class."""
+    (found,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name]
+    return {
+        node.attr
+        for node in ast.walk(found)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+    }
+
+
+def test_the_installed_vllm_is_one_that_we_say_we_support():
+    (wanted,) = PROJECT["optional-dependencies"]["vllm"]
+    supported = Requirement(wanted).specifier
+    assert str(supported) == "<0.33,>=0.32"
+    assert supported.contains(Version(VLLM).base_version), (
+        f"vLLM {VLLM} is outside {supported}: go through kvplug_vllm/compat.py, then widen "
+        "pyproject.toml and this test"
+    )
+
+
+# The scheduler's side: cache.py.
+
+
+def test_the_managers_hooks_have_the_parameters_that_ours_have():
+    from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+
+    from kvplug_vllm.cache import EvictingManager
+
+    for name in ("remove_skipped_blocks", "find_longest_cache_hit"):
+        theirs = parameters(getattr(SingleTypeKVCacheManager, name))
+        ours = parameters(getattr(EvictingManager, name))
+        assert theirs == ours, f"{MOVED}: {name}{theirs}; see EvictingManager in cache.py"
+    assert parameters(SingleTypeKVCacheManager._remove_blocks_in_range) == [
+        "self",
+        "request_id",
+        "first_block",
+        "last_block",
+    ], f"{MOVED}: _remove_blocks_in_range; see EvictingManager.remove_skipped_blocks"
+    needed = {"request_id", "num_tokens", "new_computed_blocks", "apply_admission_cap"}
+    assert needed <= set(parameters(SingleTypeKVCacheManager.get_num_blocks_to_allocate)), (
+        f"{MOVED}: get_num_blocks_to_allocate, which holds admissions to spec.max_blocks"
+    )
+    assert "max_admission_blocks_per_request" in parameters(SingleTypeKVCacheManager.__init__), (
+        f"{MOVED}: the admission cap; see EvictingManager.__init__"
+    )
+
+
+def test_blocks_are_hashed_at_the_size_that_a_lookup_asks_for():
+    from vllm.v1.core.kv_cache_utils import resolve_block_hashes
+
+    needed = {"supports_fine_grained_hash_lookup", "alignment_tokens"}
+    assert needed <= set(parameters(resolve_block_hashes)), f"{MOVED}: resolve_block_hashes"
+
+
+def test_the_spec_can_be_rebuilt_as_ours():
+    import torch
+    from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace_as
+
+    from kvplug_vllm.cache import EvictingSpec, EvictionSettings
+
+    full = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=8, dtype=torch.float32)
+    dropped = {f.name for f in fields(FullAttentionSpec)} - {f.name for f in fields(AttentionSpec)}
+    assert dropped == {"sliding_window", "attention_chunk_size", "non_causal"}, (
+        f"{MOVED}: FullAttentionSpec now has {sorted(dropped)}; see customize_spec in cache.py"
+    )
+    ours = replace_as(
+        full,
+        EvictingSpec,
+        drop=dropped,
+        settings=EvictionSettings(policy="streaming_llm", min_context=0, protect=()),
+        max_blocks=3,
+    )
+    assert pickle.loads(pickle.dumps(ours)) == ours
+    assert hash(pickle.loads(pickle.dumps(ours))) == hash(ours)
+    assert ours.page_size_bytes == full.page_size_bytes
+
+
+def test_vllms_own_specs_keep_their_managers_when_ours_comes_first(fresh):
+    assert fresh["specs_before"] == "0"
+    assert (fresh["full"], fresh["windowed"]) == (
+        "FullAttentionManager",
+        "SlidingWindowManager",
+    ), f"{MOVED}: KVCacheSpecRegistry; see compat.ensure_builtin_specs"
+
+
+def test_the_registry_still_registers_only_into_an_empty_list():
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    source = inspect.getsource(KVCacheSpecRegistry._ensure_registered)
+    assert "if _REGISTRY_KVCACHESPEC_LIST:" in source, (
+        f"vLLM {VLLM} tracks its own registration: delete compat.ensure_builtin_specs"
+    )
+
+
+# The name KVPLUG: __init__.py.
+
+
+def test_a_backend_may_have_a_name_of_its_own():
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    assert parameters(register_backend)[:2] == ["backend", "class_path"], f"{MOVED}: its registry"
+    kvplug_vllm.register()
+    member = AttentionBackendEnum["KVPLUG"]
+    assert member.get_path() == "kvplug_vllm.backend.KVPlugBackend"
+
+
+def test_registering_twice_changes_nothing_more():
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    kvplug_vllm.register()
+    members = list(AttentionBackendEnum)
+    choose = type(current_platform).get_attn_backend_cls.__func__
+    kvplug_vllm.register()
+    assert list(AttentionBackendEnum) == members
+    assert type(current_platform).get_attn_backend_cls.__func__ is choose
+
+
+def test_the_backends_name_unpickles_in_a_process_that_has_not_loaded_plugins(fresh):
+    assert (fresh["name"], fresh["path"]) == ("KVPLUG", "kvplug_vllm.backend.KVPlugBackend")
+
+
+def test_the_backends_name_survives_copies_as_itself():
+    import copy
+
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    kvplug_vllm.register()
+    member = AttentionBackendEnum["KVPLUG"]
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        assert pickle.loads(pickle.dumps(member, protocol)) is member
+    assert copy.deepcopy({"backend": member})["backend"] is member
+    stock = AttentionBackendEnum["CPU_ATTN"]
+    assert pickle.loads(pickle.dumps(stock)) is stock
+
+
+# The platform: compat.honour_selection and platform.py.
+
+
+def stock_cpu_platform():
+    from vllm.platforms.cpu import CpuPlatform
+
+    choose = CpuPlatform.__dict__["get_attn_backend_cls"]
+    assert not hasattr(choose.__func__, "_kvplug"), (
+        "the stock platform was patched, not subclassed"
+    )
+    return CpuPlatform
+
+
+def selector_config(**changes):
+    return SimpleNamespace(**{"use_sparse": False, "use_mla": False, **changes})
+
+
+def test_the_stock_cpu_platform_still_ignores_the_choice_of_a_backend():
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    kvplug_vllm.register()
+    chosen = stock_cpu_platform().get_attn_backend_cls(
+        AttentionBackendEnum["KVPLUG"], selector_config()
+    )
+    assert "kvplug" not in chosen, (
+        f"vLLM {VLLM} honours --attention-backend on the CPU: delete kvplug_vllm/platform.py, "
+        "kvplug_vllm.platform() and its entry point, compat.honour_selection and select_backend; "
+        "move the call of refuse() from check_and_update_config to the attention layers' alone"
+    )
+
+
+def test_our_platform_honours_it_and_is_the_stock_one_otherwise():
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from kvplug_vllm.platform import KVPlugCpuPlatform
+
+    kvplug_vllm.register()
+    for backend in (None, AttentionBackendEnum["CPU_ATTN"]):
+        assert KVPlugCpuPlatform.get_attn_backend_cls(
+            backend, selector_config()
+        ) == stock_cpu_platform().get_attn_backend_cls(backend, selector_config())
+    assert parameters(KVPlugCpuPlatform.get_attn_backend_cls) == parameters(
+        stock_cpu_platform().get_attn_backend_cls
+    ), f"{MOVED}: get_attn_backend_cls; see compat.honour_selection and platform.py"
+
+
+((_name, _value),) = PROJECT["entry-points"]["vllm.platform_plugins"].items()
+PLATFORM = EntryPoint(_name, _value, "vllm.platform_plugins")
+
+
+def entry_points_with(monkeypatch, *others: tuple[str, str]) -> None:
+    import importlib.metadata
+
+    found = [EntryPoint(*other, "") for other in (*others, (PLATFORM.name, PLATFORM.value))]
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: found)
+
+
+def test_the_entry_points_name_callables_also_after_the_platform_was_imported():
+    import kvplug_vllm.platform  # noqa: F401
+
+    for group in ("general_plugins", "platform_plugins", "logits_processors"):
+        for name, value in PROJECT["entry-points"][f"vllm.{group}"].items():
+            loaded = EntryPoint(name, value, "").load()
+            assert callable(loaded), f"{value} is {loaded}: a submodule took the function's name"
+
+
+def test_our_platform_is_active_on_the_cpu_alone(monkeypatch):
+    import vllm.platforms
+
+    entry_points_with(monkeypatch)
+    assert PLATFORM.load()().endswith(".KVPlugCpuPlatform")
+    monkeypatch.setattr(vllm.platforms, "cpu_platform_plugin", lambda: None)
+    assert PLATFORM.load()() is None
+
+
+def test_our_platform_makes_way_for_another_one(monkeypatch):
+    entry_points_with(monkeypatch, ("ascend", "vllm_ascend:register"))
+    assert PLATFORM.load()() is None
+
+
+# The worker's side: attention.py, router.py, compat.py.
+
+
+def test_the_steps_metadata_has_what_a_plan_reads_and_rewrites():
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    used = {
+        "query_start_loc", "query_start_loc_cpu", "seq_lens", "num_reqs", "num_actual_tokens",
+        "max_query_len", "max_seq_len", "block_table_tensor", "slot_mapping", "positions",
+        "is_prefilling", "seq_lens_cpu_upper_bound", "req_idx", "_num_computed_tokens_cache",
+        "_token_to_req_indices_cache",
+    }  # fmt: skip
+    missing = used - {f.name for f in fields(CommonAttentionMetadata)}
+    assert not missing, f"{MOVED}: CommonAttentionMetadata lacks {sorted(missing)}"
+
+
+@pytest.mark.parametrize("req_idx, rows", [(None, [0, 1, 2]), (np.array([4, 0, 2, 9]), [4, 0, 2])])
+def test_rows_are_slots_where_the_runner_names_them(req_idx, rows):
+    from kvplug_vllm import compat
+
+    common = SimpleNamespace(req_idx=req_idx, num_reqs=3)
+    assert compat.request_rows(common).tolist() == rows
+
+
+def test_the_stock_builders_and_impls_keep_their_head_counts_under_the_names_we_set():
+    cpu = source_of("vllm.v1.attention.backends.cpu_attn")
+    flash = source_of("vllm.v1.attention.backends.flash_attn")
+    for tree, cls, names in (
+        (cpu, "CPUAttentionMetadataBuilder", {"num_heads", "num_kv_heads"}),
+        (flash, "FlashAttentionMetadataBuilder", {"num_heads_q", "num_heads_kv"}),
+        (cpu, "CPUAttentionBackendImpl", {"num_heads", "num_kv_heads", "num_queries_per_kv"}),
+        (flash, "FlashAttentionImpl", {"num_heads", "num_kv_heads", "num_queries_per_kv"}),
+    ):
+        missing = names - assigned_attributes(tree, cls)
+        assert not missing, (
+            f"{MOVED}: {cls} has no {sorted(missing)}; see compat.single_head_builder and "
+            "compat.single_head_impl"
+        )
+
+
+def test_the_fused_write_of_keys_can_still_be_declined():
+    from vllm.v1.attention.backend import AttentionImpl
+
+    assert hasattr(AttentionImpl, "fused_rope_kvcache_supported"), (
+        f"{MOVED}: keys may be written past do_kv_cache_update; see PlannedImpl"
+    )
+
+
+def test_layers_have_the_number_in_their_name():
+    from kvplug_vllm import compat
+
+    assert compat.layer_index("model.layers.7.self_attn.attn") == 7
+
+
+def test_padding_lies_at_the_end_of_a_page():
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, compute_layout_strides
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+
+    from kvplug_vllm import compat
+
+    heads, D, S, rows, pages = 3, 8, 16, 2, 5
+    digest = rows * heads * D
+    spec = FullAttentionSpec(
+        block_size=S,
+        num_kv_heads=heads,
+        head_size=D,
+        dtype=torch.float32,
+        page_size_padded=4 * (heads * S * 2 * D + digest),
+    )
+    strides = compute_layout_strides(spec, pages, 1, KVCacheLayout.LBHNC)
+    memory = torch.arange(pages * spec.page_size_bytes // 4, dtype=torch.float32)
+    cache = memory.as_strided(
+        (pages, heads, S, 2 * D), [*(stride // 4 for stride in strides[1:4]), 1]
+    )
+    tail = compat.page_tail(cache, rows, D)
+    assert tail.shape == (pages, heads, rows, D)
+    both = torch.cat([cache.flatten(1), tail.flatten(1)], 1)
+    assert both.flatten().tolist() == memory.tolist(), (
+        f"{MOVED}: page_size_padded; see compat.page_tail"
+    )
+
+
+def router_of(*rest, backend="KVPLUG"):
+    from kvplug_vllm.router import Router
+
+    config = SimpleNamespace(
+        attention_config=SimpleNamespace(backend=backend and SimpleNamespace(name=backend)),
+        scheduler_config=SimpleNamespace(max_num_seqs=4),
+    )
+    return Router(config, *rest), config
+
+
+def test_the_router_is_a_logits_processor_of_both_model_runners():
+    import torch
+    from vllm.v1.sample.logits_processor import LogitsProcessor as V1
+    from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2
+
+    from kvplug_vllm.router import Router
+
+    assert issubclass(Router, V1)
+    assert issubclass(Router, V2)
+    assert not Router.__abstractmethods__, (
+        f"{MOVED}: a processor now needs {Router.__abstractmethods__}"
+    )
+    assert parameters(V1.__init__) == ["self", "vllm_config", "device", "is_pin_memory"]
+    assert parameters(V2.__init__) == ["self", "vllm_config", "req_states"]
+    logits = torch.ones(2, 3)
+    for router in (router_of(torch.device("cpu"), False)[0], router_of(SimpleNamespace())[0]):
+        assert router.is_argmax_invariant()
+        assert router.apply(logits) is router.apply(logits, SimpleNamespace()) is logits
+        assert not router.add_request(0, SimpleNamespace())
+        router.apply_staged_writes()
+
+
+def test_model_runner_v2_takes_the_router_from_its_entry_point():
+    from vllm.v1.worker.gpu.sample.logits_processor import loader
+
+    from kvplug_vllm.router import Router
+
+    assert loader.LOGITSPROCS_GROUP == "vllm.logits_processors"
+    assert loader._load_v2_logitsprocs_by_fqcns(["kvplug_vllm.router:Router"]) == [Router]
+
+
+def test_the_router_follows_the_rows_of_model_runner_v1():
+    import torch
+    from vllm.v1.sample.logits_processor.interface import (
+        AddedRequest,
+        BatchUpdate,
+        MoveDirectionality,
+    )
+
+    from kvplug_vllm.router import UNKNOWN, Router
+
+    assert len(AddedRequest.__args__) == 4, f"{MOVED}: AddedRequest; see Router.update_state"
+    router, config = router_of(torch.device("cpu"), False)
+
+    def prompts():
+        common = SimpleNamespace(req_idx=None, num_reqs=4)
+        return Router.prompts(config, common).tolist()
+
+    def update(removed=(), added=(), moved=()):
+        added = [(row, None, [0] * length, []) for row, length in added]
+        router.update_state(BatchUpdate(4, list(removed), added, list(moved)))
+
+    assert prompts() == [UNKNOWN] * 4
+    update(added=[(0, 5), (1, 6), (2, 7)])
+    assert prompts() == [5, 6, 7, UNKNOWN]
+    router.update_state(None)
+    update(removed=[0], moved=[(2, 0, MoveDirectionality.UNIDIRECTIONAL)])
+    assert prompts() == [7, 6, UNKNOWN, UNKNOWN]
+    update(removed=[1], added=[(1, 9)], moved=[(0, 1, MoveDirectionality.SWAP)])
+    assert prompts() == [9, 7, UNKNOWN, UNKNOWN]
+
+
+def test_the_router_reads_the_slots_of_model_runner_v2():
+    from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcRequestState
+
+    from kvplug_vllm.router import UNKNOWN, Router
+
+    assert "prompt_len" in {f.name for f in fields(LogitsProcRequestState)}, (
+        f"{MOVED}: LogitsProcRequestState; see Router.prompts"
+    )
+    states = SimpleNamespace(prompt_len=SimpleNamespace(np=np.array([5, 6, 7, 8], np.int32)))
+    _, config = router_of(states)
+    common = SimpleNamespace(req_idx=np.array([3, 0, 4]), num_reqs=3)
+    assert Router.prompts(config, common).tolist() == [8, 5, UNKNOWN]
+    assert Router.prompts(SimpleNamespace(), common).tolist() == [UNKNOWN] * 3
+
+
+def test_a_router_of_an_engine_without_kvplug_does_nothing():
+    import torch
+    from vllm.v1.sample.logits_processor.interface import BatchUpdate
+
+    from kvplug_vllm.router import UNKNOWN, Router
+
+    for backend in (None, "CPU_ATTN"):
+        router, config = router_of(torch.device("cpu"), False, backend=backend)
+        router.update_state(BatchUpdate(1, [], [(0, None, None, [])], []))
+        common = SimpleNamespace(req_idx=None, num_reqs=1)
+        assert Router.prompts(config, common).tolist() == [UNKNOWN]
+
+
+def test_a_prompt_of_embeddings_has_a_length_or_is_refused():
+    """Model Runner V1 hands over no token ids for it; with the policy dense nothing refuses it."""
+    import torch
+    from vllm.v1.sample.logits_processor.interface import BatchUpdate
+
+    router, _ = router_of(torch.device("cpu"), False)
+    router.update_state(BatchUpdate(1, [], [(0, None, None, [])], []))

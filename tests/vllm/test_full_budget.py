@@ -1,0 +1,84 @@
+"""With the whole cache as budget every policy is the stock engine, token for token."""
+
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+POLICIES = [
+    "dense",
+    "quest(budget=8192)",
+    "quest(budget=8192, top_p=1.0, dense_layers=0)",
+    "streaming_llm(sinks=4, window=8192)",
+    "streaming_llm(sinks=40, window=8192) + quest(budget=8192, dense_layers=0)",
+]
+MODELS = ["smollm2", "recall"]
+
+
+def conversation(model: Path) -> tuple[list[list[int]], list[list[int]]]:
+    """A ragged batch that shares a prefix, and the same requests a turn later."""
+    if model.name == "recall":
+        from kvplug_evals.models.recall import recall_prompt
+
+        asked = recall_prompt(1500, 64, 4, seed=3, hops=4)
+        first = [
+            [*asked.tokens[:cut], question]
+            for cut, question in zip((1500, 1500, 700, 33), asked.questions, strict=True)
+        ]
+    else:
+        import pydoc_data.topics
+
+        from transformers import AutoTokenizer
+
+        text = "".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+        ids = AutoTokenizer.from_pretrained(model)(text[:12000])["input_ids"]
+        first = [ids[:900], ids[:700] + ids[1500:1600], ids[2000:2031], ids[:1]]
+    return first, [prompt + first[0][:50] for prompt in first]
+
+
+def turns(engine, model):
+    first, second = conversation(model)
+    return engine.generate(first, 12), engine.generate(second, 12)
+
+
+@pytest.fixture(scope="module")
+def stock(engine, request):
+    """Tokens of the stock engine, by model."""
+    answers = {}
+
+    def of(model: Path):
+        if model not in answers:
+            with engine(model) as plain:
+                answers[model] = turns(plain, model)
+                plain.forget()
+                first = conversation(model)[0]
+                solo = [plain.generate([prompt], 12)[0] for prompt in first]
+                same = sum(a == b for a, b in zip(solo, answers[model][0], strict=True))
+                print(f"stock {model.name}: solo equals batch for {same} of {len(solo)} requests")
+        return answers[model]
+
+    return of
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", MODELS)
+def test_full_budget_equals_stock(engine, stock, request, name, policy):
+    model = request.getfixturevalue(name)
+    expected = stock(model)
+    with engine(model, {"policy": policy}) as planned:
+        assert turns(planned, model) == expected
+        assert not any(planned.selected), "nothing to select: the stock path serves it"
+        cached = planned.run([conversation(model)[1][0]], 1)[0].num_cached_tokens
+        assert cached >= len(conversation(model)[0][0]) // 32 * 32, "the prefix cache is on"
+
+        planned.forget()
+        planned.without_shortcut()
+        assert turns(planned, model) == expected
+        decoded = 2 * 4 * 11
+        if "quest" in policy:
+            dense_layers = 0 if "dense_layers=0" in policy else 2
+            if name == "recall" and dense_layers:
+                return  # a model of two layers: both are dense
+            layers = len(planned.selected)
+            assert planned.selected == [0] * dense_layers + [decoded] * (layers - dense_layers)

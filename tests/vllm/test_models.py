@@ -1,0 +1,83 @@
+"""Models that are not one plain Llama on one device."""
+
+from __future__ import annotations
+
+import pytest
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+FULL = ["dense", "quest(budget=4096, dense_layers=0)", "streaming_llm(sinks=4, window=4096)"]
+SMALL = [
+    "quest(budget=96, dense_layers=0)",
+    "streaming_llm(sinks=4, window=100)",
+    "streaming_llm(sinks=40, window=150) + quest(budget=96, dense_layers=0)",
+]
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    """Two windowed layers and two global ones, interleaved."""
+    from kvplug_evals.models.random_llama import build_random_gemma3
+
+    folder = tmp_path_factory.mktemp("model") / "gemma"
+    build_random_gemma3(folder)
+    return folder
+
+
+def turns(engine, prompts):
+    first = prompts(600, 430, 33, 1)
+    second = [prompt + first[1][:90] for prompt in first]
+    return engine.generate(first, 12), engine.generate(second, 12)
+
+
+def test_windowed_layers_stay_stock_and_global_ones_are_planned(engine, gemma, prompts):
+    with engine(gemma) as stock:
+        expected = turns(stock, prompts)
+    for policy in FULL:
+        with engine(gemma, {"policy": policy}) as planned:
+            assert [impl.planned for impl in planned.impls] == [False, True, False, True]
+            assert turns(planned, prompts) == expected
+            planned.forget()
+            planned.without_shortcut()
+            assert turns(planned, prompts) == expected
+            if "quest" in policy:
+                decoded = 2 * 4 * 11
+                assert planned.selected == [0, decoded, 0, decoded]
+
+
+@pytest.mark.parametrize("policy", SMALL)
+def test_small_budgets_beside_windowed_layers_answer_as_alone(engine, gemma, prompts, policy):
+    batch = prompts(600, 430, 33, 1)
+    with engine(gemma, {"policy": policy}) as planned:
+        alone = []
+        for prompt in batch:
+            planned.forget()
+            alone += planned.generate([prompt], 12)
+        planned.forget()
+        free = planned.free_blocks
+        assert planned.generate(batch, 12) == alone
+        assert planned.generate(batch, 12) == alone, "from the prefix cache"
+        planned.forget()
+        assert planned.free_blocks == free
+
+
+def test_two_ranks_answer_as_one(random_llama, prompts, tmp_path):
+    """8 query and 2 KV heads: each rank selects for one KV head, and counts agree."""
+    import json
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    model = random_llama(heads=8, kv_heads=2)
+    script = Path(__file__).with_name("two_ranks.py")
+    jobs = {"policies": ["dense", *SMALL], "prompts": prompts(600, 430, 33, 1), "tokens": 12}
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    answers = []
+    for ranks in (1, 2):
+        output = tmp_path / f"{ranks}.json"
+        command = [sys.executable, script, model, tmp_path / "jobs.json", str(ranks), output]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        answers.append(json.loads(output.read_text()))
+    assert answers[0] == answers[1]
+    assert answers[0]["dense"] != answers[0][SMALL[0]], "the budget was small enough to matter"

@@ -1,0 +1,169 @@
+"""Below the full budget: what is read is what a slow, plain definition reads, in the engine."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+
+SHAPES = [
+    # query heads, KV heads, head dim, page size, dtype
+    (3, 3, 64, 32, "float32"),
+    (9, 3, 64, 32, "float32"),
+    (7, 1, 32, 64, "bfloat16"),
+    (8, 1, 128, 128, "float16"),
+    (8, 2, 64, 64, "bfloat16"),
+    (14, 2, 80, 32, "float32"),
+    (4, 2, 96, 32, "bfloat16"),
+    (2, 1, 256, 32, "float32"),
+]
+
+
+class Shadow:
+    """Keys and values by layer and slot as the model made them, and a check of every selection.
+
+    The engine's own pages are packed by its kernel, so the truth is kept beside them.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from kvplug_vllm import attention
+
+        self.keys: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
+        self.values: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
+        self.checked = 0
+        self.spared = 0
+        stock_update = attention.PlannedImpl.do_kv_cache_update
+        stock_selected = attention.PlannedImpl._selected
+        stock_choose = attention.choose_pages
+        chosen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def update(impl, layer, key, value, kv_cache, slot_mapping):
+            stock_update(impl, layer, key, value, kv_cache, slot_mapping)
+            for token, slot in enumerate(slot_mapping.tolist()):
+                if slot >= 0:
+                    self.keys[layer.layer_name][slot] = key[token].float().clone()
+                    self.values[layer.layer_name][slot] = value[token].float().clone()
+
+        def choose(*args, **kwargs):
+            chosen.append(stock_choose(*args, **kwargs))
+            return chosen[-1]
+
+        def selected(impl, layer, query, kv_cache, step, output):
+            stock_selected(impl, layer, query, kv_cache, step, output)
+            self.check(impl, layer.layer_name, query, kv_cache, step, output, *chosen.pop())
+
+        monkeypatch.setattr(attention.PlannedImpl, "do_kv_cache_update", update)
+        monkeypatch.setattr(attention.PlannedImpl, "_selected", selected)
+        monkeypatch.setattr(attention, "choose_pages", choose)
+
+    def check(self, impl, name, query, kv_cache, step, output, chosen, counts):
+        size, group = kv_cache.shape[2], impl.num_queries_per_kv
+        loose = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 1e-4}[query.dtype]
+        tokens = range(len(step.lengths)) if step.tokens is None else step.tokens.tolist()
+        for row, token in enumerate(tokens):
+            length = int(step.lengths[row])
+            slots = [
+                int(step.page_table[row, position // size]) * size + position % size
+                for position in range(length)
+            ]
+            keys = torch.stack([self.keys[name][slot] for slot in slots])  # [T, H, D]
+            values = torch.stack([self.values[name][slot] for slot in slots])
+            pages = math.ceil(length / size)
+            for head in range(impl.num_kv_heads):
+                queries = query[token, head * group : (head + 1) * group].float()
+                bounds = torch.stack(
+                    [
+                        torch.maximum(queries * part.amin(0), queries * part.amax(0)).sum(-1).max()
+                        for part in keys[:, head].split(size)
+                    ]
+                )
+                count = int(counts[row, head])
+                read = chosen[row, head, :count].tolist()
+                assert read == sorted(set(read)), "pages are distinct and ascending"
+                assert read[-1] == pages - 1, "the newest page is read"
+                if impl.selector.mass is None:
+                    assert count == min(int(step.keep[row]), pages)
+                ranked = bounds[:-1].sort(descending=True).values
+                if count > 1:
+                    worst = bounds[read[:-1]].min()
+                    slack = loose * float(bounds.abs().max())
+                    assert worst >= ranked[count - 2] - slack, "the highest bounds are read"
+                spans = [torch.arange(p * size, min((p + 1) * size, length)) for p in read]
+                seen = torch.cat(spans)
+                mass = (queries @ keys[seen, head].T * impl.scale).softmax(-1)
+                expected = mass @ values[seen, head]
+                got = output[token, head * group : (head + 1) * group].float()
+                torch.testing.assert_close(got, expected, atol=loose * 3, rtol=loose)
+                self.checked += 1
+                self.spared += pages - count
+
+
+def generate(engine, model, policy, batches, shortcut=True, **options):
+    with engine(model, {"policy": policy}, **options) as planned:
+        if not shortcut:
+            planned.without_shortcut()
+        return [planned.generate(batch, 8) for batch in batches]
+
+
+@pytest.mark.parametrize("heads, kv_heads, head_dim, page, dtype", SHAPES)
+def test_selection_is_the_definition(
+    engine, random_llama, prompts, monkeypatch, heads, kv_heads, head_dim, page, dtype
+):
+    model = random_llama(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    shadow = Shadow(monkeypatch)
+    batch = prompts(1100, 530, 33, 1)
+    again = [prompt + batch[2] for prompt in batch]  # a turn later, over the prefix cache
+    policy = f"quest(budget={4 * page}, dense_layers=1)"
+    generate(engine, model, policy, [batch, again], block_size=page, dtype=dtype)
+    assert shadow.checked
+    assert shadow.spared
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "quest(budget=256, top_p=0.8, dense_layers=0)",
+        "streaming_llm(sinks=40, window=300) + quest(budget=128, dense_layers=0)",
+    ],
+)
+def test_composed_selection_is_the_definition(engine, random_llama, prompts, monkeypatch, policy):
+    shadow = Shadow(monkeypatch)
+    generate(engine, random_llama(), policy, [prompts(900, 530, 250, 33)])
+    assert shadow.checked
+    assert shadow.spared
+
+
+def test_fixed_shapes_of_graph_replay_select_the_same(engine, random_llama, prompts):
+    """What CUDA graphs need of a decode step, run eagerly here: one table width, every row."""
+    batch = prompts(900, 530, 250, 33)
+    for policy in (
+        "quest(budget=128, dense_layers=0)",
+        "streaming_llm(sinks=40, window=300) + quest(budget=128, dense_layers=0)",
+        "streaming_llm(sinks=40, window=100)",
+    ):
+        with engine(random_llama(), {"policy": policy, "min_context": 300}) as planned:
+            expected = planned.generate(batch, 12)
+            planned.forget()
+            for builder in planned.builders:
+                builder.fixed_shapes = True
+            before = sum(planned.selected)
+            assert planned.generate(batch, 12) == expected
+            if "quest" in policy:
+                assert sum(planned.selected) - before > before, "short rows take the same path"
+
+
+def test_min_context_serves_short_requests_dense(engine, random_llama, prompts):
+    model = random_llama()
+    batch = prompts(600, 200)
+    with engine(model) as stock:
+        expected = stock.generate(batch, 8)
+    with engine(
+        model, {"policy": "quest(budget=96, dense_layers=0)", "min_context": 400}
+    ) as planned:
+        _, short = planned.generate(batch, 8)
+        assert short == expected[1]
+        assert planned.selected == [7, 7], "the long request alone selects"

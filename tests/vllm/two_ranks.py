@@ -1,0 +1,53 @@
+"""MODEL JOBS RANKS OUT: the answers of each policy by an engine of so many tensor-parallel ranks.
+
+A process of its own: its workers are processes too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    from vllm import LLM, SamplingParams
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    model, jobs, ranks, out = sys.argv[1:]
+    asked = json.loads(Path(jobs).read_text())
+    answers = {}
+    for policy in asked["policies"]:
+        llm = LLM(
+            model,
+            attention_backend="kvplug",
+            additional_config={"kvplug": {"policy": policy}},
+            tensor_parallel_size=int(ranks),
+            distributed_executor_backend="mp",
+            dtype="float32",
+            enforce_eager=True,
+            block_size=32,
+            max_model_len=2048,
+            max_num_batched_tokens=256,
+            kv_cache_memory_bytes=128 << 20,
+            skip_tokenizer_init=True,
+        )
+        outputs = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in asked["prompts"]],
+            SamplingParams(
+                temperature=0, max_tokens=asked["tokens"], ignore_eos=True, detokenize=False
+            ),
+            use_tqdm=False,
+        )
+        answers[policy] = [list(output.outputs[0].token_ids) for output in outputs]
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+    Path(out).write_text(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_CPU_OMP_THREADS_BIND="nobind")
+    main()
