@@ -190,7 +190,7 @@ class Selector(Policy):
     ) -> Tensor:
         """Estimated logit of each page, before the softmax scale; higher is read.
 
-        query [B, Hq, D], digest [N, H, rows, D] (None without one), page_table [B, P] int32,
+        query [B, H, G, D], digest [N, H, rows, D] (None without one), page_table [B, P] int32,
         pages [B] int32 valid columns -> [B, H, P] fp32, -inf beyond ``pages``. Columns beyond
         ``pages`` hold stale ids: skip them, never read and mask.
         """

@@ -21,7 +21,7 @@ def choose_pages(
 ) -> tuple[Tensor, Tensor]:
     """Logical pages, ascending, and how many of them count.
 
-    query [B, Hq, D], digest [N, H, rows, D], page_table [B, P], pages [B] valid columns,
+    query [B, H, G, D], digest [N, H, rows, D], page_table [B, P], pages [B] valid columns,
     keep [B] at most so many (never above ``width``) -> chosen [B, H, width], counts [B, H] int32.
     The newest page is always among them. Nothing synchronises, so a CUDA graph may capture it.
     """

@@ -12,9 +12,12 @@ _BACKEND = "kvplug_vllm.backend.KVPlugBackend"
 
 def register() -> None:
     """``vllm.general_plugins``: give vLLM's backend list the name KVPLUG."""
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-
     from kvplug_vllm import compat
+
+    if not compat.supported():
+        compat.warn_unsupported()
+        return
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     if NAME not in AttentionBackendEnum.__members__:
         register_backend(NAME, _BACKEND)
@@ -46,7 +49,11 @@ def platform() -> str | None:
 
     from vllm.platforms import cpu_platform_plugin
 
+    from kvplug_vllm import compat
+
     ours = f"{__name__}:{platform.__name__}"
+    if not compat.supported():
+        return None
     if any(entry.value != ours for entry in entry_points(group="vllm.platform_plugins")):
         return None
     return "kvplug_vllm.platform.KVPlugCpuPlatform" if cpu_platform_plugin() else None

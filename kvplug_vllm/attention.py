@@ -388,6 +388,7 @@ class PlannedImpl:
         queries, size = len(step.lengths), kv_cache.shape[2]
         self.selected_queries += queries
         picked = query[:queries] if step.tokens is None else query[step.tokens]  # [Q, Hq, D]
+        heads = picked.view(queries, self.num_kv_heads, self.num_queries_per_kv, -1)
         tail = None
         if selector.digest is not None:
             tail = compat.page_tail(kv_cache, selector.digest.rows, self.head_size)
@@ -396,7 +397,7 @@ class PlannedImpl:
         if not as_planned:
             keep = keep.clamp(max=selector.pages(size, self._budget))
         chosen, counts = choose_pages(
-            selector, picked, tail, step.page_table, step.pages, keep,
+            selector, heads, tail, step.page_table, step.pages, keep,
             width=step.width, scale=self.scale,
         )  # fmt: skip
         cache, page_stride, head_stride = virtual_cache(kv_cache)
@@ -412,7 +413,7 @@ class PlannedImpl:
         in_place = step.tokens is None and output.is_contiguous()
         out = output[:queries].view(grouped) if in_place else output.new_empty(grouped)
         self.stock.forward(
-            self._single, layer, picked.reshape(grouped), None, None, cache, metadata, out
+            self._single, layer, heads.reshape(grouped), None, None, cache, metadata, out
         )
         if not in_place:
             rows = slice(0, queries) if step.tokens is None else step.tokens

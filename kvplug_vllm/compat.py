@@ -13,6 +13,43 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+FIRST, END = (0, 32), (0, 33)
+"""vLLM versions [first, end) that kvplug was tested with."""
+
+
+def supported() -> bool:
+    """Whether this vLLM is one that kvplug knows; beside another it must do nothing at all."""
+    import vllm
+
+    major, minor = vllm.__version__.split(".")[:2]
+    return FIRST <= (int(major), int(minor)) < END
+
+
+def warn_unsupported() -> None:
+    """Say why ``--attention-backend kvplug`` is an unknown name here."""
+    import vllm
+    from vllm.logger import init_logger
+
+    init_logger("vllm.kvplug").warning_once(
+        "kvplug knows vLLM 0.32, this is %s: it stays inactive. Install vllm==0.32.*, or a kvplug "
+        "that knows this one.",
+        vllm.__version__,
+    )
+
+
+def logits_processors() -> tuple[type, ...]:
+    """The interfaces of Model Runner V1 and V2, as far as this vLLM has them.
+
+    vLLM loads the router for every user, so a version without V2 must not fail here.
+    """
+    from vllm.v1.sample.logits_processor.interface import LogitsProcessor
+
+    if not supported():
+        return (LogitsProcessor,)
+    from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as Second
+
+    return LogitsProcessor, Second
+
 
 def honour_selection() -> None:
     """Make a platform that ignores ``--attention-backend kvplug`` either honour it or refuse.

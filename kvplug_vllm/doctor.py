@@ -14,7 +14,7 @@ import torch
 
 import kvplug
 from kvplug import parse, read_settings
-from kvplug_vllm import NAME
+from kvplug_vllm import NAME, compat
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def _versions() -> str:
             return "not installed"
 
     found = of("vllm")
-    if not found.startswith("0.32."):
+    if not compat.supported():
         raise ValueError(
             f"kvplug was tested with vllm 0.32, got {found}: pip install 'vllm==0.32.*'"
         )

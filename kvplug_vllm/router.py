@@ -11,16 +11,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from vllm.v1.sample.logits_processor.interface import LogitsProcessor as ProcessorV1
 from vllm.v1.sample.logits_processor.interface import MoveDirectionality
-from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as ProcessorV2
 
 from kvplug_vllm import NAME, compat
 
 UNKNOWN = -1
 
 
-class Router(ProcessorV1, ProcessorV2):
+class Router(*compat.logits_processors()):  # type: ignore[misc]
     """Prompt length by row (V1) or slot (V2). Does nothing unless kvplug was selected."""
 
     _of_engine: ClassVar[dict[int, Router]] = {}

@@ -13,11 +13,6 @@ from rich.markup import escape
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
-@app.callback()
-def commands() -> None:
-    """What a policy costs, through the engine that serves it."""
-
-
 @app.command()
 def demo(
     engine: Annotated[str, typer.Option(help="vllm; sglang is not built yet.")] = "vllm",
@@ -37,9 +32,14 @@ def demo(
     ] = True,
 ) -> None:
     """Serve one long conversation under several policies and compare them. Takes minutes."""
-    from kvplug_evals.demo.report import NothingSaved
-    from kvplug_evals.demo.server import ServerError, ServerOptions
-    from kvplug_evals.demo.session import check_engine, run_demo
+    try:
+        from kvplug_evals.demo.report import NothingSaved
+        from kvplug_evals.demo.server import ServerError, ServerOptions
+        from kvplug_evals.demo.session import check_engine, run_demo
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"the demo needs {error.name}; install it with: pip install 'kvplug[cli,plot,evals]'"
+        ) from None
 
     console, failed = Console(highlight=False), Console(stderr=True, highlight=False)
     for stop in (signal.SIGTERM, signal.SIGHUP):
@@ -59,4 +59,5 @@ def demo(
 
 
 if __name__ == "__main__":
+    app.callback()(lambda: None)  # without one, typer takes a lone command for the program
     app()

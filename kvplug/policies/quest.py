@@ -79,4 +79,4 @@ class Quest(Selector):
         self, query: Tensor, digest: Tensor | None, page_table: Tensor, pages: Tensor
     ) -> Tensor:
         assert digest is not None
-        return page_bound(query, digest, page_table, pages)
+        return page_bound(query.flatten(1, 2), digest, page_table, pages)

@@ -90,10 +90,10 @@ groups = st.sampled_from([1, 2, 7])
 def test_a_score_bounds_the_logits_of_every_key_of_its_page(lengths, G, chunk):
     selector = quest()
     cache = cache_of(lengths, selector.digest, chunk=chunk)
-    query = torch.randn(len(lengths), 2 * G, 8)
+    query = torch.randn(len(lengths), 2, G, 8)
     scores = selector.score(query, cache.digest, cache.table, cache.pages)
     for b, length in enumerate(lengths):
-        logits = torch.einsum("hgd,thd->hgt", query[b].view(2, G, 8), cache.request(b))
+        logits = torch.einsum("hgd,thd->hgt", query[b], cache.request(b))
         for page in range(cache.pages[b]):
             best = logits[..., page * S : min(length, (page + 1) * S)].amax((1, 2))
             assert (scores[b, :, page] >= best - 1e-5).all()
@@ -105,7 +105,7 @@ def test_a_score_bounds_the_logits_of_every_key_of_its_page(lengths, G, chunk):
 def test_the_pages_that_score_highest_are_chosen_and_the_newest_always(lengths, G, keep):
     selector = quest(budget=keep * S)
     cache = cache_of(lengths, selector.digest)
-    query = torch.randn(len(lengths), 2 * G, 8)
+    query = torch.randn(len(lengths), 2, G, 8)
     scores = selector.score(query, cache.digest, cache.table, cache.pages)
     for b, heads in enumerate(choose(selector, cache, query, keep)):
         newest = int(cache.pages[b]) - 1
@@ -118,7 +118,7 @@ def test_the_newest_page_is_chosen_though_it_scores_lowest():
     selector = quest()
     cache = cache_of([10 * S], selector.digest)
     cache.digest[cache.table[0, 9].long()] = -100.0
-    query = torch.full((1, 2, 8), 1.0)
+    query = torch.full((1, 2, 1, 8), 1.0)
     for chosen in choose(selector, cache, query, keep=3)[0]:
         assert len(chosen) == 3
         assert chosen[-1] == 9
@@ -129,7 +129,7 @@ def test_the_newest_page_is_chosen_though_it_scores_lowest():
 def test_the_whole_cache_as_budget_chooses_every_page(lengths, top_p):
     selector = quest(top_p=top_p)
     cache = cache_of(lengths, selector.digest)
-    query = torch.randn(len(lengths), 4, 8)
+    query = torch.randn(len(lengths), 2, 2, 8)
     for b, heads in enumerate(choose(selector, cache, query, keep=1000)):
         for chosen in heads:
             if top_p is None:
@@ -145,7 +145,7 @@ def test_the_whole_cache_as_budget_chooses_every_page(lengths, top_p):
 def test_a_selection_by_mass_stops_as_soon_as_the_mass_is_reached(lengths, G, top_p, keep, peaked):
     selector = quest(top_p=top_p)
     cache = cache_of(lengths, selector.digest)
-    query = torch.randn(len(lengths), 2 * G, 8) * peaked
+    query = torch.randn(len(lengths), 2, G, 8) * peaked
     scores = selector.score(query, cache.digest, cache.table, cache.pages) * 8**-0.5
     for b, heads in enumerate(choose(selector, cache, query, keep)):
         pages = int(cache.pages[b])
@@ -165,7 +165,7 @@ def test_a_selection_narrower_than_the_least_reads_what_there_is(width):
     """A short request where the shortcut is off, or a model of less than three pages."""
     selector = quest()
     cache = cache_of([width * S - 1], selector.digest)
-    query = torch.randn(1, 2, 8)
+    query = torch.randn(1, 2, 1, 8)
     assert choose(selector, cache, query, keep=3, width=width) == [[list(range(width))] * 2]
 
 
@@ -176,8 +176,8 @@ def test_heads_choose_for_themselves_and_their_group_together():
     table = cache.table[0].long()
     cache.digest[table[2], 0, :, 0] = 5.0  # head 0 has its best page at 2
     cache.digest[table[7], 1, :, 0] = 5.0  # head 1 at 7
-    query = torch.zeros(1, 6, 8)
-    query[0, [1, 5], 0] = 1.0  # one query head of each group asks
+    query = torch.zeros(1, 2, 3, 8)
+    query[0, [0, 1], [1, 2], 0] = 1.0  # one query head of each group asks
     first, second = choose(selector, cache, query, keep=3)[0]
     assert 2 in first
     assert 2 not in second or second[:2] == [0, 2]
@@ -199,7 +199,7 @@ class Lottery(Selector):
         assert digest is None
         column = torch.arange(page_table.shape[1])
         drawn = ((column + 1) * 2654435761 * self.seed % 1009).float()
-        scores = drawn.expand(len(pages), 2, -1).clone()
+        scores = drawn.expand(*query.shape[:2], -1).clone()
         return scores.masked_fill(column >= pages[:, None, None], float("-inf"))
 
 
@@ -210,7 +210,7 @@ def test_a_selector_of_a_third_party_needs_nothing_but_a_score(lengths, budget):
     cache = cache_of(lengths, quest().digest)
     keep = selector.pages(S)
     assert keep == budget
-    query = torch.randn(len(lengths), 4, 8)
+    query = torch.randn(len(lengths), 2, 2, 8)
     scores = selector.score(query, None, cache.table, cache.pages)
     for b, heads in enumerate(choose(selector, cache, query, keep)):
         newest = int(cache.pages[b]) - 1
@@ -228,7 +228,7 @@ def test_choosing_never_touches_pages_that_are_not_the_requests_own():
     written = cache.table[1, :20].long()
     others = torch.ones(len(cache.digest), dtype=torch.bool)
     others[written] = False
-    query = torch.randn(2, 4, 8)
+    query = torch.randn(2, 2, 2, 8)
     before = choose(selector, cache, query, keep=5)[1]
     cache.digest[others] = float("nan")
     assert choose(selector, cache, query, keep=5)[1] == before

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from kvplug import parse
 from kvplug_evals.demo.conversation import TURNS, Conversation, Question
 
 OUTPUT_TOKENS = 24
@@ -39,7 +40,7 @@ class EngineState:
 
     @classmethod
     def parse(cls, text: str) -> EngineState:
-        """Raises KeyError with the name of a metric that this vLLM does not have."""
+        """Raises ValueError that names what this vLLM does not tell."""
         wanted = ("vllm:kv_cache_usage_perc", "vllm:cache_config_info", "kvplug_")
         lines = [line for line in text.splitlines() if line.startswith(wanted)]
         found = {
@@ -47,6 +48,9 @@ class EngineState:
             for family in text_string_to_metric_families("\n".join(lines) + "\n")
             for sample in family.samples
         }
+        for name in wanted[:2]:
+            if name not in found:
+                raise ValueError(f"the server's /metrics has no {name}; the demo knows vLLM 0.32")
         config = found["vllm:cache_config_info"].labels
         pool = int(config["num_gpu_blocks"]) - 1  # one is vLLM's own, the null block
         counters = [
@@ -107,8 +111,6 @@ class Row:
     policy: str
     is_dense: bool
     start_seconds: float
-    served: str | None = None
-    """The policy as the server's own counters name it."""
     pool: int = 0
     fits: float = 0.0
     turns: list[Turn] = field(default_factory=list)
@@ -203,8 +205,9 @@ async def hold(
     sampled: Callable[[int], object],
     turned: Callable[[], object],
 ) -> None:
-    """Hold the conversation at a server and fill ``row``. Raises httpx.HTTPError.
+    """Hold the conversation at a server and fill ``row``.
 
+    Raises httpx.HTTPError, and ValueError if the server runs another policy.
     ``sampled(held)`` is called at every sample of the blocks held, ``turned()`` after a turn.
     """
     timeout = httpx.Timeout(300, connect=10)
@@ -212,7 +215,12 @@ async def hold(
         clients = Clients(http, conversation)
         await clients.warm_up()
         state = await clients.state()
-        row.served, row.pool, row.fits = state.policy, state.pool, state.fits
+        if state.policy != str(parse(row.policy)):
+            raise ValueError(
+                f"the server was to run {row.policy}, but kvplug's counters in its /metrics say "
+                f"{state.policy or 'nothing'}"
+            )
+        row.pool, row.fits = state.pool, state.fits
         began = time.monotonic()
 
         async def sample() -> None:

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,7 +41,7 @@ class ServerOptions:
     max_model_len: int = 8192
     enforce_eager: bool = True
     """torch.compile would cost more at start than it saves in a run this short."""
-    threads: int = len(os.sched_getaffinity(0))
+    threads: int = min(8, len(os.sched_getaffinity(0)))
 
     def command(self, policy: str, port: int) -> list[str]:
         settings = json.dumps({"kvplug": {"policy": policy}})
@@ -58,15 +58,18 @@ class ServerOptions:
         ]
 
     def environment(self, counters: Path) -> dict[str, str]:
-        defaults = {
+        settings = {
             # Left to itself vLLM keeps a core free, which is half of a machine of two.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": str(self.threads),
+            # Threads that spin at barriers cost tenfold as soon as another process wants a core.
+            "OMP_WAIT_POLICY": "PASSIVE",
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
+            # Through this folder the worker's counters reach the server's /metrics.
+            "PROMETHEUS_MULTIPROC_DIR": str(counters.absolute()),
         }
-        # Through this folder the worker's counters reach the server's /metrics.
-        return {**defaults, **os.environ, "PROMETHEUS_MULTIPROC_DIR": str(counters)}
+        return {**os.environ, **settings}
 
     def as_json(self) -> dict[str, object]:
         return {**asdict(self), "model": str(self.model)}
@@ -80,10 +83,8 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(
-    options: ServerOptions, policy: str, log: Path, waiting: Callable[[], object] = lambda: None
-) -> Iterator[Server]:
-    """A server that answers; ``waiting`` is called while it starts. ServerError says why not."""
+def serve(options: ServerOptions, policy: str, log: Path) -> Iterator[Server]:
+    """A server that answers. Raises ServerError that says why it does not."""
     counters = log.with_suffix(".counters")
     shutil.rmtree(counters, ignore_errors=True)  # old counters would be added to the new ones
     counters.mkdir(parents=True)
@@ -110,7 +111,6 @@ def serve(
                 raise ServerError(
                     f"vllm serve did not answer within {START_SECONDS} s.\n{diagnose(log)}"
                 )
-            waiting()
             time.sleep(0.25)
         yield Server(url=url, log=log, start_seconds=time.monotonic() - started)
     except httpx.HTTPError as error:
@@ -135,10 +135,10 @@ def _answers(url: str) -> bool:
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
     try:
-        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.terminate()  # it ends its children in order
             process.wait(STOP_SECONDS)
-    finally:  # also when a second Ctrl-C cuts the wait short
+    finally:  # whatever is left, also when a second Ctrl-C cuts the wait short
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -161,7 +161,8 @@ def diagnose(log: Path) -> str:
     """The log's last lines that say what failed, and what to do about it."""
     lines = [PREFIX.sub("", line).rstrip() for line in log.read_text(errors="replace").split("\n")]
     lines = [line for line in lines if line]
-    telling = list(dict.fromkeys(line for line in lines if FAILURE.search(line)))[-6:]
+    failures = [line for line in lines if FAILURE.search(line) and " WARNING " not in f" {line}"]
+    telling = list(dict.fromkeys(failures))[-6:]
     shown = telling or lines[-12:]
     text = "\n".join(lines)
     advice = [what for pattern, what in ADVICE.items() if re.search(pattern, text)][:1]

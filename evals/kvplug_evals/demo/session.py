@@ -20,7 +20,8 @@ from kvplug import parse
 from kvplug_evals.demo import report
 from kvplug_evals.demo.conversation import CLIENTS, TURNS, Conversation, conversation
 from kvplug_evals.demo.measure import Row, hold
-from kvplug_evals.demo.server import Server, ServerError, ServerOptions, serve
+from kvplug_evals.demo.plot import draw
+from kvplug_evals.demo.server import ServerOptions, serve
 
 POLICIES = ("dense", "streaming_llm(sinks=32, window=992)", "quest(budget=512)")
 
@@ -68,9 +69,9 @@ def run_demo(lines: Sequence[str], options: ServerOptions, out: Path, console: C
     )
     report.say_result(console, result)
     plot, data = out / "demo.png", out / "demo.json"
-    report.draw(result, plot)
+    draw(result, plot)
     data.write_text(report.as_json(result))
-    console.print(f"\nplot     {plot}\nresults  {data}\nlogs     {out}/server-*.log")
+    console.print(f"\n[bold]saved[/]  {plot}  {data}  {out}/server-*.log", soft_wrap=True)
     report.check_savings(rows)
 
 
@@ -102,17 +103,8 @@ def _converse(
             report.say_turn(console, row)
 
         asyncio.run(hold(server.url, talk, row, sampled, turned))
-        _check_active(row, str(parse(line)), server)
         show("stopping the server")
     return row
-
-
-def _check_active(row: Row, policy: str, server: Server) -> None:
-    if row.served != policy:
-        raise ServerError(
-            f"the server was to run {policy}, its kvplug counters say {row.served or 'nothing'}; "
-            f"see {server.log}"
-        )
 
 
 @contextmanager

