@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from kvplug.plan import Planner, Segments
 
 
@@ -39,13 +37,18 @@ def step_reads(segments: Segments, planner: Planner, budgets: list[int | None]) 
     A selection by mass may read less than this: the bound is what the host knows.
     """
     decode = segments.where(segments.decodes)
-    selecting = float(np.mean([budget is not None for budget in budgets])) if budgets else 0.0
-    pages = decode.pages
-    spared = np.where(decode.selects, (pages - planner.keep).clip(min=0), 0) * planner.page_size
+    spared = 0.0
+    if planner.selector is not None and budgets:
+        pages = decode.pages[decode.selects]
+        for budget in budgets:
+            if budget is not None:
+                keep = min(planner.keep, planner.selector.pages(planner.page_size, budget))
+                spared += float((pages - keep).clip(min=0).sum())
+        spared *= planner.page_size / len(budgets)
     # A segment of several queries grows by one token a query.
     triangle = decode.queries * (decode.queries - 1) / 2
     return StepReads(
         queries=int(decode.queries.sum()),
         cached=float((decode.stop * decode.queries - triangle).sum()),
-        read=float((decode.visible * decode.queries - triangle).sum() - selecting * spared.sum()),
+        read=float((decode.visible * decode.queries - triangle).sum()) - spared,
     )

@@ -57,7 +57,9 @@ def read_settings(given: object = None, environ: Mapping[str, str] | None = None
         if key not in known:
             raise ValueError(f"kvplug has no setting {key!r}.{did_you_mean(str(key), known)}")
     environ = os.environ if environ is None else environ
-    line = given.get("policy", environ.get(ENVIRONMENT))
+    line = given.get("policy")
+    if line is None:
+        line = environ.get(ENVIRONMENT) or None
     min_context = given.get("min_context", DEFAULT_MIN_CONTEXT if line is None else 0)
     shortcut = given.get("shortcut", True)
     if not isinstance(shortcut, bool):

@@ -48,6 +48,8 @@ def _policy(node: ast.expr, line: str) -> Policy:
         for keyword in node.keywords:
             if keyword.arg is None:
                 raise ValueError(f"cannot read '**' in the policy {line!r}; {EXAMPLE}")
+            if keyword.arg in options:
+                raise ValueError(f"{node.func.id} got {keyword.arg!r} twice; keep one of them")
             options[keyword.arg] = _value(keyword.value, keyword.arg, node.func.id)
         return _build(node.func.id, wrapped, options)
     raise ValueError(
@@ -59,7 +61,7 @@ def _policy(node: ast.expr, line: str) -> Policy:
 def _value(node: ast.expr, option: str, name: str) -> object:
     try:
         return ast.literal_eval(node)
-    except ValueError:
+    except (ValueError, TypeError):
         raise ValueError(
             f"{name}: {option} must be a plain value (a number, True, None, 'text'), "
             f"got {ast.unparse(node)!r}"

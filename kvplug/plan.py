@@ -117,12 +117,13 @@ class Planner:
         if self.settings.shortcut:
             pages = position // self.page_size + 1 - first + kept
             selects = selects & (pages > self.keep) & (position >= self.settings.min_context)
-            run = first
+            page = np.zeros_like(position)
         else:
-            run = position // self.page_size
+            page = position // self.page_size
 
         begins = np.ones(len(row), bool)
-        begins[1:] = (np.diff(row) != 0) | (np.diff(run) != 0) | (np.diff(decodes) != 0)
+        changes = [np.diff(each) != 0 for each in (row, first, page, decodes)]
+        begins[1:] = np.logical_or.reduce(changes)
         begins |= selects
         begins[1:] |= selects[:-1]
         begin = np.flatnonzero(begins)

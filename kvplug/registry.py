@@ -48,9 +48,10 @@ def policy_class(name: str) -> type[Policy]:
             f"policy {name!r} ({entries[name].value}) must be a subclass of kvplug.Policy, "
             f"got {loaded!r}"
         )
-    if loaded.name != name:
+    own = getattr(loaded, "name", None)
+    if own != name:
         raise ValueError(
-            f"policy {name!r} ({entries[name].value}) calls itself {loaded.name!r}: "
+            f"policy {name!r} ({entries[name].value}) calls itself {own!r}: "
             "give the class attribute `name` and the entry point the same value"
         )
     return loaded

@@ -28,4 +28,6 @@ def choose_pages(
     scores = selector.score(query, digest, page_table, pages)
     if selector.mass is not None:
         scores = scores * scale
-    return page_select(scores, pages, keep, width, top_p=selector.mass, minimum=selector.min_pages)
+    return page_select(
+        scores, pages, keep, width, top_p=selector.mass, minimum=min(selector.min_pages, width)
+    )

@@ -56,4 +56,4 @@ def platform() -> str | None:
         return None
     if any(entry.value != ours for entry in entry_points(group="vllm.platform_plugins")):
         return None
-    return "kvplug_vllm.platform.KVPlugCpuPlatform" if cpu_platform_plugin() else None
+    return "kvplug_vllm.cpu_platform.KVPlugCpuPlatform" if cpu_platform_plugin() else None

@@ -53,7 +53,7 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
         for row in batch_update.removed:
             self.prompt[row] = UNKNOWN
         for row, _params, prompt, _output in batch_update.added:
-            self.prompt[row] = len(prompt)
+            self.prompt[row] = UNKNOWN if prompt is None else len(prompt)
         for source, target, direction in batch_update.moved:
             moved, displaced = self.prompt[source], self.prompt[target]
             self.prompt[target] = moved

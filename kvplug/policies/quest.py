@@ -52,7 +52,7 @@ class Quest(Selector):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.top_p is not None and not (
-            isinstance(self.top_p, (int, float)) and 0 < self.top_p <= 1
+            isinstance(self.top_p, (int, float)) and self.top_p is not True and 0 < self.top_p <= 1
         ):
             raise ValueError(
                 f"quest: top_p must be above 0 and at most 1, got {self.top_p!r}; "

@@ -258,7 +258,7 @@ def test_the_stock_cpu_platform_still_ignores_the_choice_of_a_backend():
 def test_our_platform_honours_it_and_is_the_stock_one_otherwise():
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    from kvplug_vllm.platform import KVPlugCpuPlatform
+    from kvplug_vllm.cpu_platform import KVPlugCpuPlatform
 
     kvplug_vllm.register()
     for backend in (None, AttentionBackendEnum["CPU_ATTN"]):
@@ -282,7 +282,7 @@ def entry_points_with(monkeypatch, *others: tuple[str, str]) -> None:
 
 
 def test_the_entry_points_name_callables_also_after_the_platform_was_imported():
-    import kvplug_vllm.platform  # noqa: F401
+    import kvplug_vllm.cpu_platform  # noqa: F401
 
     for group in ("general_plugins", "platform_plugins", "logits_processors"):
         for name, value in PROJECT["entry-points"][f"vllm.{group}"].items():

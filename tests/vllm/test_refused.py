@@ -12,7 +12,11 @@ import pytest
 # (engine arguments, kvplug's settings, what the error must say)
 REFUSED = [
     ({}, {"policy": "qest"}, ["unknown policy 'qest'", "Did you mean 'quest'"]),
-    ({}, {"policy": "quest(budget=0)"}, ["budget must be a positive number", "quest(budget=2048)"]),
+    (
+        {},
+        {"policy": "quest(budget=0)"},
+        ["budget must be a positive number", "quest(budget=2048)"],
+    ),
     ({}, {"polcy": "quest"}, ["no setting 'polcy'", "Did you mean 'policy'"]),
     ({}, {"policy": "quest", "min_context": -1}, ["min_context must be a number of tokens"]),
     ({}, {"policy": "quest", "protect": [[5, 5]]}, ["protect must be", '{"protect": 256}']),

@@ -20,7 +20,7 @@ from pathlib import Path
 import httpx
 
 START_SECONDS = 300
-STOP_SECONDS = 20
+STOP_SECONDS = 5
 MiB = 1 << 20
 
 
