@@ -249,7 +249,7 @@ def test_the_stock_cpu_platform_still_ignores_the_choice_of_a_backend():
         AttentionBackendEnum["KVPLUG"], selector_config()
     )
     assert "kvplug" not in chosen, (
-        f"vLLM {VLLM} honours --attention-backend on the CPU: delete kvplug_vllm/platform.py, "
+        f"vLLM {VLLM} honours --attention-backend on the CPU: delete kvplug_vllm/cpu_platform.py, "
         "kvplug_vllm.platform() and its entry point, compat.honour_selection and select_backend; "
         "move the call of refuse() from check_and_update_config to the attention layers' alone"
     )

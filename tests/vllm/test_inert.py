@@ -42,7 +42,7 @@ Path(out).write_text(json.dumps({
 
 def served(tmp_path, model, prompts, *, installed: bool, selected: bool) -> dict[str, object]:
     out = tmp_path / f"{installed}-{selected}.json"
-    # VLLM_PLUGINS is vLLM's own allow-list; without kvplug in it, kvplug might as well not be there.
+    # VLLM_PLUGINS is vLLM's own allow-list: kvplug might as well not be installed.
     plugins = {} if installed else {"VLLM_PLUGINS": "none"}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(model), json.dumps(prompts), str(out),

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -178,7 +179,7 @@ class Clients:
             token_seconds=(arrived[-1] - arrived[0]) / (output - 1),
         )
 
-    async def _stream(self, prompt: str, tokens: int) -> AsyncIterator[dict]:
+    async def _stream(self, prompt: str, tokens: int) -> AsyncIterator[dict[str, Any]]:
         """Server-sent events of a greedy completion of exactly ``tokens`` tokens."""
         request = {
             "model": "demo",
@@ -195,7 +196,10 @@ class Clients:
                 raise httpx.HTTPError(f"{answer.status_code}: {answer.text[:300]}")
             async for line in answer.aiter_lines():
                 if line.startswith("data: ") and line != "data: [DONE]":
-                    yield json.loads(line.removeprefix("data: "))
+                    event = json.loads(line.removeprefix("data: "))
+                    if "error" in event:
+                        raise httpx.HTTPError(str(event["error"]))
+                    yield event
 
 
 async def hold(

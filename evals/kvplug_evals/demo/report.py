@@ -67,8 +67,8 @@ def say_turn(console: Console, row: Row) -> None:
     prompt = sum(reply.prompt_tokens for reply in turn.replies)
     cached = sum(reply.cached_tokens for reply in turn.replies)
     console.print(
-        f"    turn {len(row.turns)} of {TURNS}: {turn.seconds:4.1f} s, {cached / prompt:3.0%} of "
-        f"the prompts cached, {turn.read_per_step:5,.0f} tokens read a step, "
+        f"    turn {len(row.turns)}: {turn.seconds:4.1f} s, "
+        f"prompts {cached / prompt:4.0%} cached, {turn.read_per_step:5,.0f} tokens read a step, "
         f"{sum(reply.right for reply in turn.replies)} of {len(turn.replies)} right"
     )
 
@@ -95,8 +95,8 @@ def say_result(console: Console, result: Result) -> None:
     facts.add_row(
         "notes",
         "Blocks and tokens are the engine's own counts and carry over to any hardware. Times do "
-        "not: in a tiny model on a CPU attention is a small part of a step, and choosing pages can "
-        "cost more than reading them. Such a model also misses facts with dense attention. "
+        "not: in a tiny model on a CPU attention is a small part of a step, and choosing pages "
+        "can cost more than reading them. Such a model also misses facts with dense attention. "
         "streaming_llm frees the middle of the context and cannot answer from it; quest keeps all "
         "of it and reads the pages that the question points at.",
     )

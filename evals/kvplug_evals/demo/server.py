@@ -164,7 +164,7 @@ def diagnose(log: Path) -> str:
     failures = [line for line in lines if FAILURE.search(line) and " WARNING " not in f" {line}"]
     telling = list(dict.fromkeys(failures))[-6:]
     shown = telling or lines[-12:]
-    text = "\n".join(lines)
+    text = "\n".join(shown)
     advice = [what for pattern, what in ADVICE.items() if re.search(pattern, text)][:1]
     return "\n".join(
         [
