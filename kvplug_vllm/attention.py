@@ -1,67 +1,29 @@
 """Mixins that put a policy between vLLM and its own stock attention backend.
 
-The builder plans once per step on the host; the implementation runs once per layer on the
-device. What a policy leaves untouched goes through the stock path as it came. Selected reads go
-through the stock kernel too: page p of KV head h is the virtual page p * H + h of a cache with
-one KV head, and each (request, KV head) a sequence of its own with a shorter block table.
+The builder (``kvplug_vllm.step``) plans once per step on the host; the implementation runs once
+per layer on the device. What a policy leaves untouched goes through the stock path as it came.
+Selected reads go through the stock kernel too: page p of KV head h is the virtual page p * H + h
+of a cache with one KV head, and each (request, KV head) a sequence of its own with a shorter block
+table.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from kvplug import Planner, Segments, Selector, choose_pages, step_reads
+from kvplug import Selector, choose_pages
 from kvplug_kernels.virtual_heads import virtual_heads
 from kvplug_vllm import NAME, compat
-from kvplug_vllm.metrics import Metrics
+from kvplug_vllm.cache import customize_spec
 from kvplug_vllm.refusals import refuse
-from kvplug_vllm.router import UNKNOWN, Router
 from kvplug_vllm.settings import Engine
-
-
-@dataclass
-class Selected:
-    """The queries of a step that read a selection; Q of them, [Q] int32 unless said."""
-
-    tokens: Tensor | None
-    """Rows of the flat queries; None for the first Q."""
-    page_table: Tensor  # [Q, P]
-    pages: Tensor
-    keep: Tensor
-    lengths: Tensor
-    width: int
-    metadata: Any
-    """Stock metadata of the Q * H virtual sequences, for layers that read exactly ``keep``."""
-    rebuild: Callable[[Tensor, Tensor], Any]
-    """(block table, lengths) of the virtual sequences -> stock metadata, for the others."""
-
-
-@dataclass
-class Whole:
-    """The queries of a step that read all they see, in the stock backend's terms."""
-
-    tokens: Tensor | None
-    metadata: Any
-
-
-@dataclass
-class StepPlan:
-    every: Whole
-    """All queries: for layers that select nothing."""
-    rest: Whole | None = None
-    """For layers that select: the queries that do not."""
-    selected: Selected | None = None
+from kvplug_vllm.step import Selected, StepPlan, Whole
 
 
 class PlannedBackend:
@@ -81,212 +43,7 @@ class PlannedBackend:
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
-        from kvplug_vllm.cache import customize_spec
-
         return customize_spec(super().customize_spec(spec))  # type: ignore[misc]
-
-
-class PlannedBuilder:
-    """Before a stock AttentionMetadataBuilder in the bases."""
-
-    stock: ClassVar[Any]
-    supports_update_block_table = False  # a plan belongs to its block table
-    vllm_config: Any
-    device: torch.device
-    fixed_shapes = False
-    """Whether decode steps must keep their shapes, because CUDA graphs replay them."""
-
-    def __init__(
-        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
-        engine = Engine.enter(vllm_config)
-        context = vllm_config.compilation_config.static_forward_context
-        planned = [name for name in layer_names if context[name].impl.planned]
-        self.planner = Planner(engine.settings, kv_cache_spec.block_size) if planned else None
-        self.kv_heads = kv_cache_spec.num_kv_heads
-        self.single: Any = None
-        self.metrics = None
-        if planned:
-            group = context[planned[0]].impl.num_queries_per_kv
-            self.single = compat.single_head_builder(self, group)
-            self.metrics = Metrics.for_engine(engine)
-        policy = engine.settings.policy
-        self.budgets = [
-            policy.selector.layer_budget(compat.layer_index(name)) if policy.selector else None
-            for name in planned
-        ]
-        self.max_tokens = vllm_config.model_config.max_model_len
-
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
-    ) -> Any:
-        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
-        metadata.kvplug = self.plan_step(common_attn_metadata, metadata) if self.planner else None
-        return metadata
-
-    def plan_step(self, common: Any, metadata: Any) -> StepPlan | None:
-        """None where the engine's own path serves the whole step."""
-        assert self.planner is not None
-        policy = self.planner.settings.policy
-        bounds = common.query_start_loc_cpu[: common.num_reqs + 1].numpy().astype(np.int64)
-        total = compat.host_lengths(common)
-        computed = total - np.diff(bounds)
-        prompt = Router.prompts(self.vllm_config, common)
-        # Rows of no request (warm-up, graph capture): single queries are decodes.
-        unrouted = np.where(total - computed == 1, computed, total)
-        prompt = np.where(prompt == UNKNOWN, unrouted, prompt)
-        segments = self.planner.plan(computed, total, prompt)
-        if self.metrics is not None:
-            self.metrics.count(step_reads(segments, self.planner, self.budgets))
-        if self.fixed_shapes and common.max_query_len == 1 and not policy.is_dense:
-            segments = self._fixed(segments, common.num_reqs)
-        elif segments.untouched and self.planner.settings.shortcut:
-            return None
-        evicts = self.planner.eviction is not None
-        every = Whole(None, self._whole(common, segments) if evicts else metadata)
-        if not segments.selects.any():
-            return StepPlan(every)
-        rest = segments.where(~segments.selects)
-        return StepPlan(
-            every,
-            rest=Whole(self._tokens(rest), self._whole(common, rest)) if len(rest.row) else None,
-            selected=self._selected(common, segments.where(segments.selects)),
-        )
-
-    def _fixed(self, segments: Segments, rows: int) -> Segments:
-        """One selecting query for each row of a decode batch, padding included."""
-        fields = {}
-        for name in ("start", "stop", "kept", "first"):
-            fields[name] = np.zeros(rows, np.int64)
-            fields[name][segments.row] = getattr(segments, name)
-        selects = np.full(rows, self.planner.selector is not None)  # type: ignore[union-attr]
-        index = np.arange(rows)
-        return Segments(
-            row=index,
-            token=index,
-            selects=selects,
-            decodes=selects,
-            page_size=segments.page_size,
-            **fields,
-        )
-
-    def _tensor(self, name: str, values: NDArray[Any], dtype: torch.dtype = torch.int32) -> Tensor:
-        """A planned array on the device. ``name`` tells buffers apart where they are reused."""
-        return torch.from_numpy(values).to(dtype)
-
-    def _tokens(self, segments: Segments) -> Tensor:
-        """Flat query rows of the segments, in their order."""
-        queries = segments.queries
-        ends = np.cumsum(queries)
-        flat = np.arange(ends[-1]) - np.repeat(ends - queries - segments.token, queries)
-        return self._tensor("tokens", flat, torch.int64)
-
-    def _table(self, common: Any, segments: Segments, name: str) -> Tensor:
-        """Pages that each segment sees, in order, as the engine numbers them. -> [n, P] int32
-
-        Freed pages leave stale ids in the engine's table: they are skipped, never read.
-        """
-        table = common.block_table_tensor
-        rows = segments.row
-        in_order = len(rows) == len(table) and (rows == np.arange(len(rows))).all()
-        if not in_order:
-            table = table[self._tensor(f"{name}.row", rows, torch.int64)]
-        if self.planner.eviction is None:  # type: ignore[union-attr]
-            return table
-        width = self._visible_width(segments, table.shape[1])
-        column = torch.arange(width, device=table.device)[None]
-        kept = self._tensor(f"{name}.kept", segments.kept, torch.int64)[:, None]
-        first = self._tensor(f"{name}.first", segments.first, torch.int64)[:, None]
-        held = np.append(self.planner.held, 0)  # type: ignore[union-attr]
-        start = self._tensor(f"{name}.held", held, torch.int64)[column.clamp(max=len(held) - 1)]
-        page = torch.where(column < kept, start, column - kept + first)
-        return table.gather(1, page.clamp(max=table.shape[1] - 1))
-
-    def _visible_width(self, segments: Segments, widest: int) -> int:
-        if self.fixed_shapes:
-            return widest
-        return int(segments.pages.max(initial=1))
-
-    def _whole(self, common: Any, segments: Segments) -> Any:
-        """Stock metadata for segments that read all they see."""
-        bounds = np.zeros(len(segments.row) + 1, np.int64)
-        bounds[1:] = np.cumsum(segments.queries)
-        lengths = segments.visible
-        return self.stock.build(
-            self,
-            0,
-            self._common(
-                common,
-                bounds,
-                self._tensor("whole.lengths", lengths),
-                self._table(common, segments, "whole"),
-                longest=int(lengths.max(initial=1)),
-            ),
-        )
-
-    def _common(
-        self, common: Any, bounds: NDArray[np.int64], lengths: Tensor, table: Tensor, longest: int
-    ) -> Any:
-        """The step's metadata for other sequences over the same cache."""
-        return replace(
-            common,
-            num_reqs=len(bounds) - 1,
-            num_actual_tokens=int(bounds[-1]),
-            query_start_loc=self._tensor(f"bounds{len(bounds)}", bounds),
-            query_start_loc_cpu=torch.from_numpy(bounds).to(torch.int32),
-            max_query_len=int(np.diff(bounds).max(initial=1)),
-            seq_lens=lengths,
-            seq_lens_cpu_upper_bound=None,
-            max_seq_len=longest,
-            block_table_tensor=table.contiguous(),
-            positions=None,
-            is_prefilling=None,
-            req_idx=None,
-            _num_computed_tokens_cache=None,
-            _token_to_req_indices_cache=None,
-        )
-
-    def _selected(self, common: Any, segments: Segments) -> Selected:
-        planner = self.planner
-        assert planner is not None
-        pages, lengths = segments.pages, segments.visible
-        if self.fixed_shapes:
-            short = segments.stop <= planner.settings.min_context
-            width = planner.width(self.max_tokens)
-            keep = np.minimum(np.where(short, pages, planner.keep), pages)
-        else:
-            keep = np.minimum(planner.keep, pages)
-            width = int(keep.max(initial=1))
-        reads = np.maximum(lengths - (pages - keep) * planner.page_size, 0)
-        heads = self.kv_heads
-        in_order = (segments.token == np.arange(len(segments.token))).all()
-        sequences = np.arange(len(reads) * heads + 1)
-
-        def build(table: Tensor, lengths: Tensor) -> Any:
-            virtual = self._common(common, sequences, lengths, table, width * planner.page_size)
-            return self.stock.build(self.single, 0, virtual)
-
-        metadata = build(
-            common.block_table_tensor.new_zeros(len(reads) * heads, width),
-            self._tensor("reads", np.repeat(reads, heads)),
-        )
-        return Selected(
-            tokens=None if in_order else self._tokens(segments),
-            page_table=self._table(common, segments, "selected"),
-            pages=self._tensor("pages", pages),
-            keep=self._tensor("keep", keep),
-            lengths=self._tensor("lengths", lengths),
-            width=width,
-            metadata=metadata,
-            rebuild=self._rebuilder(metadata, build),
-        )
-
-    def _rebuilder(
-        self, metadata: Any, build: Callable[[Tensor, Tensor], Any]
-    ) -> Callable[[Tensor, Tensor], Any]:
-        """For layers whose lengths are known only once they have selected."""
-        return build
 
 
 class PlannedImpl:

@@ -8,7 +8,8 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from kvplug_vllm.attention import PlannedBackend, PlannedBuilder, PlannedImpl
+from kvplug_vllm.attention import PlannedBackend, PlannedImpl
+from kvplug_vllm.step import PlannedBuilder
 
 
 class KVPlugImpl(PlannedImpl, CPUAttentionBackendImpl):

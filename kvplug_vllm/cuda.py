@@ -19,8 +19,9 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from kvplug_vllm.attention import PlannedBackend, PlannedBuilder, PlannedImpl
+from kvplug_vllm.attention import PlannedBackend, PlannedImpl
 from kvplug_vllm.settings import settings_of
+from kvplug_vllm.step import PlannedBuilder
 
 
 class KVPlugImpl(PlannedImpl, FlashAttentionImpl):
