@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venvs/vllm
 BIN := $(VENV)/bin
 MODELS := .models
+# Two processes of one thread each; a file's tests share what they build.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 export XDG_CACHE_HOME := $(CURDIR)/.cache
 export PIP_CACHE_DIR := $(CURDIR)/.cache/pip
@@ -26,14 +28,14 @@ demo: setup models
 test: lint test-fast test-interpreted test-engine
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not engine and not gpu"
+	$(PYTEST) -m "not engine and not gpu"
 
 # The Triton kernels on the CPU, by Triton's own interpreter.
 test-interpreted: setup
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" tests/kernels
+	TRITON_INTERPRET=1 $(PYTEST) -m "not gpu" tests/kernels
 
 test-engine: setup models
-	$(BIN)/python -m pytest -m "engine and not gpu"
+	$(PYTEST) -m "engine and not gpu"
 
 lint: setup
 	$(BIN)/ruff check
