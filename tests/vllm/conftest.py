@@ -111,7 +111,7 @@ class Engine:
         )
 
     def poison(self, freed: bool) -> list[int]:
-        """Spoil blocks as they are handed out and, with ``freed`` (no prefix cache), as they return.
+        """Spoil blocks as they are handed out; with ``freed`` (no prefix cache) as they return.
 
         NaN for what is free, a large number for what is new: the stock kernel multiplies the
         unwritten rest of a page by zero. Returns the ids of blocks that returned while their
