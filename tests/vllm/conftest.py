@@ -25,6 +25,13 @@ ROOT = Path(__file__).parents[2]
 MiB = 1 << 20
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What an engine warns about is its own business; what we warn about stays an error."""
+    for item in items:
+        if item.get_closest_marker("engine"):
+            item.add_marker(pytest.mark.filterwarnings("default", "error:::kvplug"))
+
+
 class Engine:
     """A vLLM engine and what a test asks of it. Greedy, fp32, eager, page size 32, chunk 256."""
 
