@@ -10,6 +10,7 @@ This package knows no engine. ``kvplug_vllm`` and ``kvplug_sglang`` translate.
 from kvplug.accounting import StepReads, byte_share, digest_bytes, step_reads
 from kvplug.composition import Composition
 from kvplug.config import Settings, read_settings
+from kvplug.eviction import keep_tokens
 from kvplug.grammar import parse
 from kvplug.plan import Planner, Segments
 from kvplug.policy import (
@@ -19,6 +20,8 @@ from kvplug.policy import (
     Granularity,
     Policy,
     PositionalEviction,
+    PromptKV,
+    ScoredEviction,
     Selector,
     Stage,
 )
@@ -36,6 +39,8 @@ __all__ = [
     "Planner",
     "Policy",
     "PositionalEviction",
+    "PromptKV",
+    "ScoredEviction",
     "Segments",
     "Selector",
     "Settings",
@@ -44,6 +49,7 @@ __all__ = [
     "byte_share",
     "choose_pages",
     "digest_bytes",
+    "keep_tokens",
     "parse",
     "policy_class",
     "policy_names",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvplug.policies.dense import Dense
-from kvplug.policy import Policy, PositionalEviction, Selector, Stage
+from kvplug.policy import Policy, PositionalEviction, ScoredEviction, Selector, Stage
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ class Composition:
     def eviction(self) -> PositionalEviction | None:
         policy = self.stage(Stage.COMPRESS)
         return policy if isinstance(policy, PositionalEviction) else None
+
+    @property
+    def scored(self) -> ScoredEviction | None:
+        policy = self.stage(Stage.COMPRESS)
+        return policy if isinstance(policy, ScoredEviction) else None
 
     @property
     def selector(self) -> Selector | None:

@@ -13,8 +13,8 @@ How many pages or tokens is decided on the host, from lengths and the policy alo
 schedulers, workers and tensor-parallel ranks agree without talking. Which ones is decided on
 the device.
 
-Axes: B requests, T cached tokens, P pages, S tokens per page, N physical pages, Hq query heads,
-H KV heads, G = Hq / H, D head dim.
+Axes: B requests, T cached tokens, W window queries, P pages, S tokens per page, N physical pages,
+Hq query heads, H KV heads, G = Hq / H, D head dim.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from enum import Enum
 from typing import ClassVar, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -193,4 +194,94 @@ class Selector(Policy):
         query [B, H, G, D], digest [N, H, rows, D] (None without one), page_table [B, P] int32,
         pages [B] int32 valid columns -> [B, H, P] fp32, -inf beyond ``pages``. Columns beyond
         ``pages`` hold stale ids: skip them, never read and mask.
+        """
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PromptKV:
+    """One layer of a few prompts whose prefill has ended, copied out of the cache.
+
+    What stands beyond a prompt's length is garbage, NaN included.
+    """
+
+    keys: Tensor
+    """[B, T, H, D]"""
+    values: Tensor
+    """[B, T, H, D]"""
+    queries: Tensor | None
+    """The last W queries of each prompt, rotated as the keys are; None if the policy needs none.
+
+    [B, W, H, G, D]. The last row is the prompt's last token; a prompt shorter than W leaves its
+    first rows to garbage.
+    """
+    lengths: Tensor
+    """Tokens of each prompt, those of its partial last page included. [B] int"""
+    scale: float
+    """What the model multiplies q . k by."""
+    first_head: int = 0
+    """Global index of head 0, so that tensor-parallel ranks tell their heads apart."""
+    page_size: int
+
+    @property
+    def valid(self) -> Tensor:
+        """Which tokens are no garbage. [B, T] bool"""
+        positions = torch.arange(self.keys.shape[1], device=self.keys.device)
+        return positions < self.lengths[:, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredEviction(Policy):
+    """Keeps the tokens of a prompt that score highest, once, when its prefill has ended.
+
+    Each KV head of a layer keeps its own ``budget`` tokens of the prompt's whole pages. The
+    prompt's partial last page and all that is decoded later stay.
+    """
+
+    stage = Stage.COMPRESS
+    action = Action.EVICTION
+    granularity = Granularity.TOKEN
+    memory = "budget, plus the answer"
+    reads = "budget, plus the answer"
+
+    budget: int = 1024
+    """Tokens kept per KV head and layer, rounded up to whole pages."""
+    sinks: int = 4
+    """First tokens of a prompt that are always kept."""
+    window: int = 0
+    """Last tokens of a prompt that are always kept, and whose queries the score may ask for."""
+
+    def __post_init__(self) -> None:
+        for field, least in (("budget", 1), ("sinks", 0), ("window", int(self.needs_queries))):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"{self.name}: {field} must be a number of tokens, at least {least}, got "
+                    f"{value!r}; write {self.name}({field}={getattr(type(self), field)})"
+                )
+        if self.budget < self.sinks + self.window:
+            raise ValueError(
+                f"{self.name}: budget must be at least sinks + window = "
+                f"{self.sinks + self.window} tokens, got {self.budget}; raise the budget or lower "
+                "the other two"
+            )
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether ``score`` reads the queries of the last ``window`` tokens."""
+        return self.evidence is Evidence.WINDOW_QUERIES
+
+    def layer_budget(self, layer: int) -> int | None:
+        """Tokens that this layer keeps of a prompt's whole pages; None for all of them."""
+        return self.budget
+
+    def pages(self, page_size: int, budget: int | None = None) -> int:
+        """Pages of ``page_size`` tokens that a layer with this budget keeps at most."""
+        return -(-(budget or self.budget) // page_size)
+
+    @abstractmethod
+    def score(self, prompt: PromptKV) -> Tensor:
+        """What each token is worth to each KV head; higher is kept. -> [B, H, T] fp32
+
+        Scores beyond a prompt's length may be anything. Every token of the prompt counts as
+        evidence, also where the partial last page and ``window`` are kept in any case.
         """

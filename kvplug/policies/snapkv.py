@@ -1,0 +1,83 @@
+"""SnapKV: keep what the prompt's last tokens look at, and its neighbours.
+
+    a_j = mean over the last W queries i, and over the G query heads, of softmax_j(q_i . k_j)
+    s_j = mean of a over the ``pool`` positions around j
+
+for the keys before the window; softmax runs over all that a query sees, the pool takes the
+window's own columns for 0. The window always stays.
+
+Li et al., "SnapKV: LLM Knows What You are Looking for Before Generation", NeurIPS 2024,
+https://arxiv.org/abs/2404.14469
+
+Differs from the paper: query heads that share a KV head keep the same tokens (mean over the
+group; the authors' code repeats the keys and keeps a set for each query head), in fp32 throughout.
+Defaults are those of the authors' code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool1d
+
+from kvplug.policy import Evidence, PromptKV, ScoredEviction
+
+BLOCK = 8192  # keys whose logits are in memory at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapKV(ScoredEviction):
+    name = "snapkv"
+    evidence = Evidence.WINDOW_QUERIES
+    query_agnostic = False
+    paper = "https://arxiv.org/abs/2404.14469"
+
+    sinks: int = 0
+    window: int = 64
+    pool: int = 5
+    """Positions that a score is averaged over, an odd number; 1 for none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (
+            isinstance(self.pool, bool)
+            or not isinstance(self.pool, int)
+            or self.pool < 1
+            or self.pool % 2 == 0
+        ):
+            raise ValueError(
+                f"snapkv: pool must be an odd number of tokens, got {self.pool!r}; "
+                "write snapkv(pool=5)"
+            )
+
+    def score(self, prompt: PromptKV) -> Tensor:
+        assert prompt.queries is not None
+        assert prompt.queries.shape[1] == self.window
+        attention = window_attention(prompt.queries, prompt)
+        before = torch.arange(attention.shape[2], device=attention.device)
+        before = before < prompt.lengths[:, None, None] - self.window
+        return avg_pool1d(attention * before, self.pool, stride=1, padding=self.pool // 2)
+
+
+def window_attention(queries: Tensor, prompt: PromptKV) -> Tensor:
+    """What each key gets of the window's queries [B, W, H, G, D], their mean. -> [B, H, T] fp32"""
+    _, W, _, G, _ = queries.shape
+    T, device = prompt.keys.shape[1], prompt.keys.device
+    queries = queries.float() * prompt.scale
+    last = prompt.lengths[:, None] - torch.arange(W, 0, -1, device=device)  # [B, W]
+
+    def logits(first: int) -> Tensor:
+        keys = prompt.keys[:, first : first + BLOCK].float()
+        seen = torch.arange(first, first + keys.shape[1], device=device) <= last[:, :, None]
+        dots = torch.einsum("bwhgd,bthd->bhgwt", queries, keys)
+        return dots.masked_fill_(~seen[:, None, None], float("-inf"))  # garbage is never seen
+
+    blocks = range(0, T, BLOCK)
+    total = logits(0).logsumexp(4)  # [B, H, G, W]
+    for first in blocks[1:]:
+        total = total.logaddexp(logits(first).logsumexp(4))
+    total = total.masked_fill(total == float("-inf"), float("inf"))[..., None]  # rows of no token
+    mass = torch.cat([(logits(first) - total).exp().sum((2, 3)) for first in blocks], 2)
+    return mass / (G * prompt.lengths.clamp(1, W)[:, None, None])

@@ -1,0 +1,507 @@
+"""Scored eviction: each score against its definition, the kept sets against what they promise."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvplug import Composition, Evidence, PromptKV, ScoredEviction, keep_tokens, parse
+from kvplug.policies import snapkv as snapkv_module
+from kvplug.policies.keydiff import KeyDiff
+from kvplug.policies.knorm import KNorm
+from kvplug.policies.random import Random
+from kvplug.policies.snapkv import SnapKV
+
+KVPRESS = np.load(Path(__file__).parent / "fixtures/kvpress.npz")
+NAN = float("nan")
+S = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Echo(ScoredEviction):
+    """Takes the first channel of the values for the score."""
+
+    name = "echo"
+    evidence = Evidence.NONE
+    query_agnostic = True
+    paper = ""
+
+    def score(self, prompt: PromptKV) -> torch.Tensor:
+        return prompt.values[..., 0].transpose(1, 2).float()
+
+
+def prompts(lengths, H=2, G=3, D=8, W=6, padding=5, page_size=S, dtype=torch.float32, seed=0):
+    """Random prompts, NaN wherever a prompt has no token."""
+    torch.manual_seed(seed)
+    B, T = len(lengths), max(lengths) + padding
+    keys, values = torch.randn(2, B, T, H, D, dtype=torch.float32).to(dtype)
+    queries = torch.randn(B, W, H, G, D).to(dtype)
+    for b, length in enumerate(lengths):
+        keys[b, length:] = values[b, length:] = NAN
+        queries[b, : max(W - length, 0)] = NAN
+    return PromptKV(
+        keys=keys,
+        values=values,
+        queries=queries,
+        lengths=torch.tensor(lengths),
+        scale=D**-0.5,
+        page_size=page_size,
+    )
+
+
+def alone(prompt, b):
+    """One request of a batch, without padding."""
+    length = int(prompt.lengths[b])
+    return replace(
+        prompt,
+        keys=prompt.keys[b : b + 1, :length],
+        values=prompt.values[b : b + 1, :length],
+        queries=None if prompt.queries is None else prompt.queries[b : b + 1],
+        lengths=prompt.lengths[b : b + 1],
+    )
+
+
+def scored(scores, lengths, page_size):
+    """A prompt whose echo is scores [B, H, T]."""
+    values = torch.tensor(scores, dtype=torch.float32).transpose(1, 2)[..., None]
+    return PromptKV(
+        keys=torch.full_like(values, NAN),
+        values=values,
+        queries=None,
+        lengths=torch.tensor(lengths),
+        scale=1.0,
+        page_size=page_size,
+    )
+
+
+def kept(policy, prompt, keep, protect=()):
+    """Sorted positions by request and head, what does not count left out."""
+    keep = torch.tensor(keep, dtype=torch.int32)
+    width = int(keep.max())
+    tokens = keep_tokens(policy, prompt, keep, width, protect)
+    assert tokens.shape == (*prompt.keys.shape[::2][:2], width)
+    assert tokens.dtype is torch.int64
+    counts = keep.minimum(prompt.lengths // prompt.page_size * prompt.page_size).tolist()
+    for row, count in zip(tokens, counts, strict=True):
+        assert not row[:, count:].any()
+    return [
+        [head[:count].tolist() for head in row] for row, count in zip(tokens, counts, strict=True)
+    ]
+
+
+# Scores, against their definitions in doubles, one number at a time.
+
+
+def slow_knorm(policy, keys, queries, scale):
+    return [-math.sqrt(sum(x * x for x in key)) for key in keys]
+
+
+def slow_keydiff(policy, keys, queries, scale):
+    norms = [math.sqrt(sum(x * x for x in key)) for key in keys]
+    mean = [
+        sum(key[d] / norm for key, norm in zip(keys, norms, strict=True)) / len(keys)
+        for d in range(len(keys[0]))
+    ]
+    length = math.sqrt(sum(x * x for x in mean))
+    return [
+        -sum(x * y for x, y in zip(key, mean, strict=True)) / norm / length
+        for key, norm in zip(keys, norms, strict=True)
+    ]
+
+
+def slow_snapkv(policy, keys, queries, scale):
+    P, W = len(keys), policy.window
+    rows = range(max(0, P - W), P)  # positions of the window's queries
+    G = len(queries[0])
+    attention = [0.0] * P
+    for i in rows:
+        for query in queries[i - P + W]:
+            powers = [
+                math.exp(scale * sum(x * y for x, y in zip(query, key, strict=True)))
+                for key in keys[: i + 1]
+            ]
+            for j, power in enumerate(powers):
+                attention[j] += power / sum(powers) / len(rows) / G
+    reach = policy.pool // 2
+    before = max(P - W, 0)
+    return [
+        sum(attention[i] for i in range(j - reach, j + reach + 1) if 0 <= i < before) / policy.pool
+        for j in range(P)
+    ]
+
+
+SLOW = [
+    (KNorm(), slow_knorm),
+    (KeyDiff(), slow_keydiff),
+    (SnapKV(window=6), slow_snapkv),
+    (SnapKV(window=6, pool=1), slow_snapkv),
+    (SnapKV(window=6, pool=9), slow_snapkv),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("policy, slow", SLOW, ids=str)
+def test_a_score_is_its_definition_on_a_ragged_batch(policy, slow, dtype, monkeypatch):
+    monkeypatch.setattr(snapkv_module, "BLOCK", 16)  # many blocks, the last one not full
+    prompt = prompts([40, 1, 17, 6, 3, 7], dtype=dtype)
+    score = policy.score(prompt)
+    assert score.dtype is torch.float32
+    for b, length in enumerate(prompt.lengths.tolist()):
+        for h in range(2):
+            keys = prompt.keys[b, :length, h].double().tolist()
+            queries = prompt.queries[b, :, h].double().tolist()
+            wanted = torch.tensor(slow(policy, keys, queries, prompt.scale))
+            torch.testing.assert_close(score[b, h, :length], wanted, atol=2e-6, rtol=2e-5)
+
+
+def test_blocks_of_keys_change_no_score(monkeypatch):
+    prompt, policy = prompts([50, 9, 33]), SnapKV(window=6)
+    whole = policy.score(prompt)
+    monkeypatch.setattr(snapkv_module, "BLOCK", 7)
+    torch.testing.assert_close(policy.score(prompt), whole)
+
+
+def test_the_window_attention_of_all_keys_sums_to_one():
+    prompt = prompts([40, 1, 17, 6, 3])
+    mass = snapkv_module.window_attention(prompt.queries, prompt)
+    torch.testing.assert_close(mass.sum(2), torch.ones(5, 2))
+
+
+def test_keydiff_of_a_zero_key_is_a_number():
+    prompt = prompts([20])
+    prompt.keys[0, 3] = 0
+    assert KeyDiff().score(prompt)[0, :, 3].eq(0).all()
+    prompt.keys[:] = 0
+    assert KeyDiff().score(prompt).eq(0).all()
+
+
+POLICIES = [KNorm(), KeyDiff(), SnapKV(window=6), Random(), Random(seed=7)]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_a_batch_scores_as_its_requests_alone(policy):
+    prompt = prompts([40, 1, 17, 100])
+    score = policy.score(prompt)
+    for b, length in enumerate(prompt.lengths.tolist()):
+        torch.testing.assert_close(score[b, :, :length], policy.score(alone(prompt, b))[0])
+
+
+# Random draws the same lots wherever a head and a position come to be drawn.
+
+
+def test_random_falls_by_position_and_global_head_alone():
+    score = Random(seed=3).score(prompts([40, 100], H=4))
+    assert score[0].equal(score[1])
+    other = prompts([100], H=4, D=16, seed=9)
+    assert Random(seed=3).score(other)[0].equal(score[0])
+    second_rank = replace(prompts([40, 100], H=2), first_head=2)
+    assert Random(seed=3).score(second_rank).equal(score[:, 2:])
+
+
+def test_random_is_uniform_and_differs_by_head_and_seed():
+    prompt = prompts([20_000], H=4, D=1, W=1)
+    lots = torch.cat([Random(seed=seed).score(prompt)[0] for seed in (0, 1, (1 << 32) - 1)])
+    assert lots.min() >= 0
+    assert lots.max() < 1
+    bins = torch.stack([row.histc(100, 0, 1) for row in lots])
+    chi2 = ((bins - 200) ** 2 / 200).sum(1)  # 99 degrees of freedom: mean 99, deviation 14
+    assert (chi2 - 99).abs().max() < 5 * 14
+    correlations = torch.corrcoef(lots) - torch.eye(12)
+    assert correlations.abs().max() < 5 / math.sqrt(20_000)
+    neighbours = torch.corrcoef(torch.stack([lots[0, 1:], lots[0, :-1]]))[0, 1]
+    assert abs(neighbours) < 5 / math.sqrt(20_000)
+
+
+def test_random_is_the_hash_it_names():
+    def mixed(x):
+        x ^= x >> 16
+        x = x * 0x7FEB352D % 2**32
+        x ^= x >> 15
+        x = x * 0x846CA68B % 2**32
+        return x ^ x >> 16
+
+    score = Random(seed=5).score(replace(prompts([50]), first_head=6))[0]
+    for h in range(2):
+        for j in range(50):
+            lot = mixed(mixed(mixed(5) ^ (6 + h)) ^ j)
+            assert score[h, j] == (lot >> 8) / 2**24
+
+
+# What is kept.
+
+
+def promised(policy, scores, length, page_size, keep, protect):
+    """One head's kept tokens, by sorting Python tuples."""
+
+    def rank(j):
+        if j < policy.sinks:
+            return (0, j)
+        if any(first <= j < last for first, last in protect):
+            return (1, j)
+        if j >= length - policy.window:
+            return (2, -j)
+        return (3, math.inf if math.isnan(scores[j]) else -scores[j], j)
+
+    return sorted(sorted(range(length // page_size * page_size), key=rank)[:keep])
+
+
+VALUES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 1e-40, -1e-40, math.inf, -math.inf, NAN])
+
+
+@st.composite
+def cases(draw):
+    B, H = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    lengths = draw(st.lists(st.integers(0, 40), min_size=B, max_size=B))
+    T = max(lengths) + draw(st.integers(1, 5))
+    each = VALUES | st.floats(-3, 3, width=32)
+    scores = draw(
+        st.lists(
+            st.lists(st.lists(each, min_size=T, max_size=T), min_size=H, max_size=H),
+            min_size=B,
+            max_size=B,
+        )
+    )
+    spans = st.tuples(st.integers(0, 40), st.integers(1, 20)).map(lambda s: (s[0], s[0] + s[1]))
+    return (
+        Echo(sinks=draw(st.integers(0, 9)), window=draw(st.integers(0, 9))),
+        scores,
+        lengths,
+        draw(st.sampled_from([1, 2, 4, 16])),
+        draw(st.lists(st.integers(0, 50), min_size=B, max_size=B)),
+        draw(st.lists(spans, max_size=2)),
+    )
+
+
+@given(cases())
+@settings(max_examples=300, deadline=None)
+def test_kept_tokens_are_what_was_promised(case):
+    policy, scores, lengths, page_size, keep, protect = case
+    prompt = scored(scores, lengths, page_size)
+    tokens = kept(policy, prompt, keep, protect)
+    for b, length in enumerate(lengths):
+        whole = length // page_size * page_size
+        always = {*range(policy.sinks), *range(length - policy.window, length)}.union(
+            *(range(*span) for span in protect)
+        ) & set(range(whole))
+        for h, head in enumerate(tokens[b]):
+            assert head == promised(policy, scores[b][h], length, page_size, keep[b], protect)
+            assert len(head) == len(set(head)) == min(keep[b], whole)
+            assert head == sorted(head)
+            if keep[b] >= whole:
+                assert head == list(range(whole))
+            if keep[b] >= len(always):
+                assert always <= set(head)
+        if length:
+            assert tokens[b] == kept(policy, alone(prompt, b), keep[b : b + 1], protect)[0]
+
+
+def test_among_equals_the_lower_position_is_kept():
+    prompt = scored([[[1.0] * 64, [0.0, -0.0] * 32]], [64], S)
+    assert kept(Echo(sinks=0), prompt, [20]) == [[list(range(20))] * 2]
+    assert kept(Echo(sinks=2, window=3), prompt, [20]) == [[[*range(17), 61, 62, 63]] * 2]
+
+
+def test_a_budget_too_small_for_all_that_never_goes_keeps_sinks_then_spans_then_the_newest():
+    prompt = scored([[[1.0] * 64]], [64], S)
+    policy, protect = Echo(sinks=4, window=8), [(20, 24)]
+    assert kept(policy, prompt, [2], protect) == [[[0, 1]]]
+    assert kept(policy, prompt, [6], protect) == [[[0, 1, 2, 3, 20, 21]]]
+    assert kept(policy, prompt, [10], protect) == [[[0, 1, 2, 3, 20, 21, 22, 23, 62, 63]]]
+
+
+def test_the_window_counts_from_the_prompts_end_and_only_whole_pages_are_candidates():
+    prompt = scored([[[1.0] * 40]], [40], S)  # the last page holds 8 of the 10 newest
+    assert kept(Echo(sinks=0, window=10), prompt, [5]) == [[[0, 1, 2, 30, 31]]]
+
+
+def test_a_width_beyond_the_batch_is_filled_with_zeros():
+    prompt = scored([[[1.0] * 32]], [32], S)
+    tokens = keep_tokens(Echo(), prompt, torch.tensor([40]), 40)
+    assert tokens[0, 0].tolist() == [*range(32), *[0] * 8]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_garbage_never_leaks(policy):
+    prompt = prompts([40, 1, 17, 100, 64], H=3)
+    clean = replace(
+        prompt,
+        keys=prompt.keys.nan_to_num(0.0),
+        values=prompt.values.nan_to_num(0.0),
+        queries=prompt.queries.nan_to_num(0.0),
+    )
+    keep = [16, 16, 16, 48, 32]
+    assert kept(policy, prompt, keep) == kept(policy, clean, keep)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_nothing_synchronises(policy):
+    """A tensor on the meta device has no values: asking for one raises."""
+    prompt = prompts([40, 17, 100])
+    device = {
+        name: getattr(prompt, name).to("meta") for name in ("keys", "values", "queries", "lengths")
+    }
+    keep = torch.tensor([16, 16, 48], device="meta")
+    tokens = keep_tokens(policy, replace(prompt, **device), keep, 48, [(8, 12)])
+    assert tokens.shape == (3, 2, 48)
+    assert tokens.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda s: s[:, :1], lambda s: s.double(), lambda s: s.transpose(1, 2)],
+    ids=["heads", "dtype", "axes"],
+)
+def test_a_wrong_score_says_what_it_should_be(wrong):
+    class Wrong(Echo):
+        name = "wrong"
+
+        def score(self, prompt):
+            return wrong(super().score(prompt))
+
+    with pytest.raises(ValueError, match=r"wrong\.score must return torch\.float32 \[1, 2, 37\]"):
+        keep_tokens(Wrong(), prompts([32]), torch.tensor([16]), 16)
+
+
+# kvpress 0.5.5, asked by tools/kvpress_fixtures.py.
+
+CASES = [name.split("/") for name in KVPRESS.files if name.count("/") == 2]
+
+
+@pytest.mark.parametrize("case, name, count", CASES, ids=map("-".join, CASES))
+def test_kvpress_keeps_the_same_tokens(case, name, count):
+    """With pages of one token and no sinks, as kvpress has neither. No set differs."""
+    window, pool = KVPRESS[f"{case}/shape"][5:].tolist()
+    options = {"window": window, "pool": pool} if name == "snapkv" else {}
+    policy = parse(f"{name}(sinks=0)").scored
+    policy = replace(policy, budget=int(count), **options)
+    keys = torch.from_numpy(KVPRESS[f"{case}/keys"]).float()
+    B, T, _, D = keys.shape
+    prompt = PromptKV(
+        keys=keys,
+        values=torch.full_like(keys, NAN),
+        queries=torch.from_numpy(KVPRESS[f"{case}/queries"]),
+        lengths=torch.full((B,), T),
+        scale=D**-0.5,
+        page_size=1,
+    )
+    tokens = keep_tokens(policy, prompt, torch.full((B,), int(count)), int(count))
+    assert tokens.tolist() == KVPRESS[f"{case}/{name}/{count}"].tolist()
+
+
+def test_kvpress_answered_for_every_policy_and_group():
+    assert {name for _, name, _ in CASES} == {"snapkv", "keydiff", "knorm"}
+    groups = {int(KVPRESS[f"{case}/shape"][3]) for case, _, _ in CASES}
+    assert groups == {1, 3, 4}
+
+
+# As a policy: the line, the budget, what it is allowed.
+
+budgets = {"budget": st.integers(999, 1 << 40), "sinks": st.integers(0, 99)}
+scored_evictions = st.one_of(
+    st.builds(
+        SnapKV,
+        **budgets,
+        window=st.integers(1, 900),
+        pool=st.integers(0, 50).map(lambda n: 2 * n + 1),
+    ),
+    st.builds(KeyDiff, **budgets, window=st.integers(0, 900)),
+    st.builds(KNorm, **budgets, window=st.integers(0, 900)),
+    st.builds(Random, **budgets, window=st.integers(0, 900), seed=st.integers(0, (1 << 32) - 1)),
+)
+
+
+@given(scored_evictions)
+@settings(deadline=None)
+def test_the_printed_form_parses_back(policy):
+    assert parse(str(policy)) == Composition((policy,))
+    both = parse(f"quest + {policy}")
+    assert both.scored == policy
+    assert both.eviction is None
+    assert both.selector is not None
+
+
+@pytest.mark.parametrize(
+    "line, printed",
+    [
+        ("snapkv", "snapkv(budget=1024, sinks=0, window=64, pool=5)"),
+        ("keydiff", "keydiff(budget=1024, sinks=4, window=0)"),
+        ("knorm(budget=512)", "knorm(budget=512, sinks=4, window=0)"),
+        ("random(window=32)", "random(budget=1024, sinks=4, window=32, seed=0)"),
+    ],
+)
+def test_a_line_prints_in_full(line, printed):
+    assert str(parse(line)) == printed
+
+
+def test_only_what_ignores_the_question_may_be_shared():
+    shared = {name: parse(name).publishes for name in ("snapkv", "keydiff", "knorm", "random")}
+    assert shared == {"snapkv": False, "keydiff": True, "knorm": True, "random": True}
+    assert not parse("snapkv + quest").publishes
+
+
+def test_a_budget_is_rounded_up_to_whole_pages():
+    policy = KNorm(budget=100)
+    assert [policy.pages(size) for size in (1, 16, 64, 128)] == [100, 7, 2, 1]
+    assert policy.pages(16, 40) == 3
+    assert policy.layer_budget(5) == 100
+
+
+def test_only_snapkv_asks_for_queries():
+    assert [policy.name for policy in POLICIES if policy.needs_queries] == ["snapkv"]
+
+
+BAD = [
+    (
+        "snapkv(budget=0)",
+        "snapkv: budget must be a number of tokens, at least 1, got 0; write snapkv(budget=1024)",
+    ),
+    ("knorm(budget=0.5)", "knorm: budget must be a number of tokens, at least 1, got 0.5"),
+    ("keydiff(budget=True)", "keydiff: budget must be a number of tokens, at least 1, got True"),
+    ("random(budget='1k')", "random: budget must be a number of tokens, at least 1, got '1k'"),
+    (
+        "keydiff(sinks=-1)",
+        "sinks must be a number of tokens, at least 0, got -1; write keydiff(sinks=4)",
+    ),
+    (
+        "snapkv(sinks=None)",
+        "sinks must be a number of tokens, at least 0, got None; write snapkv(sinks=0)",
+    ),
+    (
+        "snapkv(window=0)",
+        "window must be a number of tokens, at least 1, got 0; write snapkv(window=64)",
+    ),
+    ("knorm(window=-1)", "knorm: window must be a number of tokens, at least 0, got -1"),
+    ("snapkv(budget=10)", "snapkv: budget must be at least sinks + window = 64 tokens, got 10"),
+    ("random(budget=10, sinks=6, window=5)", "at least sinks + window = 11 tokens, got 10"),
+    (
+        "snapkv(pool=4)",
+        "snapkv: pool must be an odd number of tokens, got 4; write snapkv(pool=5)",
+    ),
+    ("snapkv(pool=-1)", "pool must be an odd number of tokens, got -1"),
+    ("snapkv(pool=True)", "pool must be an odd number of tokens, got True"),
+    ("snapkv(pool=5.0)", "pool must be an odd number of tokens, got 5.0"),
+    (
+        "random(seed=-1)",
+        "random: seed must be a whole number of at least 0 and below 2 ** 32, got "
+        "-1; write random(seed=0)",
+    ),
+    ("random(seed=4294967296)", "below 2 ** 32, got 4294967296"),
+    ("random(seed=False)", "below 2 ** 32, got False"),
+    ("random(seed=None)", "below 2 ** 32, got None"),
+    ("knorm(pool=5)", "knorm has no option 'pool'. Known: budget, sinks, window."),
+    ("snapkv + knorm", "snapkv and knorm both answer the stage 'compress'; keep one of them"),
+    ("streaming_llm + snapkv", "streaming_llm and snapkv both answer the stage 'compress'"),
+    ("snap_kv", "unknown policy 'snap_kv'. Did you mean 'snapkv'?"),
+]
+
+
+@pytest.mark.parametrize("line, part", BAD, ids=[line for line, _ in BAD])
+def test_a_wrong_line_says_what_to_write(line, part):
+    with pytest.raises(ValueError, match=r".") as caught:
+        parse(line)
+    assert part in str(caught.value)

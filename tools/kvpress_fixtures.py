@@ -1,0 +1,99 @@
+"""Ask kvpress which tokens it keeps, and write the answers down for tests/core/test_eviction.py.
+
+    python3 -m venv /tmp/kvpress
+    /tmp/kvpress/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
+    /tmp/kvpress/bin/pip install kvpress==0.5.5
+    /tmp/kvpress/bin/python tools/kvpress_fixtures.py
+
+which brings transformers 5.2.0 and numpy 2.4.6. Run once; an environment of its own because
+kvpress asks for transformers < 5.3 and vLLM brings a later one.
+
+Each press runs whole: ``compress`` on the hidden states and keys of one real LlamaAttention with
+random weights (no attention weights are given, so SnapKV makes its window queries itself: projects
+hidden states, rotates). The values carry their own positions, so what comes back says what was
+kept. Written beside it are the same window queries, computed with transformers' own rotation.
+
+keys are drawn as halves of 16 bits, so that they are stored exactly in half the bytes.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from kvpress import KeyDiffPress, KnormPress, SnapKVPress
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
+
+OUT = Path(__file__).parents[1] / "tests/core/fixtures/kvpress.npz"
+
+# requests, tokens, KV heads, query heads per KV head, head dim, window, pool, shares evicted
+SHAPES = [
+    (2, 64, 2, 1, 16, 16, 5, (0.25, 0.5)),
+    (1, 77, 3, 3, 24, 32, 7, (0.3, 0.5)),
+    (2, 160, 2, 4, 16, 32, 5, (0.5, 0.75)),
+    (1, 320, 1, 3, 16, 64, 5, (0.5, 0.75)),
+    (1, 320, 2, 4, 16, 64, 1, (0.2, 0.7)),
+]
+CLEAR = 1e-6
+"""Kept and evicted scores are at least so far apart, relatively: no other fp32 order of sums
+changes a set."""
+
+
+def kept(press, module, hidden, keys, kwargs) -> np.ndarray:
+    """Ascending positions that a press keeps. -> [B, H, K]"""
+    B, H, n, D = keys.shape
+    values = torch.arange(n).float()[:, None].expand(B, H, n, D).contiguous()
+    tokens = press.compress(module, hidden, keys, values, None, kwargs)[1][..., 0]
+    score = press.score(module, hidden, keys, values, None, kwargs).sort(-1, descending=True)[0]
+    K = tokens.shape[-1]
+    gap = (score[..., K - 1] - score[..., K]) / score[..., K].abs()
+    assert gap.min() > CLEAR, f"{press}: a tie, choose another seed"
+    return tokens.sort(-1)[0].to(torch.int16).numpy()
+
+
+@torch.no_grad()
+def main() -> None:
+    arrays: dict[str, np.ndarray] = {}
+    for case, (B, n, H, G, D, W, pool, ratios) in enumerate(SHAPES):
+        torch.manual_seed(case)
+        config = LlamaConfig(
+            hidden_size=32, num_attention_heads=H * G, num_key_value_heads=H, head_dim=D
+        )
+        module = LlamaAttention(config, layer_idx=0)
+        torch.nn.init.normal_(module.q_proj.weight, std=0.3)
+        hidden = torch.randn(B, n, 32)
+        cos, sin = LlamaRotaryEmbedding(config)(hidden, torch.arange(n)[None])
+        kwargs = {"position_embeddings": (cos, sin)}
+
+        keys = (torch.randn(B, H, n, D) + 0.3 * torch.randn(1, H, 1, D)).half().float()
+        queries = module.q_proj(hidden).view(B, n, H * G, D).transpose(1, 2)
+        queries = apply_rotary_pos_emb(queries, queries, cos, sin)[0][:, :, -W:]
+
+        arrays[f"{case}/shape"] = np.array([B, n, H, G, D, W, pool])
+        arrays[f"{case}/keys"] = keys.transpose(1, 2).half().numpy()  # [B, T, H, D]
+        arrays[f"{case}/queries"] = (  # [B, W, H, G, D]
+            queries.reshape(B, H, G, W, D).permute(0, 3, 1, 2, 4).contiguous().numpy()
+        )
+        for ratio in ratios:
+            presses = {
+                "snapkv": SnapKVPress(ratio, window_size=W, kernel_size=pool),
+                "keydiff": KeyDiffPress(ratio),
+                "knorm": KnormPress(ratio),
+            }
+            for name, press in presses.items():
+                tokens = kept(press, module, hidden, keys, kwargs)
+                arrays[f"{case}/{name}/{tokens.shape[-1]}"] = tokens
+    OUT.parent.mkdir(exist_ok=True)
+    np.savez_compressed(OUT, version=np.array(version("kvpress")), **arrays)
+    print(f"{OUT}: {OUT.stat().st_size} bytes, {len(arrays)} arrays")
+
+
+if __name__ == "__main__":
+    main()
