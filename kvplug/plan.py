@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from kvplug.config import Settings
 from kvplug.policy import Positions
 
-_PER_SEGMENT = ("row", "token", "start", "stop", "kept", "first", "selects", "decodes")
+_PER_SEGMENT = ("row", "token", "start", "stop", "kept", "first", "packed", "selects", "decodes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +27,10 @@ class Segments:
     """Runs of query tokens, in the order of the batch; every array is [n] int64 unless said.
 
     A segment's queries stand at logical positions [start, stop) of request ``row`` and at
-    [token, token + stop - start) of the step's flat queries. They see the first ``kept`` of the
-    planner's ``held`` pages and all pages from ``first`` on (``kept == first == 0``: everything),
-    causally.
+    [token, token + stop - start) of the step's flat queries. They see ``kept`` pages instead of
+    those before ``first``, and all pages from ``first`` on, causally (``kept == first == 0``:
+    everything). The kept pages are the first of the planner's ``held`` pages or, where
+    ``packed >= 0``, private pages that hold what a compressed prompt keeps.
     """
 
     row: Positions
@@ -38,6 +39,8 @@ class Segments:
     stop: Positions
     kept: Positions
     first: Positions
+    packed: Positions
+    """Column of the request's table where its private pages begin; -1 without."""
     selects: NDArray[np.bool_]
     """The segment is one query that reads a selection of the pages it sees."""
     decodes: NDArray[np.bool_]
@@ -60,7 +63,7 @@ class Segments:
     @property
     def untouched(self) -> bool:
         """Every query sees and reads everything: the engine's own path serves the step."""
-        return not (self.selects.any() or self.first.any())
+        return not (self.selects.any() or self.first.any() or (self.packed >= 0).any())
 
     def where(self, mask: NDArray[np.bool_]) -> Segments:
         """The segments of a mask."""
@@ -80,6 +83,7 @@ class Planner:
         self.selector = settings.policy.selector
         self.held = self._held_pages()
         """Pages at the start and under protected spans, ascending: never evicted. [n] int64"""
+        self.scored = settings.policy.scored
         self.keep = self.selector.pages(page_size) if self.selector else 0
         """Pages that a selecting query reads per KV head, at most."""
 
@@ -111,8 +115,14 @@ class Planner:
         kept = np.searchsorted(self.held, first)
         hidden = kept < first
         first, kept = np.where(hidden, first, 0), np.where(hidden, kept, 0)
-
         decodes = position >= prompt[row]
+        packed = np.full(len(row), -1)
+        if self.scored:
+            private = self.private_pages(prompt)[row]
+            compressed = decodes & (private > 0)
+            first = np.where(compressed, prompt[row] // self.page_size, first)
+            kept = np.where(compressed, private, kept)
+            packed = np.where(compressed, -(-prompt[row] // self.page_size), packed)
         selects = decodes if self.selector else np.zeros(len(row), bool)
         if self.settings.shortcut:
             pages = position // self.page_size + 1 - first + kept
@@ -135,10 +145,28 @@ class Planner:
             stop=position[end] + 1 if len(begin) else position[begin],
             kept=kept[begin],
             first=first[begin],
+            packed=packed[begin],
             selects=selects[begin],
             decodes=decodes[begin],
             page_size=self.page_size,
         )
+
+    def private_pages(self, prompt: Positions) -> Positions:
+        """Pages that hold what a prompt of so many tokens keeps; 0 where it stays whole. [n]
+
+        A prompt's whole pages are compressed; its partial last page stays as it is.
+        """
+        if self.scored is None:
+            return np.zeros_like(prompt)
+        whole, budget = prompt // self.page_size, self.scored.pages(self.page_size)
+        if not self.settings.shortcut:
+            return np.minimum(whole, budget)
+        return np.where((whole > budget) & (prompt > self.settings.min_context), budget, 0)
+
+    def compresses(self, computed: Positions, total: Positions, prompt: Positions) -> Positions:
+        """Rows whose prompt is packed in this step: the one that passes its end. -> [n]"""
+        passes = (computed <= prompt) & (prompt < total)
+        return np.flatnonzero(passes & (self.private_pages(prompt) > 0))
 
     def width(self, max_tokens: int) -> int:
         """The widest selection, in pages, of any request up to ``max_tokens``."""

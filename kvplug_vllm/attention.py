@@ -12,18 +12,19 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from kvplug import Selector, choose_pages
+from kvplug import PromptKV, ScoredEviction, Selector, choose_pages, keep_tokens
 from kvplug_kernels.virtual_heads import virtual_heads
 from kvplug_vllm import NAME, compat
 from kvplug_vllm.cache import customize_spec
 from kvplug_vllm.refusals import refuse
 from kvplug_vllm.settings import Engine
-from kvplug_vllm.step import Selected, StepPlan, Whole
+from kvplug_vllm.step import Packing, Selected, StepPlan, Whole
 
 
 class PlannedBackend:
@@ -71,6 +72,11 @@ class PlannedImpl:
         self.planned = self.attn_type == AttentionType.DECODER and not windowed
         """Windowed layers stay on the stock path; the policy plans the global ones."""
         self.selector: Selector | None = policy.selector if self.planned else None
+        self.scored: ScoredEviction | None = policy.scored if self.planned else None
+        self.protect = engine.settings.protect
+        self._window: dict[int, Tensor] = {}
+        self.packed_prompts = 0
+        """Prompts that were packed here, for tests and doctor."""
         if self.selector is not None and getattr(self, "alibi_slopes", None) is not None:
             raise ValueError(
                 f"{self.selector.name} cannot serve a model with ALiBi: its bias depends on "
@@ -111,6 +117,9 @@ class PlannedImpl:
                 layer, query, key, value, kv_cache, attn_metadata, output,
                 output_scale, output_block_scale,
             )  # fmt: skip
+        self._observe(query, plan)
+        if plan.packing is not None:
+            self._pack(layer, kv_cache, plan.packing)
         if plan.selected is None or not self._selects(layer):
             self._whole(layer, query, kv_cache, plan.every, output)
             return output
@@ -118,6 +127,51 @@ class PlannedImpl:
             self._whole(layer, query, kv_cache, plan.rest, output)
         self._selected(layer, query, kv_cache, plan.selected, output)
         return output
+
+    def _observe(self, query: Tensor, plan: StepPlan) -> None:
+        """Keep the window's queries of prompts that are still being prefilled."""
+        for seen in plan.observations:
+            assert self.scored is not None
+            if seen.stay not in self._window:
+                shape = (self.scored.window, *query.shape[1:])
+                self._window[seen.stay] = query.new_zeros(shape)  # [W, Hq, D]
+            picked = query[seen.tokens]
+            self._window[seen.stay][seen.offset : seen.offset + len(picked)] = picked
+
+    def _pack(self, layer: Any, kv_cache: Tensor, packing: Packing) -> None:
+        """Copy what each KV head keeps of the prompts' whole pages into their private blocks."""
+        scored = self.scored
+        assert scored is not None
+        self.packed_prompts += len(packing.stays)
+        keys, values = self.read_pages(layer, kv_cache, packing.pages)  # [J, T, H, D]
+        queries = None
+        if scored.needs_queries:
+            window = torch.stack([self._window.pop(stay) for stay in packing.stays])
+            queries = window.unflatten(2, (self.num_kv_heads, self.num_queries_per_kv))
+        prompt = PromptKV(
+            keys=keys,
+            values=values,
+            queries=queries,
+            lengths=packing.lengths,
+            scale=self.scale,
+            first_head=compat.first_kv_head(layer.layer_name, self.num_kv_heads),
+            page_size=kv_cache.shape[2],
+        )
+        tokens = keep_tokens(scored, prompt, packing.keep, packing.width, self.protect)
+        index = tokens.transpose(1, 2)[..., None].expand(-1, -1, -1, keys.shape[-1])
+        self.do_kv_cache_update(
+            layer,
+            keys.gather(1, index).flatten(0, 1)[packing.packed],  # [n, H, D]
+            values.gather(1, index).flatten(0, 1)[packing.packed],
+            kv_cache,
+            packing.slots,
+        )
+
+    def read_pages(self, layer: Any, kv_cache: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of whole pages. pages [J, P] -> [J, P * S, H, D] twice"""
+        read = kv_cache[pages].transpose(2, 3).flatten(1, 2)  # [J, T, H, 2D]
+        keys, values = read.split(self.head_size, dim=-1)
+        return keys, values
 
     def _selects(self, layer: Any) -> bool:
         if self._single is None:

@@ -43,6 +43,15 @@ def customize_spec(spec: Any) -> Any:
                 config.max_in_flight_tokens, config.model_config.max_model_len
             ),
         )
+    if policy.scored is not None:
+        from kvplug_vllm.packing import PackingSpec
+
+        spec = replace_as(
+            spec,
+            PackingSpec,
+            settings=EvictionSettings.of(engine.settings),
+            private_blocks=policy.scored.pages(spec.block_size),
+        )
     return spec
 
 
@@ -53,6 +62,7 @@ class EvictionSettings:
     policy: str
     min_context: int
     protect: tuple[tuple[int, int], ...]
+    shortcut: bool = True
 
     @classmethod
     def of(cls, settings: Settings) -> EvictionSettings:
@@ -60,6 +70,7 @@ class EvictionSettings:
             policy=str(settings.policy),
             min_context=settings.min_context,
             protect=settings.protect,
+            shortcut=settings.shortcut,
         )
 
     @cache  # noqa: B019 -- frozen, hashable and as few as the engine's groups
@@ -68,6 +79,7 @@ class EvictionSettings:
             "policy": self.policy,
             "min_context": self.min_context,
             "protect": list(self.protect),
+            "shortcut": self.shortcut,
         }
         return Planner(read_settings(given, environ={}), page_size)
 

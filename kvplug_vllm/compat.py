@@ -7,6 +7,7 @@ says which version ends it; ``tests/vllm/test_contract.py`` fails loudly when up
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import numpy as np
@@ -144,6 +145,41 @@ def single_head_impl(impl: Any) -> Any:
     single.num_heads = impl.num_heads // impl.num_kv_heads
     single.num_kv_heads = 1
     return single
+
+
+def first_kv_head(layer_name: str, kv_heads: int) -> int:
+    """Number of this rank's first KV head of a layer, counted through the whole model."""
+    from vllm.distributed import (
+        get_tensor_model_parallel_rank,
+        get_tensor_model_parallel_world_size,
+    )
+
+    ranks = get_tensor_model_parallel_world_size()
+    return (layer_index(layer_name) * ranks + get_tensor_model_parallel_rank()) * kv_heads
+
+
+@functools.cache
+def cpu_page_order(isa: str, size: int, head_size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Where the CPU kernel puts keys and values within one head's page, found by writing some.
+
+    -> [2 * S * D] int64: element i of (keys [S, D], values [S, D]) stands at [i] of the page.
+    Until the kernel names its packing; it differs by instruction set and dtype.
+    """
+    from vllm import _custom_ops as ops
+
+    numbers = torch.arange(2 * size * head_size).view(2, size, 1, head_size)
+    found = torch.zeros(2 * size * head_size, dtype=torch.int64)
+    for digit in range(3):  # bfloat16 counts to 256 exactly
+        page = torch.zeros(1, 1, 2 * size, head_size, dtype=dtype)
+        keys, values = (numbers // 128**digit % 128).to(dtype)
+        ops.cpu_attn_reshape_and_cache(
+            keys, values, *page.chunk(2, dim=2), torch.arange(size), isa,
+            k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto",
+        )  # fmt: skip
+        found += page.flatten().long() * 128**digit
+    order = torch.empty_like(found)
+    order[found] = torch.arange(len(found))
+    return order
 
 
 def layer_index(layer_name: str) -> int:

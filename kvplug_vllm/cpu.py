@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
     CPUAttentionMetadataBuilder,
 )
 
+from kvplug_vllm import compat
 from kvplug_vllm.attention import PlannedBackend, PlannedImpl
 from kvplug_vllm.step import PlannedBuilder
 
 
 class KVPlugImpl(PlannedImpl, CPUAttentionBackendImpl):
     stock = CPUAttentionBackendImpl
+
+    def read_pages(self, layer: Any, kv_cache: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
+        size = kv_cache.shape[2]
+        order = compat.cpu_page_order(layer.isa, size, self.head_size, kv_cache.dtype)
+        read = kv_cache[pages].flatten(3)[..., order]  # [J, P, H, 2 * S * D]
+        read = read.unflatten(3, (2, size, self.head_size))
+        keys, values = read.permute(3, 0, 1, 4, 2, 5).flatten(2, 3)  # [2, J, T, H, D]
+        return keys, values
 
 
 class KVPlugBuilder(PlannedBuilder, CPUAttentionMetadataBuilder):

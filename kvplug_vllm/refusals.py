@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from kvplug import Composition, PositionalEviction, Selector
+from kvplug import Composition, PositionalEviction, ScoredEviction, Selector
 from kvplug_vllm.settings import settings_of
 
 
@@ -80,8 +80,8 @@ def refusals(vllm_config: Any) -> Iterator[str]:
 def unsupported(policy: Composition) -> Iterator[str]:
     """Policies of a kind that this adapter does not know how to carry out."""
     for part in policy:
-        if not isinstance(part, (PositionalEviction, Selector)):
+        if not isinstance(part, (PositionalEviction, ScoredEviction, Selector)):
             yield (
                 f"{part.name} is a policy of the stage {part.stage.value!r} that the vLLM adapter "
-                "cannot carry out; use a subclass of PositionalEviction or Selector"
+                "cannot carry out; subclass PositionalEviction, ScoredEviction or Selector"
             )

@@ -27,7 +27,11 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
         backend = vllm_config.attention_config.backend
         self.active = backend is not None and backend.name == NAME
         self.vllm_config = vllm_config
-        self.prompt = np.full(vllm_config.scheduler_config.max_num_seqs, UNKNOWN, np.int64)
+        rows = vllm_config.scheduler_config.max_num_seqs
+        self.prompt = np.full(rows, UNKNOWN, np.int64)
+        self.stay = np.full(rows, UNKNOWN, np.int64)
+        """A number for each stay of a request in the batch; a preempted one comes back anew."""
+        self.stays = 0
         # V2 hands over its request states, V1 a device and whether memory is pinned.
         self.slots = rest[0] if len(rest) == 1 else None
         if self.active:
@@ -40,28 +44,34 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
         request (warm-up, graph capture, padding). common: CommonAttentionMetadata -> [B]
         """
         router = cls._of_engine.get(id(vllm_config))
-        if router is None:
-            return np.full(common.num_reqs, UNKNOWN, np.int64)
-        rows = compat.request_rows(common)
-        table = router.prompt if router.slots is None else router.slots.prompt_len.np
-        return np.where(rows < len(table), table[np.minimum(rows, len(table) - 1)], UNKNOWN)
+        if router is not None and router.slots is not None:
+            return _at(router.slots.prompt_len.np, common)
+        return _at(None if router is None else router.prompt, common)
+
+    @classmethod
+    def stays_of(cls, vllm_config: Any, common: Any) -> NDArray[np.int64]:
+        """What tells requests apart while they stay in the batch. common -> [B]"""
+        router = cls._of_engine.get(id(vllm_config))
+        return _at(None if router is None else router.stay, common)
 
     def update_state(self, batch_update: Any) -> None:
         """V1: requests that left, came and moved since the last step."""
         if batch_update is None or not self.active:
             return
         for row in batch_update.removed:
-            self.prompt[row] = UNKNOWN
+            self.prompt[row] = self.stay[row] = UNKNOWN
         for row, _params, prompt, _output in batch_update.added:
             self.prompt[row] = UNKNOWN if prompt is None else len(prompt)
+            self.stay[row], self.stays = self.stays, self.stays + 1
         for source, target, direction in batch_update.moved:
-            moved, displaced = self.prompt[source], self.prompt[target]
-            self.prompt[target] = moved
             swap = direction == MoveDirectionality.SWAP
-            self.prompt[source] = displaced if swap else UNKNOWN
+            for table in (self.prompt, self.stay):
+                moved, displaced = table[source], table[target]
+                table[target], table[source] = moved, displaced if swap else UNKNOWN
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         """V2: nothing of a request's logits is ours."""
+        self.stay[req_idx], self.stays = self.stays, self.stays + 1
         return False
 
     def is_argmax_invariant(self) -> bool:
@@ -69,3 +79,11 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
 
     def apply(self, logits: Any, context: Any = None) -> Any:
         return logits
+
+
+def _at(table: NDArray[np.int64] | None, common: Any) -> NDArray[np.int64]:
+    """The table's entry for each row of the batch; UNKNOWN beyond it. -> [B]"""
+    if table is None:
+        return np.full(common.num_reqs, UNKNOWN, np.int64)
+    rows = compat.request_rows(common)
+    return np.where(rows < len(table), table[np.minimum(rows, len(table) - 1)], UNKNOWN)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -44,12 +44,42 @@ class Whole:
 
 
 @dataclass
+class Packing:
+    """Prompts whose kept tokens are packed in this step; J of them."""
+
+    pages: Tensor
+    """The prompt's pages, the partial last one too, in order. [J, P] int64"""
+    private: Tensor  # [J, K] int64 blocks
+    lengths: Tensor  # [J] int64 prompt tokens
+    keep: Tensor  # [J] int64 tokens kept
+    width: int
+    """The most tokens kept."""
+    slots: Tensor
+    """Where kept token k of prompt j goes, and which they are: rows of [J * width]. [n] int64"""
+    packed: Tensor  # [n] int64
+    stays: list[int]
+
+
+@dataclass
+class Observation:
+    """Queries of a prompt's window, kept until it is packed."""
+
+    stay: int
+    tokens: slice
+    """Rows of the flat queries."""
+    offset: int
+    """The first one's place in the window."""
+
+
+@dataclass
 class StepPlan:
     every: Whole
     """All queries: for layers that select nothing."""
     rest: Whole | None = None
     """For layers that select: the queries that do not."""
     selected: Selected | None = None
+    packing: Packing | None = None
+    observations: Sequence[Observation] = ()
 
 
 class PlannedBuilder:
@@ -100,31 +130,120 @@ class PlannedBuilder:
         computed = total - np.diff(bounds)
         prompt = Router.prompts(self.vllm_config, common)
         # Rows of no request (warm-up, graph capture): single queries are decodes.
-        unrouted = np.where(total - computed == 1, computed, total)
-        prompt = np.where(prompt == UNKNOWN, unrouted, prompt)
+        decodes = (total - computed == 1) & (self.planner.scored is None)
+        prompt = np.where(prompt == UNKNOWN, np.where(decodes, computed, total), prompt)
         segments = self.planner.plan(computed, total, prompt)
         if self.metrics is not None:
             self.metrics.count(step_reads(segments, self.planner, self.budgets))
         if self.fixed_shapes and common.max_query_len == 1 and not policy.is_dense:
             segments = self._fixed(segments, common.num_reqs)
         elif segments.untouched and self.planner.settings.shortcut:
-            return None
-        evicts = self.planner.eviction is not None
-        every = Whole(None, self._whole(common, segments) if evicts else metadata)
-        if not segments.selects.any():
-            return StepPlan(every)
-        rest = segments.where(~segments.selects)
-        return StepPlan(
-            every,
-            rest=Whole(self._tokens(rest), self._whole(common, rest)) if len(rest.row) else None,
-            selected=self._selected(common, segments.where(segments.selects)),
+            observations = self._observations(common, computed, total, prompt)
+            return (
+                StepPlan(Whole(None, metadata), observations=observations)
+                if observations
+                else None
+            )
+        rewrites = self.planner.eviction is not None or self.planner.scored is not None
+        if self.planner.scored is not None:
+            self._redirect(common, segments)
+        plan = StepPlan(
+            Whole(None, self._whole(common, segments) if rewrites else metadata),
+            packing=self._packing(common, computed, total, prompt),
+            observations=self._observations(common, computed, total, prompt),
         )
+        if segments.selects.any():
+            rest = segments.where(~segments.selects)
+            if len(rest.row):
+                plan.rest = Whole(self._tokens(rest), self._whole(common, rest))
+            plan.selected = self._selected(common, segments.where(segments.selects))
+        return plan
+
+    def _redirect(self, common: Any, segments: Segments) -> None:
+        """Private blocks push later blocks down the row: send new tokens where they belong.
+
+        In place, because vLLM hands the same slots to the cache update.
+        """
+        behind = segments.where(segments.packed >= 0)
+        if not len(behind.row):
+            return
+        queries = behind.queries
+        segment = np.repeat(np.arange(len(queries)), queries)
+        tokens = self._flat(behind)
+        position = tokens - behind.token[segment] + behind.start[segment]
+        page = position // behind.page_size
+        column = page + np.where(page >= behind.packed[segment], behind.kept[segment], 0)
+        at = self._tensor("redirect.row", behind.row[segment], torch.int64)
+        block = common.block_table_tensor[at, self._tensor("redirect.column", column, torch.int64)]
+        offset = self._tensor("redirect.offset", position % behind.page_size, torch.int64)
+        slots = block.to(torch.int64) * behind.page_size + offset
+        common.slot_mapping[self._tensor("redirect.token", tokens, torch.int64)] = slots
+
+    def _packing(
+        self,
+        common: Any,
+        computed: NDArray[np.int64],
+        total: NDArray[np.int64],
+        prompt: NDArray[np.int64],
+    ) -> Packing | None:
+        planner = self.planner
+        assert planner is not None
+        rows = planner.compresses(computed, total, prompt)
+        if not len(rows):
+            return None
+        size, prompt = planner.page_size, prompt[rows]
+        private = planner.private_pages(prompt)
+        ends = -(-prompt // size)
+        table = common.block_table_tensor[self._tensor("pack.row", rows, torch.int64)].long()
+        columns = np.minimum(np.arange(int(ends.max()))[None], ends[:, None] - 1)
+        places = ends[:, None] + np.minimum(np.arange(int(private.max())), private[:, None] - 1)
+        blocks = table.gather(1, self._tensor("pack.private", places, torch.int64))
+        keep, width = private * size, int(private.max()) * size
+        packed = np.flatnonzero((np.arange(width)[None] < keep[:, None]).ravel())
+        slots = (blocks[:, :, None] * size + torch.arange(size, device=blocks.device)).flatten()
+        kept = self._tensor("pack.packed", packed, torch.int64)
+        stays = Router.stays_of(self.vllm_config, common)
+        return Packing(
+            pages=table.gather(1, self._tensor("pack.pages", columns, torch.int64)),
+            private=blocks,
+            lengths=self._tensor("pack.lengths", prompt, torch.int64),
+            keep=self._tensor("pack.keep", keep, torch.int64),
+            width=width,
+            slots=slots[kept],
+            packed=kept,
+            stays=stays[rows].tolist(),
+        )
+
+    def _observations(
+        self,
+        common: Any,
+        computed: NDArray[np.int64],
+        total: NDArray[np.int64],
+        prompt: NDArray[np.int64],
+    ) -> list[Observation]:
+        planner = self.planner
+        assert planner is not None
+        if planner.scored is None or not planner.scored.needs_queries:
+            return []
+        begin = np.maximum(computed, np.maximum(prompt - planner.scored.window, 0))
+        end = np.minimum(total, prompt)
+        seen = np.flatnonzero((begin < end) & (planner.private_pages(prompt) > 0))
+        stays = Router.stays_of(self.vllm_config, common)
+        token = common.query_start_loc_cpu.numpy()[: len(computed)] - computed
+        return [
+            Observation(
+                stay=int(stays[row]),
+                tokens=slice(int(token[row] + begin[row]), int(token[row] + end[row])),
+                offset=int(begin[row] - prompt[row] + planner.scored.window),
+            )
+            for row in seen.tolist()
+        ]
 
     def _fixed(self, segments: Segments, rows: int) -> Segments:
         """One selecting query for each row of a decode batch, padding included."""
         fields = {}
-        for name in ("start", "stop", "kept", "first"):
-            fields[name] = np.zeros(rows, np.int64)
+        for name in ("start", "stop", "kept", "first", "packed"):
+            fields[name] = np.full(rows, -1 if name == "packed" else 0)
             fields[name][segments.row] = getattr(segments, name)
         selects = np.full(rows, self.planner.selector is not None)  # type: ignore[union-attr]
         index = np.arange(rows)
@@ -143,10 +262,13 @@ class PlannedBuilder:
 
     def _tokens(self, segments: Segments) -> Tensor:
         """Flat query rows of the segments, in their order."""
+        return self._tensor("tokens", self._flat(segments), torch.int64)
+
+    @staticmethod
+    def _flat(segments: Segments) -> NDArray[np.int64]:
         queries = segments.queries
         ends = np.cumsum(queries)
-        flat = np.arange(ends[-1]) - np.repeat(ends - queries - segments.token, queries)
-        return self._tensor("tokens", flat, torch.int64)
+        return np.arange(ends[-1]) - np.repeat(ends - queries - segments.token, queries)
 
     def _table(self, common: Any, segments: Segments, name: str) -> Tensor:
         """Pages that each segment sees, in order, as the engine numbers them. -> [n, P] int32
@@ -158,7 +280,7 @@ class PlannedBuilder:
         in_order = len(rows) == len(table) and (rows == np.arange(len(rows))).all()
         if not in_order:
             table = table[self._tensor(f"{name}.row", rows, torch.int64)]
-        if self.planner.eviction is None:  # type: ignore[union-attr]
+        if self.planner.eviction is None and self.planner.scored is None:  # type: ignore[union-attr]
             return table
         width = self._visible_width(segments, table.shape[1])
         column = torch.arange(width, device=table.device)[None]
@@ -166,7 +288,11 @@ class PlannedBuilder:
         first = self._tensor(f"{name}.first", segments.first, torch.int64)[:, None]
         held = np.append(self.planner.held, 0)  # type: ignore[union-attr]
         start = self._tensor(f"{name}.held", held, torch.int64)[column.clamp(max=len(held) - 1)]
-        page = torch.where(column < kept, start, column - kept + first)
+        packed = self._tensor(f"{name}.packed", segments.packed, torch.int64)[:, None]
+        page = column - kept + first
+        page = torch.where((packed >= 0) & (page >= packed), page + kept, page)
+        start = torch.where(packed >= 0, packed + column, start)
+        page = torch.where(column < kept, start, page)
         return table.gather(1, page.clamp(max=table.shape[1] - 1))
 
     def _visible_width(self, segments: Segments, widest: int) -> int:

@@ -11,6 +11,9 @@ import pytest
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 POLICIES = [
+    "knorm(budget=64)",
+    "snapkv(budget=96)",
+    "snapkv(budget=128) + quest(budget=96, dense_layers=0)",
     "quest(budget=96, dense_layers=0)",
     "quest(budget=160, top_p=0.9, dense_layers=1)",
     "streaming_llm(sinks=4, window=100)",

@@ -11,6 +11,8 @@ SMALL = [
     "quest(budget=96, dense_layers=0)",
     "streaming_llm(sinks=4, window=100)",
     "streaming_llm(sinks=40, window=150) + quest(budget=96, dense_layers=0)",
+    "snapkv(budget=96)",
+    "random(budget=96) + quest(budget=64, dense_layers=0)",
 ]
 
 

@@ -1,0 +1,169 @@
+"""Compress on read, keep on cache: a prompt's pages return to the pool once they are packed.
+
+When a request passes its prompt's end, private blocks are inserted into its row right behind the
+prompt. The worker packs the kept tokens of the prompt's whole pages into them in the same step;
+when that step is committed, the whole pages return to the pool *with their hashes*: the next turn
+still hits the uncompressed prefix for as long as the memory is not needed. Private blocks and
+what is decoded behind them are never hashed, so no other request can find them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
+
+import numpy as np
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from kvplug_vllm import compat
+from kvplug_vllm.cache import EvictionSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackingSpec(FullAttentionSpec):
+    """Full attention whose prompts are packed into ``private_blocks`` at most."""
+
+    settings: EvictionSettings
+    private_blocks: int
+
+    @classmethod
+    def merge(cls, specs: list[Any]) -> Any:
+        assert all(spec == specs[0] for spec in specs), (
+            "layers of one group differ in their policy"
+        )
+        return specs[0]
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, Any]) -> bool:
+        return all(spec == self for spec in kv_cache_specs.values())
+
+    def max_num_blocks_per_req(self, vllm_config: Any, max_len: int) -> int:
+        return super().max_num_blocks_per_req(vllm_config, max_len) + self.private_blocks
+
+    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
+        whole = super().max_memory_usage_bytes(vllm_config)
+        return whole + self.private_blocks * self.page_size_bytes
+
+
+class PackingManager(FullAttentionManager):
+    """Rows are [prompt blocks | private blocks | decode blocks]; hashes stop at the prompt."""
+
+    _seen: ClassVar[WeakValueDictionary[int, Any]] = WeakValueDictionary()
+
+    def __init__(self, kv_cache_spec: PackingSpec, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self.planner = kv_cache_spec.settings.planner(self.block_size)
+        self.prompt: dict[str, int] = {}
+        """Original prompt length of each request that holds blocks."""
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: Any,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: Any,
+        kv_cache_spec: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[tuple[list[Any], ...], int]:
+        """A scorer that needs the prompt's last queries has them computed, also on resume."""
+        planner = kv_cache_spec.settings.planner(kv_cache_spec.block_size)
+        if planner.scored.needs_queries:
+            # vLLM shows this hook no request: one that it saw before is known by its hashes, a
+            # new one ends where its prompt does.
+            seen = cls._seen.get(id(block_hashes))
+            prompt = max_length + 1 if seen is None else seen.num_prompt_tokens
+            if planner.private_pages(np.array([prompt]))[0]:
+                max_length = min(max_length, max(prompt - planner.scored.window, 0))
+        return super().find_longest_cache_hit(
+            block_hashes,
+            max_length,
+            kv_cache_group_ids,
+            block_pool,
+            kv_cache_spec,
+            *args,
+            **kwargs,
+        )
+
+    def private(self, prompt: int) -> int:
+        return int(self.planner.private_pages(np.array([prompt]))[0])
+
+    def _with_private(self, request_id: str, num_tokens: int) -> int:
+        """Tokens whose slots a row needs, private blocks counted as tokens."""
+        prompt = self.prompt.get(request_id)
+        if prompt is None or num_tokens <= prompt:
+            return num_tokens
+        return num_tokens + self.private(prompt) * self.block_size
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[Any],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        needed = self._with_private(request_id, num_tokens)
+        if apply_admission_cap:
+            # Admission: the whole prompt and its private blocks must fit together once.
+            prompt = self.prompt.get(request_id, num_tokens)
+            needed = max(needed, num_tokens + self.private(prompt) * self.block_size)
+        return super().get_num_blocks_to_allocate(
+            request_id,
+            needed,
+            new_computed_blocks,
+            total_computed_tokens,
+            num_local_computed_tokens,
+            num_tokens_main_model,
+            apply_admission_cap,
+            prefill_end,
+        )
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[Any]:
+        needed = self._with_private(request_id, num_tokens)
+        return super().allocate_new_blocks(request_id, needed, num_tokens_main_model)
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        assert num_prompt_tokens is not None, "vLLM 0.32 always names the prompt's length"
+        self.prompt[request_id] = num_prompt_tokens
+        # The worker packs in the step of the first token behind the prompt; it must be committed.
+        if processed_computed_tokens > num_prompt_tokens and self.private(num_prompt_tokens):
+            self._remove_blocks_in_range(request_id, 0, num_prompt_tokens // self.block_size)
+
+    def cache_blocks(
+        self,
+        request: Any,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        self._seen[id(request.block_hashes)] = request
+        if self.private(request.num_prompt_tokens):
+            num_tokens = min(num_tokens, request.num_prompt_tokens)
+            num_tokens -= num_tokens % self.block_size
+        super().cache_blocks(
+            request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
+        )
+
+    def pop_blocks_for_free(self, request_id: str) -> list[Any]:
+        self.prompt.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+
+compat.ensure_builtin_specs()
+KVCacheSpecRegistry.register(PackingSpec, PackingManager, uniform_type_base_spec=PackingSpec)

@@ -1,0 +1,241 @@
+"""Prompts are packed, their pages return to the pool, and the next turn still hits the prefix."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+
+PAGE = 32
+FULL = [
+    "knorm(budget=4096)",
+    "snapkv(budget=4096)",
+    "keydiff(budget=4096) + quest(budget=4096, dense_layers=0)",
+]
+
+
+def conversation(prompts, vocab):
+    batch = prompts(900, 530, 96, 33, 1, vocab=vocab)
+    return batch, [prompt + batch[2] for prompt in batch]
+
+
+@pytest.mark.parametrize("policy", FULL)
+@pytest.mark.parametrize("name", ["random_llama", "smollm2"])
+def test_full_budget_equals_stock(engine, request, prompts, name, policy):
+    model = request.getfixturevalue(name)
+    model, vocab = (model(), 512) if name == "random_llama" else (model, 40000)
+    batch, more = conversation(prompts, vocab)
+    options = {"max_model_len": 2048, "kv_cache_memory_bytes": 512 << 20}
+    with engine(model, **options) as stock:
+        expected = stock.generate(batch, 12), stock.generate(more, 12)
+    with engine(model, {"policy": policy}, **options) as planned:
+        assert (planned.generate(batch, 12), planned.generate(more, 12)) == expected
+        assert not any(impl.packed_prompts for impl in planned.impls), "nothing to compress"
+    with engine(model, {"policy": policy, "shortcut": False}, **options) as planned:
+        assert planned.generate(batch, 12) == expected[0]
+        assert {impl.packed_prompts for impl in planned.impls} == {4}, "all but one token's prompt"
+        assert planned.generate(more, 12) == expected[1]
+
+
+class Shadow:
+    """Keys, values and queries by layer and slot as the model made them, to check packing by."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from kvplug_vllm import attention
+
+        self.rows: dict[str, dict[int, tuple[torch.Tensor, ...]]] = defaultdict(dict)
+        self.asked: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
+        self.packed = self.attended = 0
+        update, pack = attention.PlannedImpl.do_kv_cache_update, attention.PlannedImpl._pack
+        forward = attention.PlannedImpl.forward
+
+        def shadow_update(impl, layer, key, value, kv_cache, slot_mapping):
+            update(impl, layer, key, value, kv_cache, slot_mapping)
+            for token, slot in enumerate(slot_mapping.tolist()):
+                row = key[token].float().clone(), value[token].float().clone()
+                self.rows[layer.layer_name][slot] = row
+
+        def shadow_pack(impl, layer, kv_cache, packing):
+            pack(impl, layer, kv_cache, packing)
+            self.check_packing(impl, layer.layer_name, kv_cache.shape[2], packing)
+
+        def shadow_forward(impl, layer, query, key, value, kv_cache, metadata, output, **more):
+            if metadata is not None:
+                for token, slot in enumerate(metadata.slot_mapping.tolist()):
+                    self.asked[layer.layer_name][slot] = query[token].float().clone()
+            forward(impl, layer, query, key, value, kv_cache, metadata, output, **more)
+            plan = getattr(metadata, "kvplug", None)
+            if plan is not None and plan.selected is None:
+                self.check_attention(impl, layer.layer_name, query, plan.every.metadata, output)
+            return output
+
+        monkeypatch.setattr(attention.PlannedImpl, "do_kv_cache_update", shadow_update)
+        monkeypatch.setattr(attention.PlannedImpl, "_pack", shadow_pack)
+        monkeypatch.setattr(attention.PlannedImpl, "forward", shadow_forward)
+
+    def check_packing(self, impl, name, size, packing):
+        """The private slots hold, head by head, what the plain definition keeps."""
+        from kvplug import PromptKV, keep_tokens
+        from kvplug_vllm import compat
+
+        rows = self.rows[name]
+        slots = iter(packing.slots.tolist())
+        for job, length in enumerate(packing.lengths.tolist()):
+            natural = [
+                int(packing.pages[job, position // size]) * size + position % size
+                for position in range(length)
+            ]
+            keys = torch.stack([rows[slot][0] for slot in natural])
+            window = natural[-impl.scored.window :] if impl.scored.needs_queries else []
+            queries = None
+            if window:
+                queries = torch.stack([self.asked[name][slot] for slot in window])
+                queries = queries.unflatten(1, (impl.num_kv_heads, -1))[None]
+                missing = impl.scored.window - len(window)
+                queries = torch.nn.functional.pad(queries, (0, 0, 0, 0, 0, 0, missing, 0))
+            keep = int(packing.keep[job])
+            solo = PromptKV(
+                keys=keys[None],
+                values=keys[None],
+                queries=queries,
+                lengths=torch.tensor([length]),
+                scale=impl.scale,
+                first_head=compat.first_kv_head(name, impl.num_kv_heads),
+                page_size=size,
+            )
+            kept = keep_tokens(impl.scored, solo, torch.tensor([keep]), keep)[0].tolist()
+            for place in range(keep):
+                packed_key, packed_value = rows[next(slots)]
+                for head in range(impl.num_kv_heads):
+                    key, value = rows[natural[kept[head][place]]]
+                    assert torch.equal(packed_key[head], key[head])
+                    assert torch.equal(packed_value[head], value[head])
+            self.packed += 1
+
+    def check_attention(self, impl, name, query, metadata, output):
+        """The stock kernel over the rewritten table is plain attention over its tokens."""
+        rows, size = self.rows[name], PAGE
+        group = impl.num_queries_per_kv
+        bounds = metadata.query_start_loc.tolist()
+        for row, (begin, end) in enumerate(itertools.pairwise(bounds)):
+            length = int(metadata.seq_lens[row])
+            if end - begin != 1 or length > 900:
+                continue
+            slots = [
+                int(metadata.block_table[row, position // size]) * size + position % size
+                for position in range(length)
+            ]
+            keys = torch.stack([rows[slot][0] for slot in slots])
+            values = torch.stack([rows[slot][1] for slot in slots])
+            for head in range(impl.num_kv_heads):
+                asked = query[begin, head * group : (head + 1) * group].float()
+                mass = (asked @ keys[:, head].T * impl.scale).softmax(-1)
+                got = output[begin, head * group : (head + 1) * group].float()
+                torch.testing.assert_close(got, mass @ values[:, head], atol=1e-2, rtol=1e-2)
+            self.attended += 1
+
+
+@pytest.mark.parametrize(
+    "policy, dtype, heads, head_dim",
+    [
+        ("knorm(budget=128)", "float32", (4, 2), 64),
+        ("snapkv(budget=128, window=40)", "float32", (9, 3), 64),
+        ("snapkv(budget=96)", "bfloat16", (8, 1), 32),
+        ("keydiff(budget=100)", "float16", (2, 2), 96),
+        ("random(budget=128, seed=3)", "float32", (4, 2), 80),
+    ],
+)
+def test_kept_tokens_are_those_of_the_definition(
+    engine, random_llama, prompts, monkeypatch, policy, dtype, heads, head_dim
+):
+    model = random_llama(heads=heads[0], kv_heads=heads[1], head_dim=head_dim)
+    shadow = Shadow(monkeypatch)
+    batch = prompts(900, 530, 299, 33, 1)
+    with engine(model, {"policy": policy}, dtype=dtype) as planned:
+        planned.generate(batch, 6)
+        planned.generate([batch[0] + batch[3], batch[1]], 6)
+    assert shadow.packed == 5 * 2, "five prompts longer than the budget, two layers"
+    assert shadow.attended
+
+
+def held(engine) -> dict[str, int]:
+    """Blocks that each live request holds."""
+    (manager,) = engine.scheduler.kv_cache_manager.coordinator.single_type_managers
+    return {
+        request.split("-")[0]: sum(not block.is_null for block in blocks)
+        for request, blocks in manager.req_to_blocks.items()
+    }
+
+
+def add(engine, name, prompt, tokens):
+    from vllm import SamplingParams
+
+    engine.llm.llm_engine.add_request(
+        name,
+        {"prompt_token_ids": prompt},
+        SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False),
+    )
+
+
+@pytest.mark.parametrize("policy", ["snapkv(budget=512)", "knorm(budget=500)"])
+def test_held_blocks_are_nominal_and_three_times_as_many_requests_run(
+    engine, random_llama, prompts, policy
+):
+    """A pool that decodes three dense requests of 4,000 tokens decodes nine compressed ones."""
+    model, count, blocks = random_llama(), 10, 400
+    options = {"max_model_len": 4352, "num_gpu_blocks_override": blocks, "max_num_seqs": 16}
+    batch = prompts(*[3990 + index for index in range(count)])
+    together = {}
+    for line in ("dense", policy):
+        with engine(model, {"policy": line}, **options) as planned:
+            for index, prompt in enumerate(batch):
+                add(planned, f"r{index}", prompt, 220)
+            core = planned.llm.llm_engine
+            most, answers = 0, {}
+            while core.has_unfinished_requests():
+                for output in core.step():
+                    if output.finished:
+                        answers[output.request_id] = list(output.outputs[0].token_ids)
+                running = planned.scheduler.running
+                most = max(most, sum(r.num_output_tokens > 1 for r in running))
+                if line == policy:
+                    for request in running:
+                        if request.num_output_tokens > 3:
+                            prompt = request.num_prompt_tokens
+                            now = request.num_computed_tokens
+                            nominal = 16 + -(-now // PAGE) - prompt // PAGE
+                            index = request.request_id.split("-")[0]
+                            assert held(planned)[index] in (nominal, nominal + 1)
+            together[line] = most
+            assert planned.free_blocks == blocks - 1
+            if line == policy:
+                planned.forget()
+                alone = {}
+                for index in (0, 4, count - 1):
+                    alone[f"r{index}"] = planned.generate([batch[index]], 220)[0]
+                assert all(answers[name] == tokens for name, tokens in alone.items())
+    assert together[policy] >= 3 * together["dense"], together
+
+
+@pytest.mark.parametrize("policy", ["snapkv(budget=128, window=64)", "keydiff(budget=128)"])
+def test_growing_turns_hit_the_uncompressed_prefix(engine, random_llama, prompts, policy):
+    first, *asked = prompts(700, 90, 120)
+    with engine(random_llama(), {"policy": policy}) as planned:
+        turn, turns = first, []
+        for question in [*asked, []]:
+            answer = planned.generate([turn], 20)[0]
+            turns.append((turn, answer))
+            turn = turn + answer + question
+        planned.forget()
+        shared = 0
+        for prompt, answer in turns:
+            output = planned.run([prompt], 20)[0]
+            assert list(output.outputs[0].token_ids) == answer
+            window = 64 if "snapkv" in policy else 1
+            most = min(shared, len(prompt) - window) // PAGE * PAGE
+            assert output.num_cached_tokens == most, "every full block of the shared prefix"
+            shared = len(prompt)  # what was decoded depends on the policy and is not shared
