@@ -119,7 +119,7 @@ class PlannedImpl:
             )  # fmt: skip
         self._observe(query, plan)
         if plan.packing is not None:
-            self._pack(layer, kv_cache, plan.packing)
+            self.pack(layer, kv_cache, plan.packing)
         if plan.selected is None or not self._selects(layer):
             self._whole(layer, query, kv_cache, plan.every, output)
             return output
@@ -138,7 +138,7 @@ class PlannedImpl:
             picked = query[seen.tokens]
             self._window[seen.stay][seen.offset : seen.offset + len(picked)] = picked
 
-    def _pack(self, layer: Any, kv_cache: Tensor, packing: Packing) -> None:
+    def pack(self, layer: Any, kv_cache: Tensor, packing: Packing) -> None:
         """Copy what each KV head keeps of the prompts' whole pages into their private blocks."""
         scored = self.scored
         assert scored is not None

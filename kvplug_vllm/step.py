@@ -88,6 +88,7 @@ class PlannedBuilder:
     stock: ClassVar[Any]
     supports_update_block_table = False  # a plan belongs to its block table
     vllm_config: Any
+    layer_names: list[str]
     device: torch.device
     fixed_shapes = False
     """Whether decode steps must keep their shapes, because CUDA graphs replay them."""
@@ -147,9 +148,13 @@ class PlannedBuilder:
         rewrites = self.planner.eviction is not None or self.planner.scored is not None
         if self.planner.scored is not None:
             self._redirect(common, segments)
+        packing = self._packing(common, computed, total, prompt)
+        if packing is not None and self.fixed_shapes and common.max_query_len == 1:
+            self._pack_now(packing)
+            packing = None
         plan = StepPlan(
             Whole(None, self._whole(common, segments) if rewrites else metadata),
-            packing=self._packing(common, computed, total, prompt),
+            packing=packing,
             observations=self._observations(common, computed, total, prompt),
         )
         if segments.selects.any():
@@ -199,6 +204,8 @@ class PlannedBuilder:
         places = ends[:, None] + np.minimum(np.arange(int(private.max())), private[:, None] - 1)
         blocks = table.gather(1, self._tensor("pack.private", places, torch.int64))
         keep, width = private * size, int(private.max()) * size
+        if self.metrics is not None:
+            self.metrics.count_packed(prompt, keep + prompt % size)
         packed = np.flatnonzero((np.arange(width)[None] < keep[:, None]).ravel())
         slots = (blocks[:, :, None] * size + torch.arange(size, device=blocks.device)).flatten()
         kept = self._tensor("pack.packed", packed, torch.int64)
@@ -213,6 +220,17 @@ class PlannedBuilder:
             packed=kept,
             stays=stays[rows].tolist(),
         )
+
+    def _pack_now(self, packing: Packing) -> None:
+        """In all layers, before a step that a CUDA graph may replay without running any Python.
+
+        Nothing is missing: a single-token step passes the prompt's end with all of it cached.
+        """
+        context = self.vllm_config.compilation_config.static_forward_context
+        for name in self.layer_names:
+            layer = context[name]
+            if layer.impl.scored is not None:
+                layer.impl.pack(layer, layer.kv_cache, packing)
 
     def _observations(
         self,

@@ -50,7 +50,7 @@ class Shadow:
         self.rows: dict[str, dict[int, tuple[torch.Tensor, ...]]] = defaultdict(dict)
         self.asked: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
         self.packed = self.attended = 0
-        update, pack = attention.PlannedImpl.do_kv_cache_update, attention.PlannedImpl._pack
+        update, pack = attention.PlannedImpl.do_kv_cache_update, attention.PlannedImpl.pack
         forward = attention.PlannedImpl.forward
 
         def shadow_update(impl, layer, key, value, kv_cache, slot_mapping):
@@ -74,7 +74,7 @@ class Shadow:
             return output
 
         monkeypatch.setattr(attention.PlannedImpl, "do_kv_cache_update", shadow_update)
-        monkeypatch.setattr(attention.PlannedImpl, "_pack", shadow_pack)
+        monkeypatch.setattr(attention.PlannedImpl, "pack", shadow_pack)
         monkeypatch.setattr(attention.PlannedImpl, "forward", shadow_forward)
 
     def check_packing(self, impl, name, size, packing):

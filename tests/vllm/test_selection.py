@@ -144,6 +144,8 @@ def test_fixed_shapes_of_graph_replay_select_the_same(engine, random_llama, prom
         "quest(budget=128, dense_layers=0)",
         "streaming_llm(sinks=40, window=300) + quest(budget=128, dense_layers=0)",
         "streaming_llm(sinks=40, window=100)",
+        "snapkv(budget=96)",
+        "knorm(budget=160) + quest(budget=96, dense_layers=0)",
     ):
         with engine(random_llama(), {"policy": policy, "min_context": 300}) as planned:
             expected = planned.generate(batch, 12)
