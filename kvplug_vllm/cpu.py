@@ -11,6 +11,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
+from kvplug_kernels.warm_up import warm_up
 from kvplug_vllm import compat
 from kvplug_vllm.attention import PlannedBackend, PlannedImpl
 from kvplug_vllm.step import PlannedBuilder
@@ -30,6 +31,11 @@ class KVPlugImpl(PlannedImpl, CPUAttentionBackendImpl):
 
 class KVPlugBuilder(PlannedBuilder, CPUAttentionMetadataBuilder):
     stock = CPUAttentionMetadataBuilder
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.planner is not None and self.planner.selector is not None:
+            warm_up(self.kv_cache_spec.dtype)
 
 
 class KVPlugBackend(PlannedBackend, CPUAttentionBackend):

@@ -29,6 +29,8 @@ MAY_IMPORT = {
 # More, for some files: when the file is imported, or only inside its functions.
 AT_IMPORT = {
     "kernels/**/kernel.py": {"triton"},
+    "kernels/**/cpu.py": {"numba", "numpy"},
+    "kernels/kvplug_kernels/cpu_memory.py": {"numba", "numpy"},
     "kernels/**/bench.py": {"triton"},
     "kernels/kvplug_kernels/gpu_suite.py": {"triton"},
     "kvplug/cli.py": {"typer", "rich"},

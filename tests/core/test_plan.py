@@ -257,3 +257,180 @@ def test_a_budget_is_rounded_up_to_whole_pages_and_at_least_three(budget, S):
     keep = Planner(Settings(policy=parse(f"quest(budget={budget})")), S).keep
     assert keep * S >= budget
     assert keep == 3 or (keep - 1) * S < budget
+
+
+# A prompt that is compressed once it is complete: private pages stand for its whole ones.
+
+scored_request = st.tuples(  # computed, queries, prompt; often around the prompt's end
+    st.integers(0, 250) | st.integers(-40, 40),
+    st.just(0) | st.just(1) | st.integers(0, 150),
+    st.integers(1, LONGEST) | st.integers(1, LONGEST // 16).map(lambda n: n * 16),
+).map(lambda r: (max(r[0] if r[0] > 40 else r[2] + r[0], 0), *r[1:]))
+
+
+@st.composite
+def scored_settings(draw, selectors=("", " + quest(budget=64)", " + quest(budget=200)")):
+    policies = ["snapkv(budget={}, window=16)", "knorm(budget={})", "random(budget={})"]
+    policy = draw(st.sampled_from(policies)).format(draw(st.sampled_from([20, 64, 100, 200])))
+    return Settings(
+        policy=parse(policy + draw(st.sampled_from(selectors))),
+        min_context=draw(st.just(0) | st.integers(0, 250)),
+        shortcut=draw(st.booleans()),
+    )
+
+
+def packs(settings: Settings, S: int, prompt: int) -> int:
+    """The definition: the pages that hold what the prompt keeps, 0 where it stays whole."""
+    whole, budget = prompt // S, -(-settings.policy.scored.budget // S)
+    if not settings.shortcut:
+        return min(whole, budget)
+    return budget if whole > budget and prompt > settings.min_context else 0
+
+
+def columns(segments, n: int, i: int) -> list[int]:
+    """Columns of the request's table that query ``i`` of segment ``n`` sees, as it says."""
+    kept, first, packed = (int(x[n]) for x in (segments.kept, segments.first, segments.packed))
+    pages = range(first, i // segments.page_size + 1)
+    if packed < 0:
+        assert kept == first == 0
+        return list(pages)
+    private = range(packed, packed + kept)
+    return [*private, *(page + kept if page >= packed else page for page in pages)]
+
+
+def seen_columns(settings: Settings, S: int, prompt: int, i: int) -> list[int]:
+    """The definition: a row is the prompt's pages, the private ones, and those behind."""
+    private, ends = packs(settings, S, prompt), -(-prompt // S)
+    if i < prompt or not private:
+        return list(range(i // S + 1))
+    partial = [prompt // S] if prompt % S else []
+    behind = range(ends + private, i // S + 1 + private)
+    return [*range(ends, ends + private), *partial, *behind]
+
+
+@claims
+@given(scored_settings(), sizes, st.lists(scored_request, min_size=1, max_size=4))
+def test_before_a_prompts_end_all_is_seen_and_behind_it_what_it_keeps(settings, S, requests):
+    planner = Planner(settings, S)
+    computed, total, prompt = batch(requests)
+    segments = planner.plan(computed, total, prompt)
+    queries = []
+    for n in range(len(segments.row)):
+        row = int(segments.row[n])
+        P, private = int(prompt[row]), packs(settings, S, int(prompt[row]))
+        assert segments.token[n] == len(queries)
+        for i in range(segments.start[n], segments.stop[n]):
+            queries.append((row, i))
+            assert columns(segments, n, i) == seen_columns(settings, S, P, i)
+            assert segments.decodes[n] == (i >= P)
+        last = int(segments.stop[n]) - 1
+        packed = private > 0 and last >= P
+        visible = private * S + (last + 1 - P // S * S) if packed else last + 1
+        assert segments.visible[n] == visible
+        pages = len(seen_columns(settings, S, P, last))
+        assert segments.pages[n] == pages
+        if not settings.policy.selector or last < P:
+            assert not segments.selects[n]
+        elif settings.shortcut:
+            more = pages > planner.keep and last >= settings.min_context
+            assert segments.selects[n] == more
+        else:
+            assert segments.selects[n]
+    assert queries == [(b, i) for b in range(len(total)) for i in range(computed[b], total[b])]
+    assert (segments.queries[segments.selects] == 1).all()
+    touched = any(i >= prompt[b] and packs(settings, S, int(prompt[b])) for b, i in queries)
+    assert segments.untouched == (not touched and not segments.selects.any())
+
+
+@claims
+@given(
+    scored_settings(),
+    sizes,
+    st.integers(1, LONGEST),
+    st.integers(1, LONGEST),
+    st.sets(st.integers(1, LONGEST - 1)),
+    st.booleans(),
+)
+def test_no_chunk_changes_what_is_kept_not_even_one_that_goes_past_the_prompts_end(
+    settings, S, total, prompt, cuts, at_the_end
+):
+    planner = Planner(settings, S)
+    cuts = sorted({cut for cut in cuts | ({prompt} if at_the_end else set()) if cut < total})
+    seen, compressed = [], []
+    for start, stop in itertools.pairwise([0, *cuts, total]):
+        step = batch([(30, 1, 30), (start, stop - start, prompt)])
+        segments = planner.plan(*step)
+        for n in np.flatnonzero(segments.row == 1):
+            for i in range(segments.start[n], segments.stop[n]):
+                seen.append((columns(segments, n, i), bool(segments.selects[n])))
+        if 1 in planner.compresses(*step):
+            compressed.append((start, stop))
+    whole = planner.plan(*batch([(0, total, prompt)]))
+    at_once = [
+        (columns(whole, n, i), bool(whole.selects[n]))
+        for n in range(len(whole.row))
+        for i in range(whole.start[n], whole.stop[n])
+    ]
+    assert seen == at_once
+    passed = bool(packs(settings, S, prompt)) and total > prompt
+    assert len(compressed) == passed, "once, in the step of the first query behind the prompt"
+    assert all(start <= prompt < stop for start, stop in compressed)
+
+
+@claims
+@given(scored_settings(), sizes, st.lists(scored_request, min_size=1, max_size=6))
+def test_a_step_compresses_the_long_prompts_whose_end_it_passes(settings, S, requests):
+    planner = Planner(settings, S)
+    computed, total, prompt = batch(requests)
+    wanted = [
+        b
+        for b in range(len(total))
+        if int(prompt[b]) in range(computed[b], total[b]) and packs(settings, S, int(prompt[b]))
+    ]
+    assert planner.compresses(computed, total, prompt).tolist() == wanted
+    private = [packs(settings, S, int(length)) for length in prompt]
+    assert planner.private_pages(prompt).tolist() == private
+
+
+@pytest.mark.parametrize("policy", ["snapkv(budget=64)", "snapkv(budget=50, window=9)"])
+def test_a_prompt_is_packed_from_the_first_page_beyond_its_budget_on(policy):
+    lengths = np.array([1, 15, 16, 31, 63, 64, 79, 80, 81, 96, 1000])
+    private = Planner(Settings(policy=parse(policy)), 16).private_pages
+    assert private(lengths).tolist() == [0] * 7 + [4] * 4
+    private = Planner(Settings(policy=parse(policy), min_context=96), 16).private_pages
+    assert private(lengths).tolist() == [0] * 10 + [4]
+    private = Planner(Settings(policy=parse(policy), shortcut=False), 16).private_pages
+    assert private(lengths).tolist() == [0, 0, 1, 1, 3, 4, 4, 4, 4, 4, 4], "all that has a page"
+
+
+@pytest.mark.parametrize("policy", ["dense", "quest(budget=64)", "streaming_llm(window=16)"])
+def test_other_policies_never_compress(policy):
+    planner = Planner(Settings(policy=parse(policy), shortcut=False), 16)
+    step = batch([(90, 20, 100), (0, 300, 160)])
+    assert planner.compresses(*step).tolist() == []
+    assert planner.private_pages(step[2]).tolist() == [0, 0]
+    assert (planner.plan(*step).packed == -1).all()
+
+
+def test_a_step_past_a_prompts_end_spelled_out():
+    """100 tokens are 6 whole pages and 4 tokens; 4 private pages follow from column 7 on."""
+    planner = Planner(Settings(policy=parse("knorm(budget=64)")), 16)
+    segments = planner.plan(*batch([(60, 60, 100), (100, 1, 100), (130, 1, 100), (9, 1, 9)]))
+    assert segments.row.tolist() == [0, 0, 1, 2, 3]
+    assert segments.start.tolist() == [60, 100, 100, 130, 9]
+    assert segments.stop.tolist() == [100, 120, 101, 131, 10]
+    assert segments.packed.tolist() == [-1, 7, 7, 7, -1]
+    assert segments.kept.tolist() == [0, 4, 4, 4, 0]
+    assert segments.first.tolist() == [0, 6, 6, 6, 0]
+    assert segments.visible.tolist() == [100, 88, 69, 99, 10]
+    assert columns(segments, 3, 130) == [7, 8, 9, 10, 6, 11, 12]
+
+
+def test_selection_behind_a_packed_prompt_counts_the_pages_that_are_left():
+    """Four private pages and the answer: the fifth page of them all is one more than it reads."""
+    planner = Planner(Settings(policy=parse("knorm(budget=64) + quest(budget=64)")), 16)
+    segments = planner.plan(*batch([(0, 90, 80), (96, 1, 96), (112, 1, 96)]))
+    assert segments.start[segments.selects].tolist() == [*range(80, 90), 96, 112]
+    planner = Planner(Settings(policy=parse("knorm(budget=64) + quest(budget=80)")), 16)
+    segments = planner.plan(*batch([(0, 90, 80), (96, 1, 96), (112, 1, 96)]))
+    assert segments.start[segments.selects].tolist() == [112]

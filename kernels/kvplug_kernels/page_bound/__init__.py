@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from kvplug_kernels.dispatch import wants_kernel
+from kvplug_kernels.dispatch import wants_compiled, wants_kernel
 from kvplug_kernels.page_bound import reference
 from kvplug_kernels.shapes import FLOATS, INDICES, Shapes
 
@@ -20,6 +20,10 @@ def page_bound(query: Tensor, digest: Tensor, page_table: Tensor, pages: Tensor)
     shapes.check("pages", pages, "B", INDICES)
     shapes.check_groups()
     if not wants_kernel(query):
+        if wants_compiled(query) and digest.stride(2) == query.shape[2]:
+            from kvplug_kernels.page_bound import cpu
+
+            return cpu.page_bound(query, digest, page_table, pages)
         return reference.page_bound(query, digest, page_table, pages)
     from kvplug_kernels.page_bound import kernel
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor, int64
 
-from kvplug_kernels.dispatch import wants_kernel
+from kvplug_kernels.dispatch import wants_compiled, wants_kernel
 from kvplug_kernels.page_digest import reference
 from kvplug_kernels.shapes import FLOATS, Shapes, check_page_size
 
@@ -21,6 +21,10 @@ def update_page_digest(digest: Tensor, keys: Tensor, slots: Tensor, page_size: i
     shapes.check("keys", keys[: slots.shape[0]], "T H D", (digest.dtype,))
     check_page_size(page_size)
     if not wants_kernel(digest):
+        if wants_compiled(digest):
+            from kvplug_kernels.page_digest import cpu
+
+            return cpu.update_page_digest(digest, keys, slots, page_size)
         return reference.update_page_digest(digest, keys, slots, page_size)
     from kvplug_kernels.page_digest import kernel
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor, float32
 
-from kvplug_kernels.dispatch import wants_kernel
+from kvplug_kernels.dispatch import wants_compiled, wants_kernel
 from kvplug_kernels.page_select import reference
 from kvplug_kernels.shapes import INDICES, Shapes
 
@@ -32,6 +32,10 @@ def page_select(
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
     if not wants_kernel(scores):
+        if wants_compiled(scores) and top_p is None:
+            from kvplug_kernels.page_select import cpu
+
+            return cpu.page_select(scores, pages, keep, width, minimum)
         return reference.page_select(scores, pages, keep, width, top_p, minimum)
     from kvplug_kernels.page_select import kernel
 

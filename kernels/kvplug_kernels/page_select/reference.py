@@ -1,4 +1,4 @@
-"""Plain torch, and what a CPU runs: the lowest score that is taken is a threshold."""
+"""Plain torch, and what a CPU runs: the best of keys that no two pages share."""
 
 import torch
 from torch import Tensor
@@ -22,30 +22,28 @@ def page_select(
     if not widest:
         return chosen, counts
 
-    last = (pages - 1).long()[:, None].expand(B, H)
-    others = torch.arange(P, device=scores.device) < last[:, :, None]  # [B, H, P]
-    rivals = scores.where(others & (scores > NONE), NONE)  # a NaN counts as -inf
-    best = rivals.topk(widest - 1).values
+    last = (pages - 1).long()[:, None, None]
+    rivals = scores.nan_to_num(nan=NONE, posinf=float("inf"), neginf=NONE)
+    rivals.masked_fill_(torch.arange(P, device=scores.device) >= last, NONE)
+    best = ranks(rivals).topk(widest - 1).indices
     if top_p is not None:
-        end = scores.gather(2, last.clamp(min=0)[:, :, None])
-        counts = counts.minimum(fewest(top_p, end, rivals, best).maximum(least[:, None]))
+        end = scores.gather(2, last.clamp(min=0).expand(B, H, 1))
+        enough = fewest(top_p, end, rivals, rivals.gather(2, best))
+        counts = counts.minimum(enough.maximum(least[:, None]))
 
-    needed = (counts - 1).clamp(min=0).long()  # besides the last page
-    if widest > 1:
-        threshold = best.gather(2, (needed - 1).clamp(min=0)[:, :, None])
-        threshold.masked_fill_((needed == 0)[:, :, None], float("nan"))  # nothing reaches it
-        taken = others & (rivals >= threshold)
-        surplus = taken.sum(2) - needed
-        if surplus.any():
-            equal = taken & (rivals == threshold)
-            wanted = equal.sum(2) - surplus
-            taken &= ~equal | (equal.cumsum(2) <= wanted[:, :, None])
-        row, page = taken.view(B * H, P).nonzero(as_tuple=True)  # pages ascend within a row
-        before = needed.view(-1).cumsum(0) - needed.view(-1)
-        rank = torch.arange(len(row), device=row.device) - before[row]
-        chosen.view(B * H, width)[row, rank] = page.int()
-    chosen.scatter_(2, needed[:, :, None], last.clamp(min=0).int()[:, :, None])
+    place = torch.arange(widest, device=scores.device)
+    taken = torch.cat([last.expand(B, H, 1), best], 2)
+    taken = taken.masked_fill(place >= counts[:, :, None], P).sort(2).values
+    chosen[:, :, :widest] = taken.masked_fill_(taken == P, 0)
     return chosen, counts
+
+
+def ranks(scores: Tensor) -> Tensor:
+    """[..., P] fp32 without NaN -> int64 in the same order, the lower index above its equals."""
+    bits = scores.view(torch.int32).long()
+    ordered = torch.where(bits < 0, -(1 << 31) - bits, bits)  # a float is a sign and a magnitude
+    column = torch.arange(scores.shape[-1], device=scores.device)
+    return ordered.bitwise_left_shift_(32).sub_(column)
 
 
 def fewest(top_p: float, end: Tensor, rivals: Tensor, best: Tensor) -> Tensor:

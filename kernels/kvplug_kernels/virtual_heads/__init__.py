@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from kvplug_kernels.dispatch import wants_kernel
+from kvplug_kernels.dispatch import wants_compiled, wants_kernel
 from kvplug_kernels.shapes import INDICES, Shapes, check_page_size
 from kvplug_kernels.virtual_heads import reference
 
@@ -37,6 +37,13 @@ def virtual_heads(
     shapes.check("out[0]", out[0], "B*H K", INDICES)
     shapes.check("out[1]", out[1], "B*H", INDICES)
     if not wants_kernel(page_table):
+        if wants_compiled(page_table):
+            from kvplug_kernels.virtual_heads import cpu
+
+            cpu.virtual_heads(
+                page_table, chosen, counts, lengths, page_size, page_stride, head_stride, out
+            )
+            return out
         reference.virtual_heads(
             page_table, chosen, counts, lengths, page_size, page_stride, head_stride, out
         )

@@ -1,0 +1,1 @@
+"""Benchmarks of single parts. ``cli.app`` holds the commands of ``kvplug bench``."""

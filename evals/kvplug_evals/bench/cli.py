@@ -1,0 +1,97 @@
+"""``kvplug bench attention``: options in, a child process with its threads set, tables out."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvplug_evals.bench.options import Clock, Dtype, Options, Pages, read_heads
+
+app = typer.Typer(
+    help="Benchmarks.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+
+
+@app.callback()
+def bench() -> None:
+    """Benchmarks of single parts, on this machine."""
+
+
+@app.command()
+def attention(
+    threads: Annotated[int, typer.Option(help="Of torch and OpenMP.", min=1)] = 2,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Requests; repeatable. 1 and 4 if none.", min=1)
+    ] = None,
+    context: Annotated[
+        list[int] | None,
+        typer.Option(help="Cached tokens of each; repeatable. 8K, 32K, 128K if none.", min=1),
+    ] = None,
+    heads: Annotated[
+        list[str] | None,
+        typer.Option(help="smollm2, llama-8b or QUERY/KV/DIM; repeatable. Both if none."),
+    ] = None,
+    dtype: Annotated[list[Dtype] | None, typer.Option(help="Repeatable. Both if none.")] = None,
+    budget: Annotated[int, typer.Option(help="Tokens that quest reads.", min=1)] = 2048,
+    block_size: Annotated[int, typer.Option(help="Tokens of a cache block.", min=1)] = 32,
+    repeats: Annotated[int, typer.Option(help="Counted pairs of calls.", min=7)] = 9,
+    pages: Annotated[
+        Pages, typer.Option(help="shuffled: a pool in use. in-order: a fresh engine.")
+    ] = Pages.SHUFFLED,
+    clock: Annotated[
+        Clock, typer.Option(help="cpu: of the thread alone, where others use the machine.")
+    ] = Clock.WALL,
+    out: Annotated[Path, typer.Option(help="JSON file; the table goes beside it.")] = Path(
+        "results/bench/attention-cpu.json"
+    ),
+) -> None:
+    """One decode step of one layer: vLLM's stock CPU_ATTN against quest. Takes minutes."""
+    if find_spec("vllm") is None:
+        raise SystemExit("vLLM is not installed here; install it with: pip install 'kvplug[vllm]'")
+    try:
+        options = Options(
+            threads=threads,
+            batch=batch or [1, 4],
+            context=context or [8192, 32768, 131072],
+            heads=[read_heads(name) for name in heads or ["smollm2", "llama-8b"]],
+            dtype=dtype or [Dtype.FP32, Dtype.BF16],
+            budget=budget,
+            block_size=block_size,
+            repeats=repeats,
+            pages=pages,
+            clock=clock,
+            out=out,
+            command=shlex.join(["kvplug", "bench", "attention", *given()]),
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    # OpenMP reads its environment when torch is loaded, and here it is already.
+    command = [sys.executable, "-m", "kvplug_evals.bench.run", options.as_json()]
+    raise typer.Exit(subprocess.run(command, env=os.environ | environment(threads)).returncode)
+
+
+def given() -> list[str]:
+    """The options as they were typed."""
+    return sys.argv[sys.argv.index("attention") + 1 :] if "attention" in sys.argv else []
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Of the process that measures."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+if __name__ == "__main__":
+    app()

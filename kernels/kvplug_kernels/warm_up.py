@@ -1,0 +1,27 @@
+"""Compile what selection runs on a CPU before the first request has to wait for it (seconds)."""
+
+from __future__ import annotations
+
+import torch
+
+from kvplug_kernels.dispatch import wants_compiled
+from kvplug_kernels.page_bound import page_bound
+from kvplug_kernels.page_digest import update_page_digest
+from kvplug_kernels.page_select import page_select
+from kvplug_kernels.virtual_heads import virtual_heads
+
+
+def warm_up(dtype: torch.dtype) -> None:
+    """Both the serial and the threaded forms. Does nothing where torch serves."""
+    if not wants_compiled(torch.empty(0, dtype=dtype)):
+        return
+    digest = torch.zeros(1, 1, 2, 64, dtype=dtype)
+    for pages in (1, 1 << 15):
+        counts = torch.full((1,), pages, dtype=torch.int32)
+        table = torch.zeros(1, pages, dtype=torch.int32)
+        scores = page_bound(torch.zeros(1, 1, 64, dtype=dtype), digest, table, counts)
+        chosen, taken = page_select(scores, counts, torch.ones_like(counts), 1)
+        virtual_heads(table, chosen, taken, counts, 1, 1, 1)
+        update_page_digest(
+            digest, torch.zeros(pages, 1, 64, dtype=dtype), torch.zeros(pages).long(), 1
+        )
