@@ -63,7 +63,7 @@ class Segments:
     @property
     def untouched(self) -> bool:
         """Every query sees and reads everything: the engine's own path serves the step."""
-        return not (self.selects.any() or self.first.any() or (self.packed >= 0).any())
+        return not (self.selects.any() or self.first.any())
 
     def where(self, mask: NDArray[np.bool_]) -> Segments:
         """The segments of a mask."""

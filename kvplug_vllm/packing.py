@@ -70,15 +70,16 @@ class PackingManager(FullAttentionManager):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[tuple[list[Any], ...], int]:
-        """A scorer that needs the prompt's last queries has them computed, also on resume."""
+        """Stops before the prompt's end, also on resume: the step that passes it packs, and a
+        scorer that needs the prompt's last queries must have them computed."""
         planner = kv_cache_spec.settings.planner(kv_cache_spec.block_size)
-        if planner.scored.needs_queries:
-            # vLLM shows this hook no request: one that it saw before is known by its hashes, a
-            # new one ends where its prompt does.
-            seen = cls._seen.get(id(block_hashes))
-            prompt = max_length + 1 if seen is None else seen.num_prompt_tokens
-            if planner.private_pages(np.array([prompt]))[0]:
-                max_length = min(max_length, max(prompt - planner.scored.window, 0))
+        # vLLM shows this hook no request: one that it saw before is known by its hashes, a new
+        # one ends where its prompt does.
+        seen = cls._seen.get(id(block_hashes))
+        prompt = max_length + 1 if seen is None else seen.num_prompt_tokens
+        if planner.private_pages(np.array([prompt]))[0]:
+            last = planner.scored.window if planner.scored.needs_queries else 1
+            max_length = min(max_length, max(prompt - last, 0))
         return super().find_longest_cache_hit(
             block_hashes,
             max_length,

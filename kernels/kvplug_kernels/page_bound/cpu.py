@@ -77,7 +77,7 @@ def page_bound(query: Tensor, digest: Tensor, page_table: Tensor, pages: Tensor)
     H = digest.shape[1]
     signed = query.float().view(B, H, Hq // H, D)
     weights = torch.cat([signed.clamp(max=0), signed.clamp(min=0)], -1)  # [B, H, G, 2D]
-    out = torch.empty(B, H, page_table.shape[1])
+    out = torch.empty(B, H, page_table.shape[1], dtype=torch.float32)
     bound = bound_fp32 if digest.dtype is torch.float32 else bound_bf16
     bound(
         page_table.numel() * weights[0].numel(),

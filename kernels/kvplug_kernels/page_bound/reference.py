@@ -27,7 +27,7 @@ def page_bound(query: Tensor, digest: Tensor, page_table: Tensor, pages: Tensor)
             rows = rows.view(stop - start, products, -1).transpose(0, 1)
             bounds[b, :, start:stop] = torch.bmm(rows, weights[b])
     best = bounds.view(B, products, P, H // products, Hq // H).amax(4)
-    out = torch.empty(B, H, P, device=query.device)
+    out = torch.empty(B, H, P, device=query.device, dtype=torch.float32)
     out.view(B, products, -1, P).copy_(best.transpose(2, 3))
     return out
 
@@ -46,7 +46,7 @@ def page_bound_plain(query: Tensor, digest: Tensor, page_table: Tensor, pages: T
     """The definition, spelled out in fp32."""
     B, Hq, D = query.shape
     H, P = digest.shape[1], page_table.shape[1]
-    out = torch.full((B, H, P), float("-inf"), device=query.device)
+    out = torch.full((B, H, P), float("-inf"), device=query.device, dtype=torch.float32)
     q = query.float().view(B, H, Hq // H, 1, D)
     for b in range(B):
         for p in range(int(pages[b])):
