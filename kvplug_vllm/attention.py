@@ -75,6 +75,7 @@ class PlannedImpl:
         self.scored: ScoredEviction | None = policy.scored if self.planned else None
         self.protect = engine.settings.protect
         self._window: dict[int, Tensor] = {}
+        self._most_windows = 2 * vllm_config.scheduler_config.max_num_seqs
         self.packed_prompts = 0
         """Prompts that were packed here, for tests and doctor."""
         if self.selector is not None and getattr(self, "alibi_slopes", None) is not None:
@@ -132,11 +133,14 @@ class PlannedImpl:
         """Keep the window's queries of prompts that are still being prefilled."""
         for seen in plan.observations:
             assert self.scored is not None
-            if seen.stay not in self._window:
-                shape = (self.scored.window, *query.shape[1:])
-                self._window[seen.stay] = query.new_zeros(shape)  # [W, Hq, D]
+            window = self._window.pop(seen.stay, None)
+            if window is None:
+                window = query.new_zeros(self.scored.window, *query.shape[1:])  # [W, Hq, D]
             picked = query[seen.tokens]
-            self._window[seen.stay][seen.offset : seen.offset + len(picked)] = picked
+            window[seen.offset : seen.offset + len(picked)] = picked
+            self._window[seen.stay] = window
+        while len(self._window) > self._most_windows:  # of requests that were aborted
+            del self._window[next(iter(self._window))]
 
     def pack(self, layer: Any, kv_cache: Tensor, packing: Packing) -> None:
         """Copy what each KV head keeps of the prompts' whole pages into their private blocks."""

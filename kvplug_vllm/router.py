@@ -30,8 +30,9 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
         rows = vllm_config.scheduler_config.max_num_seqs
         self.prompt = np.full(rows, UNKNOWN, np.int64)
         self.stay = np.full(rows, UNKNOWN, np.int64)
-        """A number for each stay of a request in the batch; a preempted one comes back anew."""
+        """A number for each request, the same when it leaves the batch for a few steps."""
         self.stays = 0
+        self._known: dict[int, tuple[Any, int]] = {}
         # V2 hands over its request states, V1 a device and whether memory is pinned.
         self.slots = rest[0] if len(rest) == 1 else None
         if self.active:
@@ -60,14 +61,25 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
             return
         for row in batch_update.removed:
             self.prompt[row] = self.stay[row] = UNKNOWN
-        for row, _params, prompt, _output in batch_update.added:
+        for row, _params, prompt, output in batch_update.added:
             self.prompt[row] = UNKNOWN if prompt is None else len(prompt)
-            self.stay[row], self.stays = self.stays, self.stays + 1
+            self.stay[row] = self._stay(output)
         for source, target, direction in batch_update.moved:
             swap = direction == MoveDirectionality.SWAP
             for table in (self.prompt, self.stay):
                 moved, displaced = table[source], table[target]
                 table[target], table[source] = moved, displaced if swap else UNKNOWN
+
+    def _stay(self, output: list[int]) -> int:
+        """V1 names no request, but hands over the list that it appends the answer to."""
+        known = self._known.pop(id(output), None)
+        if known is None:
+            known = output, self.stays
+            self.stays += 1
+        self._known[id(output)] = known  # holding the list, its id stays its own
+        if len(self._known) > 4 * len(self.stay):
+            del self._known[next(iter(self._known))]
+        return known[1]
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         """V2: nothing of a request's logits is ours."""
