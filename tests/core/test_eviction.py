@@ -145,7 +145,7 @@ SLOW = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("policy, slow", SLOW, ids=str)
+@pytest.mark.parametrize("policy, slow", SLOW, ids=[str(policy) for policy, _ in SLOW])
 def test_a_score_is_its_definition_on_a_ragged_batch(policy, slow, dtype, monkeypatch):
     monkeypatch.setattr(snapkv_module, "BLOCK", 16)  # many blocks, the last one not full
     prompt = prompts([40, 1, 17, 6, 3, 7], dtype=dtype)
