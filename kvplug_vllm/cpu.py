@@ -34,7 +34,8 @@ class KVPlugBuilder(PlannedBuilder, CPUAttentionMetadataBuilder):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.planner is not None and self.planner.selector is not None:
+        own_process = self.vllm_config.parallel_config.distributed_executor_backend == "mp"
+        if own_process and self.planner is not None and self.planner.selector is not None:
             warm_up(self.kv_cache_spec.dtype)
 
 

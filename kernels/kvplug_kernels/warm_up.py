@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 
-from kvplug_kernels.dispatch import wants_compiled
+from kvplug_kernels.dispatch import CompiledCpu, wants_compiled
 from kvplug_kernels.page_bound import page_bound
 from kvplug_kernels.page_digest import update_page_digest
 from kvplug_kernels.page_select import page_select
@@ -12,7 +14,15 @@ from kvplug_kernels.virtual_heads import virtual_heads
 
 
 def warm_up(dtype: torch.dtype) -> None:
-    """Both the serial and the threaded forms. Does nothing where torch serves."""
+    """Both the serial and the threaded forms, for this process from now on.
+
+    Does nothing without Numba. Call it in a process that will start no other vLLM engine: vLLM
+    0.32 cannot start one where Numba is loaded (its scan for Triton kernels stumbles over
+    llvmlite's library object).
+    """
+    if find_spec("numba") is None:
+        return
+    CompiledCpu.enabled = True
     if not wants_compiled(torch.empty(0, dtype=dtype)):
         return
     digest = torch.zeros(1, 1, 2, 64, dtype=dtype)

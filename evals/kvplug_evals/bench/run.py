@@ -14,12 +14,16 @@ from kvplug_evals.bench import report
 from kvplug_evals.bench.attention import Cell, Result, WrongOutput, describe
 from kvplug_evals.bench.layer import Shape, available_bytes
 from kvplug_evals.bench.options import Clock, Options, Pages
+from kvplug_kernels.warm_up import warm_up
 
 
 def main(text: str) -> int:
     console = Console(highlight=False, stderr=True)
+    options = Options.from_json(text)
+    for dtype in options.dtype:
+        warm_up(getattr(torch, dtype))  # as a served engine's worker does at its start
     try:
-        run_bench(Options.from_json(text), console)
+        run_bench(options, console)
     except KeyboardInterrupt:
         return 130
     except WrongOutput as error:
