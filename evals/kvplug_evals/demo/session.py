@@ -23,12 +23,7 @@ from kvplug_evals.demo.measure import Row, hold
 from kvplug_evals.demo.plot import draw
 from kvplug_evals.demo.server import ServerOptions, serve
 
-POLICIES = (
-    "dense",
-    "streaming_llm(sinks=32, window=992)",
-    "quest(budget=512)",
-    "snapkv(budget=1024)",
-)
+POLICIES = ("dense", "streaming_llm(sinks=32, window=992)", "quest(budget=512)")
 
 
 def policies(lines: Sequence[str]) -> list[str]:
