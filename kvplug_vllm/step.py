@@ -49,7 +49,6 @@ class Packing:
 
     pages: Tensor
     """The prompt's pages, the partial last one too, in order. [J, P] int64"""
-    private: Tensor  # [J, K] int64 blocks
     lengths: Tensor  # [J] int64 prompt tokens
     keep: Tensor  # [J] int64 tokens kept
     width: int
@@ -212,7 +211,6 @@ class PlannedBuilder:
         stays = Router.stays_of(self.vllm_config, common)
         return Packing(
             pages=table.gather(1, self._tensor("pack.pages", columns, torch.int64)),
-            private=blocks,
             lengths=self._tensor("pack.lengths", prompt, torch.int64),
             keep=self._tensor("pack.keep", keep, torch.int64),
             width=width,

@@ -14,6 +14,7 @@ PAGE = 32
 FULL = [
     "knorm(budget=4096)",
     "snapkv(budget=4096)",
+    "random(budget=4096)",
     "keydiff(budget=4096) + quest(budget=4096, dense_layers=0)",
 ]
 
