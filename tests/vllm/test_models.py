@@ -72,7 +72,13 @@ def test_two_ranks_answer_as_one(random_llama, prompts, tmp_path):
 
     model = random_llama(heads=8, kv_heads=2)
     script = Path(__file__).with_name("two_ranks.py")
-    jobs = {"policies": ["dense", *SMALL], "prompts": prompts(600, 430, 33, 1), "tokens": 12}
+    forced = "quest(budget=4096, dense_layers=0)"
+    jobs = {
+        "policies": ["dense", forced, *SMALL],
+        "forced": [forced],
+        "prompts": prompts(600, 430, 33, 1),
+        "tokens": 12,
+    }
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     answers = []
     for ranks in (1, 2):
@@ -82,4 +88,6 @@ def test_two_ranks_answer_as_one(random_llama, prompts, tmp_path):
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         answers.append(json.loads(output.read_text()))
     assert answers[0] == answers[1]
+    # Workers of their own run the compiled selection, here with everything going through it.
+    assert answers[0][forced] == answers[0]["dense"]
     assert answers[0]["dense"] != answers[0][SMALL[0]], "the budget was small enough to matter"

@@ -22,7 +22,9 @@ def main() -> None:
         llm = LLM(
             model,
             attention_backend="kvplug",
-            additional_config={"kvplug": {"policy": policy}},
+            additional_config={
+                "kvplug": {"policy": policy, "shortcut": policy not in asked["forced"]}
+            },
             tensor_parallel_size=int(ranks),
             distributed_executor_backend="mp",
             dtype="float32",
