@@ -12,12 +12,14 @@ from kvplug.composition import Composition
 from kvplug.config import Settings, read_settings
 from kvplug.eviction import keep_tokens
 from kvplug.grammar import parse
-from kvplug.plan import Planner, Segments
+from kvplug.offer import Offer, read_offer
+from kvplug.plan import BatchPlanner, Planner, Segments
 from kvplug.policy import (
     Action,
     Digest,
     Evidence,
     Granularity,
+    LayerBudgets,
     Policy,
     PositionalEviction,
     PromptKV,
@@ -32,10 +34,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Action",
+    "BatchPlanner",
     "Composition",
     "Digest",
     "Evidence",
     "Granularity",
+    "LayerBudgets",
+    "Offer",
     "Planner",
     "Policy",
     "PositionalEviction",
@@ -53,6 +58,7 @@ __all__ = [
     "parse",
     "policy_class",
     "policy_names",
+    "read_offer",
     "read_settings",
     "step_reads",
 ]

@@ -6,7 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvplug.policies.dense import Dense
-from kvplug.policy import Policy, PositionalEviction, ScoredEviction, Selector, Stage
+from kvplug.policy import (
+    LayerBudgets,
+    Policy,
+    PositionalEviction,
+    ScoredEviction,
+    Selector,
+    Stage,
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,22 @@ class Composition:
     @property
     def scored(self) -> ScoredEviction | None:
         policy = self.stage(Stage.COMPRESS)
+        if isinstance(policy, LayerBudgets):
+            return policy.base
         return policy if isinstance(policy, ScoredEviction) else None
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every layer keeps as much."""
+        return not isinstance(self.stage(Stage.COMPRESS), LayerBudgets)
+
+    def layer_budgets(self, layers: int) -> tuple[int, ...]:
+        """Tokens that each layer keeps of a prompt's whole pages, where ``scored`` names one."""
+        assert self.scored is not None
+        policy = self.stage(Stage.COMPRESS)
+        if isinstance(policy, LayerBudgets):
+            return policy.layer_budgets(layers)
+        return (self.scored.budget,) * layers
 
     @property
     def selector(self) -> Selector | None:

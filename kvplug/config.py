@@ -66,13 +66,14 @@ def read_settings(given: object = None, environ: Mapping[str, str] | None = None
         raise ValueError(f"kvplug: shortcut must be true or false, got {shortcut!r}")
     return Settings(
         policy=parse(DEFAULT_POLICY if line is None else line),
-        min_context=_tokens(min_context, "min_context"),
+        min_context=token_count(min_context, "min_context"),
         protect=_spans(given.get("protect", ())),
         shortcut=shortcut,
     )
 
 
-def _tokens(value: object, name: str) -> int:
+def token_count(value: object, name: str) -> int:
+    """A setting that counts tokens. Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(
             f"kvplug: {name} must be a number of tokens, at least 0, got {value!r}; "
@@ -84,7 +85,7 @@ def _tokens(value: object, name: str) -> int:
 def _spans(value: object) -> tuple[Span, ...]:
     """A number n protects the first n tokens; a list of [first, last) protects those spans."""
     if isinstance(value, int) and not isinstance(value, bool):
-        return ((0, _tokens(value, "protect")),) if value else ()
+        return ((0, token_count(value, "protect")),) if value else ()
     spans = []
     for span in value if isinstance(value, (list, tuple)) else [value]:
         if (

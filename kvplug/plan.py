@@ -10,7 +10,8 @@ pages, its visible length is what a kernel must be told, and the adapter owns wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -19,7 +20,9 @@ from numpy.typing import NDArray
 from kvplug.config import Settings
 from kvplug.policy import Positions
 
-_PER_SEGMENT = ("row", "token", "start", "stop", "kept", "first", "packed", "selects", "decodes")
+_PER_SEGMENT = (
+    "row", "token", "start", "stop", "kept", "first", "packed", "choice", "selects", "decodes"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,8 @@ class Segments:
     first: Positions
     packed: Positions
     """Column of the request's table where its private pages begin; -1 without."""
+    choice: Positions
+    """Which of the batch's settings the request has."""
     selects: NDArray[np.bool_]
     """The segment is one query that reads a selection of the pages it sees."""
     decodes: NDArray[np.bool_]
@@ -76,7 +81,8 @@ class Segments:
 class Planner:
     """Answers for one policy and one page size; holds no state of requests."""
 
-    def __init__(self, settings: Settings, page_size: int) -> None:
+    def __init__(self, settings: Settings, page_size: int, budget: int | None = None) -> None:
+        """budget: tokens that the planned layers keep of a prompt, where layers differ."""
         self.settings = settings
         self.page_size = page_size
         self.eviction = settings.policy.eviction
@@ -84,6 +90,8 @@ class Planner:
         self.held = self._held_pages()
         """Pages at the start and under protected spans, ascending: never evicted. [n] int64"""
         self.scored = settings.policy.scored
+        self.private = self.scored.pages(page_size, budget) if self.scored else 0
+        """Private pages that hold what a compressed prompt keeps, at most."""
         self.keep = self.selector.pages(page_size) if self.selector else 0
         """Pages that a selecting query reads per KV head, at most."""
 
@@ -146,6 +154,7 @@ class Planner:
             kept=kept[begin],
             first=first[begin],
             packed=packed[begin],
+            choice=np.zeros(len(begin), np.int64),
             selects=selects[begin],
             decodes=decodes[begin],
             page_size=self.page_size,
@@ -158,10 +167,11 @@ class Planner:
         """
         if self.scored is None:
             return np.zeros_like(prompt)
-        whole, budget = prompt // self.page_size, self.scored.pages(self.page_size)
+        whole = prompt // self.page_size
         if not self.settings.shortcut:
-            return np.minimum(whole, budget)
-        return np.where((whole > budget) & (prompt > self.settings.min_context), budget, 0)
+            return np.minimum(whole, self.private)
+        long = (whole > self.private) & (prompt > self.settings.min_context)
+        return np.where(long, self.private, 0)
 
     def compresses(self, computed: Positions, total: Positions, prompt: Positions) -> Positions:
         """Rows whose prompt is packed in this step: the one that passes its end. -> [n]"""
@@ -191,3 +201,63 @@ class Planner:
         first = self.first_pages(processed)
         last = (np.minimum(processed + in_flight, max_tokens) - 1) // self.page_size
         return int((np.searchsorted(self.held, first) + last - first + 1).max(initial=0))
+
+
+class BatchPlanner:
+    """Answers for a batch whose requests have settings of their own."""
+
+    def __init__(self, page_size: int, budget: int | None = None) -> None:
+        self.page_size, self.budget = page_size, budget
+        self.planners: list[Planner] = []
+        """By the number that ``choice`` arrays give a request's settings."""
+
+    def know(self, settings: Sequence[Settings]) -> None:
+        """Settings by number: a list that only grows."""
+        for one in settings[len(self.planners) :]:
+            self.planners.append(Planner(one, self.page_size, self.budget))
+
+    def plan(
+        self, choice: Positions, computed: Positions, total: Positions, prompt: Positions
+    ) -> Segments:
+        """``Planner.plan``, each request by the planner of its choice. [B] each"""
+        chosen = np.unique(choice).tolist()
+        if len(chosen) == 1:
+            segments = self.planners[chosen[0]].plan(computed, total, prompt)
+            return replace(segments, choice=np.full(len(segments.row), chosen[0]))
+        queries = total - computed
+        token = np.cumsum(queries) - queries
+        parts = []
+        for one in chosen:
+            rows = np.flatnonzero(choice == one)
+            part = self.planners[one].plan(computed[rows], total[rows], prompt[rows])
+            own = np.cumsum(queries[rows]) - queries[rows]
+            parts.append(
+                replace(
+                    part,
+                    row=rows[part.row],
+                    token=part.token - own[part.row] + token[rows[part.row]],
+                    choice=np.full(len(part.row), one),
+                )
+            )
+        joined = {
+            name: np.concatenate([getattr(part, name) for part in parts]) for name in _PER_SEGMENT
+        }
+        order = np.argsort(joined["token"], kind="stable")
+        return Segments(
+            page_size=self.page_size, **{name: each[order] for name, each in joined.items()}
+        )
+
+    def private_pages(self, choice: Positions, prompt: Positions) -> Positions:
+        """``Planner.private_pages`` by choice. [B] each -> [B]"""
+        pages = np.zeros_like(prompt)
+        for one in np.unique(choice).tolist():
+            rows = choice == one
+            pages[rows] = self.planners[one].private_pages(prompt[rows])
+        return pages
+
+    def compresses(
+        self, choice: Positions, computed: Positions, total: Positions, prompt: Positions
+    ) -> Positions:
+        """``Planner.compresses`` by choice. [B] each -> [n]"""
+        passes = (computed <= prompt) & (prompt < total)
+        return np.flatnonzero(passes & (self.private_pages(choice, prompt) > 0))

@@ -270,10 +270,6 @@ class ScoredEviction(Policy):
         """Whether ``score`` reads the queries of the last ``window`` tokens."""
         return self.evidence is Evidence.WINDOW_QUERIES
 
-    def layer_budget(self, layer: int) -> int | None:
-        """Tokens that this layer keeps of a prompt's whole pages; None for all of them."""
-        return self.budget
-
     def pages(self, page_size: int, budget: int | None = None) -> int:
         """Pages of ``page_size`` tokens that a layer with this budget keeps at most."""
         return -(-(budget or self.budget) // page_size)
@@ -284,4 +280,35 @@ class ScoredEviction(Policy):
 
         Scores beyond a prompt's length may be anything. Every token of the prompt counts as
         evidence, also where the partial last page and ``window`` are kept in any case.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerBudgets(Policy):
+    """Gives each layer its own share of what a wrapped policy keeps.
+
+    An engine's page spans the layers of a group, so layers of different budgets free their pages
+    in groups of their own: few budgets, for equally many layers each.
+    """
+
+    stage = Stage.COMPRESS
+    action = Action.EVICTION
+    granularity = Granularity.LAYER
+    memory = "budget, plus the answer; the mean over the layers"
+    reads = "budget, plus the answer; the mean over the layers"
+
+    base: ScoredEviction
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.base, ScoredEviction):
+            raise ValueError(
+                f"{self.name} wraps a policy that scores a prompt's tokens, got {self.base}; "
+                f"write {self.name}(snapkv(budget=1024))"
+            )
+
+    @abstractmethod
+    def layer_budgets(self, layers: int) -> tuple[int, ...]:
+        """Tokens that each of a model's layers keeps of a prompt's whole pages, first to last.
+
+        Their mean is ``base.budget``, none is below ``base.sinks + base.window``.
         """

@@ -7,7 +7,7 @@ import pytest
 from kvplug import parse, policy_class, policy_names, read_settings, registry
 
 EXAMPLE = "write, for example, 'quest(budget=2048)' or 'streaming_llm(sinks=4, window=1020)'"
-KNOWN = "Known: dense, keydiff, knorm, quest, random, snapkv, streaming_llm."
+KNOWN = "Known: dense, keydiff, knorm, pyramid, quest, random, snapkv, streaming_llm."
 TOKENS = "must be a number of tokens, at least 0, got "
 SPANS = (
     "protect must be a number of first tokens or a list of spans [first, last) with "
@@ -184,6 +184,6 @@ def test_one_package_found_twice_is_no_conflict(monkeypatch):
 
 
 def test_the_installed_names_are_ours():
-    ours = ["dense", "keydiff", "knorm", "quest", "random", "snapkv", "streaming_llm"]
+    ours = ["dense", "keydiff", "knorm", "pyramid", "quest", "random", "snapkv", "streaming_llm"]
     assert policy_names() == ours
     assert [policy_class(name).name for name in policy_names()] == policy_names()

@@ -448,7 +448,6 @@ def test_a_budget_is_rounded_up_to_whole_pages():
     policy = KNorm(budget=100)
     assert [policy.pages(size) for size in (1, 16, 64, 128)] == [100, 7, 2, 1]
     assert policy.pages(16, 40) == 3
-    assert policy.layer_budget(5) == 100
 
 
 def test_only_snapkv_asks_for_queries():

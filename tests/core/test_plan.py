@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from kvplug import Planner, Settings, parse
+from kvplug import BatchPlanner, Planner, Settings, parse, read_settings
 
 LONGEST = 420
 claims = hypothesis_settings(max_examples=200, deadline=None)
@@ -434,3 +434,38 @@ def test_selection_behind_a_packed_prompt_counts_the_pages_that_are_left():
     planner = Planner(Settings(policy=parse("knorm(budget=64) + quest(budget=80)")), 16)
     segments = planner.plan(*batch([(0, 90, 80), (96, 1, 96), (112, 1, 96)]))
     assert segments.start[segments.selects].tolist() == [112]
+
+
+LINES = ["dense", "quest(budget=32)", "snapkv(budget=64)", "knorm(budget=32) + quest(budget=32)"]
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.integers(0, 200), st.integers(1, 40), st.integers(1, 220)),
+        min_size=1,
+        max_size=6,
+    ),
+    st.booleans(),
+)
+def test_a_mixed_batch_is_planned_as_each_request_alone(requests, shortcut):
+    settings = [read_settings({"policy": line, "shortcut": shortcut}, {}) for line in LINES]
+    planner = BatchPlanner(16)
+    planner.know(settings)
+    choice, computed, new, prompt = (np.array(each) for each in zip(*requests, strict=True))
+    total = computed + new
+    segments = planner.plan(choice, computed, total, prompt)
+    assert (np.diff(segments.token) > 0).all()
+    assert int(segments.queries.sum()) == int(new.sum())
+    private = planner.private_pages(choice, prompt)
+    packed = planner.compresses(choice, computed, total, prompt)
+    offset = np.cumsum(new) - new
+    for row, one in enumerate(choice.tolist()):
+        alone = Planner(settings[one], 16)
+        only = (computed[[row]], total[[row]], prompt[[row]])
+        mine, its = segments.where(segments.row == row), alone.plan(*only)
+        assert set(mine.choice.tolist()) == {one}
+        assert (mine.token - offset[row] == its.token).all()
+        for name in ("start", "stop", "kept", "first", "packed", "selects", "decodes"):
+            assert (getattr(mine, name) == getattr(its, name)).all(), name
+        assert private[row] == alone.private_pages(prompt[[row]])[0]
+        assert (row in packed) == bool(len(alone.compresses(*only)))

@@ -1,0 +1,225 @@
+"""What a server lets its requests choose, and what one request chose.
+
+A server's start-up settings fix how its cache is laid out: which digest a page carries, how many
+private pages a request may have. ``allow`` names the policies beside its own that requests may
+ask for, ``max_budget`` the most tokens that one may keep. Everything else is refused when the
+request arrives, before anyone else can notice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+
+from kvplug.composition import Composition
+from kvplug.config import Settings, read_settings, token_count
+from kvplug.grammar import parse
+from kvplug.policy import Digest, LayerBudgets, PositionalEviction, ScoredEviction, Selector
+from kvplug.registry import did_you_mean, policy_class
+
+REQUEST_KEYS = ("policy", "budget", "min_context", "protect")
+DENSE = "dense"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """A server's own settings, and the others that its requests may choose.
+
+    Raises ValueError for policies that cannot share a server.
+    """
+
+    settings: Settings
+    allow: tuple[str, ...] = ()
+    """Names of policies that a request may ask for; the server's own and dense join them."""
+    max_budget: int | None = None
+    """The most tokens that a KV head may keep of a prompt's whole pages."""
+
+    def __post_init__(self) -> None:
+        own, classes = self.settings.policy, [policy_class(name) for name in self.allow]
+        if not self.mixed:
+            if self.max_budget is not None:
+                raise ValueError(
+                    "kvplug: max_budget bounds what requests may ask for, and none may without "
+                    '"allow"; add {"allow": ["snapkv"]} or drop max_budget'
+                )
+            return
+        for name, cls in zip(self.allow, classes, strict=True):
+            if issubclass(cls, PositionalEviction) or own.eviction is not None:
+                part = own.eviction.name if own.eviction else name
+                raise ValueError(
+                    f"kvplug: {part} cannot share a server with other policies: it evicts while a "
+                    "prompt is prefilled, so what it leaves in the prefix cache is not what "
+                    'others would compute; drop "allow", or serve it alone'
+                )
+            if issubclass(cls, LayerBudgets) or not own.uniform:
+                part = str(own) if not own.uniform else name
+                raise ValueError(
+                    f"kvplug: {part} cannot share a server with other policies: its layers free "
+                    'their pages in groups of their own; drop "allow", or serve it alone'
+                )
+        scored = [cls for cls in classes if issubclass(cls, ScoredEviction)]
+        if scored and self.max_budget is None and own.scored is None:
+            raise ValueError(
+                f"kvplug: {scored[0].name} may be asked for, so max_budget must say how many "
+                'tokens a request may keep; write {"max_budget": 1024}'
+            )
+        if own.scored is not None and self.max_tokens < own.scored.budget:
+            raise ValueError(
+                f"kvplug: max_budget is {self.max_budget}, less than the server's own policy "
+                f"{own} keeps; raise it to {own.scored.budget}"
+            )
+        _ = self.digest
+
+    @property
+    def mixed(self) -> bool:
+        """Whether two requests of one batch may have different policies."""
+        return bool(self.allow)
+
+    @property
+    def max_tokens(self) -> int:
+        """The most tokens that any request keeps of a prompt's whole pages."""
+        if self.max_budget is not None:
+            return self.max_budget
+        scored = self.settings.policy.scored
+        return 0 if scored is None else scored.budget
+
+    @property
+    def names(self) -> list[str]:
+        """What a request may name, sorted."""
+        own = (policy.name for policy in self.settings.policy)
+        return sorted({DENSE, *self.allow, *own})
+
+    @property
+    def digest(self) -> Digest | None:
+        """What every page must carry so that each of the offered selectors can choose."""
+        own = self.settings.policy.selector
+        allowed = [policy_class(name) for name in self.allow]
+        found: dict[str, Digest] = {}
+        for selector in [own, *(cls for cls in allowed if issubclass(cls, Selector))]:
+            if selector is not None and selector.digest is not None:
+                found[selector.name] = selector.digest
+        if len(set(map(id, found.values()))) > 1:
+            raise ValueError(
+                f"kvplug: {' and '.join(found)} need different digests in a page; serve them apart"
+            )
+        return next(iter(found.values()), None)
+
+    def __str__(self) -> str:
+        if not self.mixed:
+            return str(self.settings)
+        kept = f" that keep at most {self.max_tokens} tokens" if self.max_tokens else ""
+        return f"{self.settings}; requests may choose {', '.join(self.names)}{kept}"
+
+    def settings_for(self, given: object = None) -> Settings:
+        """What one request asked for -> its settings.
+
+        given: None for the server's own; a policy line; a JSON object, as text or as a mapping,
+        with ``policy``, ``budget`` (of the server's policy, or of the one named), ``min_context``
+        and ``protect``. Raises ValueError that says what may be asked for.
+        """
+        if given is None:
+            return self.settings
+        if isinstance(given, str):
+            return _settings_for(self, given)
+        return self._chosen(given)
+
+    def _chosen(self, given: object) -> Settings:
+        wanted = _read(given)
+        base = self.settings
+        if "policy" in wanted:
+            base = replace(base, policy=parse(wanted["policy"]), min_context=0)  # type: ignore[arg-type]
+        if "budget" in wanted:
+            base = replace(base, policy=_with_budget(base.policy, wanted["budget"]))
+        rest = {key: wanted[key] for key in ("min_context", "protect") if key in wanted}
+        if rest:
+            read = read_settings({"policy": DENSE, **rest}, environ={})
+            base = replace(base, **{key: getattr(read, key) for key in rest})
+        self._check(base)
+        return base
+
+    def _check(self, asked: Settings) -> None:
+        own = self.settings
+        if asked == own or (asked.policy.is_dense and self.mixed):
+            return
+        if not self.mixed:
+            raise ValueError(
+                f"kvplug: this server lets no request choose: it serves {own}, got {asked}; start "
+                f'it with {{"allow": {json.dumps([p.name for p in asked.policy] or [DENSE])}}}'
+            )
+        for policy in asked.policy:
+            if policy.name not in self.names:
+                raise ValueError(
+                    f"kvplug: this server does not allow {policy.name}."
+                    f"{did_you_mean(policy.name, self.names)}"
+                )
+        if asked.policy.scored is not None and asked.policy.scored.budget > self.max_tokens:
+            raise ValueError(
+                f"kvplug: a request may keep at most {self.max_tokens} tokens here (the server's "
+                f"max_budget), got {asked.policy}; ask for less"
+            )
+
+
+def read_offer(given: object = None, environ: Mapping[str, str] | None = None) -> Offer:
+    """The ``kvplug`` entry of an engine's configuration -> what the server offers.
+
+    As ``read_settings``, and ``allow`` (names of policies) and ``max_budget`` (tokens). Raises
+    ValueError that names the key, what was wanted, what came and what to write instead.
+    """
+    own = {f.name for f in fields(Offer)} - {"settings"}
+    rest, offer = given, {}
+    if isinstance(given, Mapping):
+        rest = {key: value for key, value in given.items() if key not in own}
+        offer = {key: value for key, value in given.items() if key in own}
+    allow, budget = offer.get("allow", ()), offer.get("max_budget")
+    if isinstance(allow, str) or not all(
+        isinstance(name, str) for name in (allow if isinstance(allow, (list, tuple)) else [0])
+    ):
+        raise ValueError(
+            f"kvplug: allow must be a list of policy names, got {allow!r}; "
+            'write {"allow": ["snapkv", "quest"]}'
+        )
+    return Offer(
+        settings=read_settings(rest, environ),
+        allow=tuple(sorted(set(allow))),
+        max_budget=None if budget is None else token_count(budget, "max_budget"),
+    )
+
+
+@lru_cache(maxsize=4096)
+def _settings_for(offer: Offer, given: str) -> Settings:
+    return offer._chosen(given)
+
+
+def _read(given: object) -> Mapping[str, object]:
+    if isinstance(given, str) and given.lstrip().startswith("{"):
+        try:
+            given = json.loads(given)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"kvplug: cannot read the JSON object {given!r}: {error}") from None
+    elif isinstance(given, str):
+        given = {"policy": given}
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f"kvplug: a request names a policy such as 'snapkv(budget=512)' or a JSON object "
+            f"with {', '.join(REQUEST_KEYS)}, got {given!r}"
+        )
+    for key in given:
+        if key not in REQUEST_KEYS:
+            raise ValueError(
+                f"kvplug: a request has no setting {key!r}."
+                f"{did_you_mean(str(key), list(REQUEST_KEYS))}"
+            )
+    return given
+
+
+def _with_budget(policy: Composition, budget: object) -> Composition:
+    bounded = [part for part in policy if "budget" in {f.name for f in fields(part)}]
+    if len(bounded) != 1:
+        raise ValueError(
+            f"kvplug: budget={budget!r} fits one policy that has a budget, and {str(policy)!r} "
+            f"names {len(bounded)}; write the whole line as policy"
+        )
+    changed = replace(bounded[0], budget=budget)  # type: ignore[call-arg]
+    return Composition(tuple(changed if part is bounded[0] else part for part in policy))

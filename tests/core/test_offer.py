@@ -1,0 +1,119 @@
+"""What a request may choose, and what it is told when it may not."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from kvplug import Offer, Settings, parse, read_offer, read_settings
+
+MIXED = {"policy": "snapkv(budget=1024)", "allow": ["quest", "knorm"], "max_budget": 2048}
+
+
+def offer(**given) -> Offer:
+    return read_offer(given, environ={})
+
+
+def test_a_request_that_says_nothing_gets_the_servers_own():
+    mixed = offer(**MIXED)
+    assert mixed.settings_for(None) == mixed.settings == read_settings({"policy": MIXED["policy"]})
+
+
+@pytest.mark.parametrize(
+    "given, policy, min_context, protect",
+    [
+        ("knorm(budget=64)", "knorm(budget=64)", 0, ()),
+        ("dense", "dense", 0, ()),
+        ("snapkv + quest(budget=512)", "snapkv(budget=1024) + quest(budget=512)", 0, ()),
+        ({"budget": 96}, "snapkv(budget=96)", 100, ((0, 4),)),
+        ('{"budget": 96, "protect": 32}', "snapkv(budget=96)", 100, ((0, 32),)),
+        ({"policy": "quest(budget=64)", "min_context": 7}, "quest(budget=64)", 7, ((0, 4),)),
+        ({"protect": [[8, 9]]}, "snapkv(budget=1024)", 100, ((8, 9),)),
+        ({"policy": "quest", "budget": 64}, "quest(budget=64)", 0, ((0, 4),)),
+        ({}, "snapkv(budget=1024)", 100, ((0, 4),)),
+    ],
+)  # fmt: skip
+def test_a_request_chooses(given, policy, min_context, protect):
+    mixed = offer(**MIXED, min_context=100, protect=4)
+    wanted = Settings(
+        policy=parse(policy), min_context=min_context, protect=protect or mixed.settings.protect
+    )
+    assert mixed.settings_for(given) == wanted
+
+
+def test_dense_may_be_asked_for_wherever_requests_may_choose():
+    assert offer(**MIXED).settings_for("dense").policy.is_dense
+    with pytest.raises(ValueError, match="lets no request choose"):
+        offer(policy="quest").settings_for("dense")
+
+
+def test_a_server_that_allows_nothing_takes_its_own_line():
+    fixed = offer(policy="quest(budget=64)")
+    assert fixed.settings_for("quest(budget=64)") == fixed.settings
+
+
+def test_tests_switch_the_shortcut_off_for_every_request():
+    assert not offer(**MIXED, shortcut=False).settings_for("knorm(budget=64)").shortcut
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ("streaming_llm", "this server does not allow streaming_llm"),
+        ("keydiff", "does not allow keydiff. Known: dense, knorm, quest, snapkv."),
+        ("snapkv(budget=2049)", "may keep at most 2048 tokens here"),
+        ({"budget": 4096}, "may keep at most 2048 tokens here"),
+        ({"budget": "64"}, "budget must be a number of tokens"),
+        ({"policy": "snapkv + quest", "budget": 64}, "names 2; write the whole line"),
+        ({"policy": "dense", "budget": 64}, "names 0; write the whole line"),
+        ({"polcy": "dense"}, "no setting 'polcy'. Did you mean 'policy'"),
+        ("snapkv(budget=", "cannot read the policy"),
+        ('{"budget": 64', "cannot read the JSON object"),
+        ("snapkv(bugdet=64)", "snapkv has no option 'bugdet'. Did you mean 'budget'"),
+        (64, "a request names a policy such as"),
+        ({"protect": [4]}, "protect must be"),
+        ({"min_context": -1}, "min_context must be"),
+    ],
+)
+def test_a_bad_choice_is_told_what_to_write(given, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        offer(**MIXED).settings_for(given)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"policy": "quest", "allow": ["snapkv"]}, "max_budget must say how many tokens"),
+        ({"policy": "quest", "max_budget": 64}, 'add {"allow": ["snapkv"]}'),
+        (
+            {"policy": "snapkv(budget=128)", "allow": ["quest"], "max_budget": 64},
+            "raise it to 128",
+        ),
+        ({"policy": "quest", "allow": ["streaming_llm"]}, "cannot share a server"),
+        ({"policy": "streaming_llm", "allow": ["quest"]}, "cannot share a server"),
+        ({"policy": "pyramid(snapkv)", "allow": ["snapkv"]}, "groups of their own"),
+        ({"policy": "snapkv", "allow": ["pyramid"]}, "groups of their own"),
+        ({"policy": "snapkv", "allow": "quest"}, 'write {"allow": ["snapkv", "quest"]}'),
+        ({"policy": "snapkv", "allow": [1]}, 'write {"allow": ["snapkv", "quest"]}'),
+        ({"policy": "snapkv", "allow": ["ques"]}, "Did you mean 'quest'"),
+        ({"policy": "snapkv", "allow": ["quest"], "max_budget": "8"}, "max_budget must be"),
+        ({"policy": "snapkv", "allowed": ["quest"]}, "no setting 'allowed'"),
+    ],
+)
+def test_what_cannot_share_a_server_is_refused_at_start(given, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        offer(**given)
+
+
+def test_one_digest_serves_every_selector_on_offer():
+    assert offer(policy="snapkv", allow=["quest"]).digest is parse("quest").selector.digest
+    assert offer(policy="snapkv", allow=["knorm"]).digest is None
+    assert offer(policy="quest").digest is parse("quest").selector.digest
+
+
+def test_an_offer_says_itself():
+    assert str(offer(policy="quest(budget=64)")).startswith("policy 'quest(budget=64")
+    assert str(offer(**MIXED)).endswith(
+        "requests may choose dense, knorm, quest, snapkv that keep at most 2048 tokens"
+    )
