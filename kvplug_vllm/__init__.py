@@ -25,6 +25,13 @@ def register() -> None:
         # load: the member must bring its own registration along.
         AttentionBackendEnum[NAME].__reduce_ex__ = _reduce
     compat.honour_selection()
+    compat.announce_configurations(_configured)
+
+
+def _configured(vllm_config: Any) -> None:
+    from kvplug_vllm.settings import Engine
+
+    Engine.configured(vllm_config)
 
 
 def _reduce(protocol: Any) -> tuple[Any, tuple[()]]:

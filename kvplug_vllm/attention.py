@@ -18,10 +18,10 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from kvplug import PromptKV, ScoredEviction, Selector, choose_pages, keep_tokens
+from kvplug import PromptKV, choose_pages, keep_tokens
 from kvplug_kernels.virtual_heads import virtual_heads
 from kvplug_vllm import NAME, compat
-from kvplug_vllm.cache import customize_spec
+from kvplug_vllm.cache import customize_spec, split_layers
 from kvplug_vllm.refusals import refuse
 from kvplug_vllm.settings import Engine
 from kvplug_vllm.step import Packing, Selected, StepPlan, Whole
@@ -29,6 +29,9 @@ from kvplug_vllm.step import Packing, Selected, StepPlan, Whole
 
 class PlannedBackend:
     """Before a stock AttentionBackend in the bases."""
+
+    layer_class: ClassVar[int] = 0
+    """Which of the layers' different budgets a layer has."""
 
     @staticmethod
     def get_name() -> str:
@@ -44,7 +47,7 @@ class PlannedBackend:
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
-        return customize_spec(super().customize_spec(spec))  # type: ignore[misc]
+        return customize_spec(super().customize_spec(spec), cls.layer_class)  # type: ignore[misc]
 
 
 class PlannedImpl:
@@ -67,35 +70,36 @@ class PlannedImpl:
         if Engine.current is None or Engine.current.vllm_config is not vllm_config:
             refuse(vllm_config)
         engine = Engine.enter(vllm_config)
-        policy = engine.settings.policy
         windowed = self.sliding_window not in (None, -1, (-1, -1))
         self.planned = self.attn_type == AttentionType.DECODER and not windowed
         """Windowed layers stay on the stock path; the policy plans the global ones."""
-        self.selector: Selector | None = policy.selector if self.planned else None
-        self.scored: ScoredEviction | None = policy.scored if self.planned else None
-        self.protect = engine.settings.protect
+        self.digest = engine.offer.digest if self.planned else None
         self._window: dict[int, Tensor] = {}
         self._most_windows = 2 * vllm_config.scheduler_config.max_num_seqs
         self.packed_prompts = 0
         """Prompts that were packed here, for tests and doctor."""
-        if self.selector is not None and getattr(self, "alibi_slopes", None) is not None:
+        dense = engine.settings.policy.is_dense and not engine.offer.mixed
+        if self.planned and not dense and getattr(self, "alibi_slopes", None) is not None:
             raise ValueError(
-                f"{self.selector.name} cannot serve a model with ALiBi: its bias depends on "
-                "positions that a selection does not keep; use the policy 'dense'"
+                "kvplug cannot serve a model with ALiBi: its bias depends on positions that a "
+                "selection or a packed prompt does not keep; use the policy 'dense'"
             )
         self.selected_queries = 0
         """Queries that went through a selection here, for tests and doctor."""
         self._single: Any = None
-        self._budget: int | None = None
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        super().process_weights_after_loading(act_dtype)  # type: ignore[misc]
+        assert Engine.current is not None
+        split_layers(Engine.current)
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)  # type: ignore[misc]
-        if self.selector is not None and self.selector.digest is not None:
-            digest = self.selector.digest
-            tail = compat.page_tail(kv_cache, digest.rows, self.head_size)
-            digest.update(tail, key, slot_mapping, kv_cache.shape[2])
+        if self.digest is not None:
+            tail = compat.page_tail(kv_cache, self.digest.rows, self.head_size)
+            self.digest.update(tail, key, slot_mapping, kv_cache.shape[2])
 
     def fused_rope_kvcache_supported(self) -> bool:
         return False  # it writes keys past do_kv_cache_update, and with them past the digests
@@ -119,23 +123,24 @@ class PlannedImpl:
                 output_scale, output_block_scale,
             )  # fmt: skip
         self._observe(query, plan)
-        if plan.packing is not None:
-            self.pack(layer, kv_cache, plan.packing)
-        if plan.selected is None or not self._selects(layer):
-            self._whole(layer, query, kv_cache, plan.every, output)
-            return output
-        if plan.rest is not None:
-            self._whole(layer, query, kv_cache, plan.rest, output)
-        self._selected(layer, query, kv_cache, plan.selected, output)
+        for packing in plan.packings:
+            self.pack(layer, kv_cache, packing)
+        index = compat.layer_index(layer.layer_name)
+        budgets = [each.selector.layer_budget(index) for each in plan.selected]
+        whole = plan.whole[tuple(budget is not None for budget in budgets)]
+        if whole is not None:
+            self._whole(layer, query, kv_cache, whole, output)
+        for each, budget in zip(plan.selected, budgets, strict=True):
+            if budget is not None:
+                self._selected(layer, query, kv_cache, each, budget, output)
         return output
 
     def _observe(self, query: Tensor, plan: StepPlan) -> None:
         """Keep the window's queries of prompts that are still being prefilled."""
         for seen in plan.observations:
-            assert self.scored is not None
             window = self._window.pop(seen.stay, None)
             if window is None:
-                window = query.new_zeros(self.scored.window, *query.shape[1:])  # [W, Hq, D]
+                window = query.new_zeros(seen.window, *query.shape[1:])  # [W, Hq, D]
             picked = query[seen.tokens]
             window[seen.offset : seen.offset + len(picked)] = picked
             self._window[seen.stay] = window
@@ -144,7 +149,7 @@ class PlannedImpl:
 
     def pack(self, layer: Any, kv_cache: Tensor, packing: Packing) -> None:
         """Copy what each KV head keeps of the prompts' whole pages into their private blocks."""
-        scored = self.scored
+        scored = packing.settings.policy.scored
         assert scored is not None
         self.packed_prompts += len(packing.stays)
         keys, values = self.read_pages(layer, kv_cache, packing.pages)  # [J, T, H, D]
@@ -161,7 +166,7 @@ class PlannedImpl:
             first_head=compat.first_kv_head(layer.layer_name, self.num_kv_heads),
             page_size=kv_cache.shape[2],
         )
-        tokens = keep_tokens(scored, prompt, packing.keep, packing.width, self.protect)
+        tokens = keep_tokens(scored, prompt, packing.keep, packing.width, packing.settings.protect)
         index = tokens.transpose(1, 2)[..., None].expand(-1, -1, -1, keys.shape[-1])
         self.do_kv_cache_update(
             layer,
@@ -177,13 +182,6 @@ class PlannedImpl:
         keys, values = read.split(self.head_size, dim=-1)
         return keys, values
 
-    def _selects(self, layer: Any) -> bool:
-        if self._single is None:
-            self._single = compat.single_head_impl(self)
-            index = compat.layer_index(layer.layer_name)
-            self._budget = self.selector.layer_budget(index) if self.selector else None
-        return self._budget is not None
-
     def _whole(
         self, layer: Any, query: Tensor, kv_cache: Tensor, whole: Whole, output: Tensor
     ) -> None:
@@ -196,10 +194,17 @@ class PlannedImpl:
         output.index_copy_(0, tokens, out)
 
     def _selected(
-        self, layer: Any, query: Tensor, kv_cache: Tensor, step: Selected, output: Tensor
+        self,
+        layer: Any,
+        query: Tensor,
+        kv_cache: Tensor,
+        step: Selected,
+        budget: int,
+        output: Tensor,
     ) -> None:
-        selector = self.selector
-        assert selector is not None
+        selector = step.selector
+        if self._single is None:
+            self._single = compat.single_head_impl(self)
         queries, size = len(step.lengths), kv_cache.shape[2]
         self.selected_queries += queries
         picked = query[:queries] if step.tokens is None else query[step.tokens]  # [Q, Hq, D]
@@ -207,10 +212,10 @@ class PlannedImpl:
         tail = None
         if selector.digest is not None:
             tail = compat.page_tail(kv_cache, selector.digest.rows, self.head_size)
-        as_planned = self._budget == selector.budget
+        as_planned = budget == selector.budget
         keep = step.keep
         if not as_planned:
-            keep = keep.clamp(max=selector.pages(size, self._budget))
+            keep = keep.clamp(max=selector.pages(size, budget))
         chosen, counts = choose_pages(
             selector, heads, tail, step.page_table, step.pages, keep,
             width=step.width, scale=self.scale,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -12,23 +12,24 @@ from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from kvplug import Planner, Settings, digest_bytes, read_settings
+from kvplug import Offer, Planner, digest_bytes, read_offer
 from kvplug_vllm import compat
 from kvplug_vllm.settings import Engine
 
 
-def customize_spec(spec: Any) -> Any:
+def customize_spec(spec: Any, layer_class: int = 0) -> Any:
     """The cache spec of one layer under the engine's policy; windowed layers stay stock.
 
-    A selector with a digest grows the page by it; an eviction by position brings its own manager.
+    A selector with a digest grows the page by it; an eviction brings its own manager.
+    layer_class: which of the layers' different budgets this one has (``layer_classes``).
     """
     engine = Engine.current
     if engine is None or type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
         return spec
-    policy = engine.settings.policy
-    if policy.selector is not None and policy.selector.digest is not None:
+    offer, policy = engine.offer, engine.settings.policy
+    if offer.digest is not None:
         digest = digest_bytes(
-            policy.selector.digest.rows, spec.num_kv_heads, spec.head_size, spec.dtype.itemsize
+            offer.digest.rows, spec.num_kv_heads, spec.head_size, spec.dtype.itemsize
         )
         spec = replace(spec, page_size_padded=spec.unpadded_page_size_bytes + digest)
     if policy.eviction is not None:
@@ -38,50 +39,80 @@ def customize_spec(spec: Any) -> Any:
             spec,
             EvictingSpec,
             drop=("sliding_window", "attention_chunk_size", "non_causal"),
-            settings=EvictionSettings.of(engine.settings),
+            settings=EvictionSettings.of(offer),
             max_blocks=planner.most_pages(
                 config.max_in_flight_tokens, config.model_config.max_model_len
             ),
         )
-    if policy.scored is not None:
+    if policy.scored is not None or offer.mixed:
         from kvplug_vllm.packing import PackingSpec
 
+        budget = layer_classes(engine)[layer_class] if not policy.uniform else None
+        tokens = offer.max_tokens if budget is None else budget
         spec = replace_as(
             spec,
             PackingSpec,
-            settings=EvictionSettings.of(engine.settings),
-            private_blocks=policy.scored.pages(spec.block_size),
+            settings=EvictionSettings.of(offer),
+            private_blocks=-(-tokens // spec.block_size),
+            budget=budget,
         )
     return spec
 
 
+def layer_classes(engine: Engine) -> list[int]:
+    """The different budgets of the planned layers, first to last: a cache group for each."""
+    return sorted(set(layer_budgets(engine).values()), reverse=True)
+
+
+def layer_budgets(engine: Engine) -> dict[str, int]:
+    """Tokens that each planned layer keeps of a prompt, by the layer's name."""
+    context = engine.vllm_config.compilation_config.static_forward_context
+    planned = [name for name, layer in context.items() if getattr(layer.impl, "planned", False)]
+    planned.sort(key=compat.layer_index)
+    budgets = engine.settings.policy.layer_budgets(len(planned))
+    return dict(zip(planned, budgets, strict=True))
+
+
+def split_layers(engine: Engine) -> None:
+    """Give layers of different budgets backends of their own: vLLM asks those for the spec."""
+    if engine.settings.policy.uniform:
+        return
+    context = engine.vllm_config.compilation_config.static_forward_context
+    classes = layer_classes(engine)
+    for name, budget in layer_budgets(engine).items():
+        compat.set_layer_class(context[name], classes.index(budget))
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvictionSettings:
-    """Settings as plain values: specs are compared, hashed and sent between processes."""
+    """An offer as plain values: specs are compared, hashed and sent between processes."""
 
     policy: str
     min_context: int
     protect: tuple[tuple[int, int], ...]
     shortcut: bool = True
+    allow: tuple[str, ...] = ()
+    max_budget: int | None = None
 
     @classmethod
-    def of(cls, settings: Settings) -> EvictionSettings:
+    def of(cls, offer: Offer) -> EvictionSettings:
+        own = offer.settings
         return cls(
-            policy=str(settings.policy),
-            min_context=settings.min_context,
-            protect=settings.protect,
-            shortcut=settings.shortcut,
+            policy=str(own.policy),
+            min_context=own.min_context,
+            protect=own.protect,
+            shortcut=own.shortcut,
+            allow=offer.allow,
+            max_budget=offer.max_budget,
         )
 
     @cache  # noqa: B019 -- frozen, hashable and as few as the engine's groups
+    def offer(self) -> Offer:
+        return read_offer(asdict(self), environ={})
+
+    @cache  # noqa: B019 -- as above
     def planner(self, page_size: int) -> Planner:
-        given = {
-            "policy": self.policy,
-            "min_context": self.min_context,
-            "protect": list(self.protect),
-            "shortcut": self.shortcut,
-        }
-        return Planner(read_settings(given, environ={}), page_size)
+        return Planner(self.offer().settings, page_size)
 
 
 @dataclass(frozen=True, kw_only=True)

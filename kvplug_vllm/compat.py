@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,45 @@ def honour_selection() -> None:
 
     get_attn_backend_cls._kvplug = True  # type: ignore[attr-defined]
     cls.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+def announce_configurations(tell: Callable[[Any], None]) -> None:
+    """Call ``tell`` with each configuration that vLLM makes, once it is complete.
+
+    The process that admits requests builds no attention layer, and a logits processor's
+    ``validate_params`` is given no configuration. Until it is (0.32 calls it on the class).
+    """
+    from vllm.config import VllmConfig
+
+    stock = VllmConfig.__post_init__
+    if getattr(stock, "_kvplug", False):
+        return
+
+    @functools.wraps(stock)
+    def __post_init__(self: Any) -> None:
+        stock(self)
+        tell(self)
+
+    __post_init__._kvplug = True  # type: ignore[attr-defined]
+    VllmConfig.__post_init__ = __post_init__
+
+
+def announce_lookups(tell: Callable[[Sequence[Any], Any], None]) -> None:
+    """Call ``tell`` with the managers and the request before its cached prefix is looked up.
+
+    ``find_longest_cache_hit`` is a class method that is given hashes alone, and what a request
+    may hit depends on the policy it asked for. Until it is given the request.
+    """
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    stock = KVCacheManager.get_computed_blocks
+
+    @functools.wraps(stock)
+    def get_computed_blocks(self: Any, request: Any) -> Any:
+        tell(self.coordinator.single_type_managers, request)
+        return stock(self, request)
+
+    KVCacheManager.get_computed_blocks = get_computed_blocks
 
 
 def select_backend(selected: Any, selector_config: Any) -> str:
@@ -182,11 +222,26 @@ def cpu_page_order(isa: str, size: int, head_size: int, dtype: torch.dtype) -> t
     return order
 
 
+@functools.cache
 def layer_index(layer_name: str) -> int:
     """``model.layers.7.self_attn.attn`` -> 7."""
     from vllm.model_executor.models.utils import extract_layer_index
 
     return extract_layer_index(layer_name)
+
+
+def set_layer_class(layer: Any, layer_class: int) -> None:
+    """Let the backend that a layer shows to vLLM know which class of layers it belongs to.
+
+    Until ``customize_spec`` is given the layer: it is called on ``get_attn_backend()`` alone.
+    """
+    if layer.attn_backend.layer_class != layer_class:
+        layer.attn_backend = _with_layer_class(layer.attn_backend, layer_class)
+
+
+@functools.cache
+def _with_layer_class(backend: type, layer_class: int) -> type:
+    return type(f"{backend.__name__}{layer_class}", (backend,), {"layer_class": layer_class})
 
 
 def page_tail(kv_cache: torch.Tensor, rows: int, head_size: int) -> torch.Tensor:

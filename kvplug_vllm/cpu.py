@@ -35,7 +35,7 @@ class KVPlugBuilder(PlannedBuilder, CPUAttentionMetadataBuilder):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         own_process = self.vllm_config.parallel_config.distributed_executor_backend == "mp"
-        if own_process and self.planner is not None and self.planner.selector is not None:
+        if own_process and self.planner is not None and self.offer.digest is not None:
             warm_up(self.kv_cache_spec.dtype)
 
 

@@ -22,12 +22,3 @@ class KVPlugCpuPlatform(_Stock):
         return compat.select_backend(selected_backend, attn_selector_config)
 
     get_attn_backend_cls._kvplug = True  # type: ignore[attr-defined]
-
-    @classmethod
-    def check_and_update_config(cls, vllm_config: Any) -> None:
-        super().check_and_update_config(vllm_config)
-        backend = vllm_config.attention_config.backend
-        if backend is not None and backend.name == NAME:
-            from kvplug_vllm.refusals import refuse
-
-            refuse(vllm_config)

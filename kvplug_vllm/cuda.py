@@ -20,7 +20,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from kvplug_vllm.attention import PlannedBackend, PlannedImpl
-from kvplug_vllm.settings import settings_of
+from kvplug_vllm.settings import offer_of
 from kvplug_vllm.step import PlannedBuilder
 
 
@@ -35,7 +35,7 @@ class KVPlugBuilder(PlannedBuilder, FlashAttentionMetadataBuilder):
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.fixed_shapes = self.use_full_cuda_graph
+        self.fixed_shapes = self.use_full_cuda_graph and not self.offer.mixed
         self.buffers: dict[tuple[str, torch.Size], Tensor] = {}
         if self.single is not None:
             # FlashAttention 3 can be scheduled ahead by lengths; those of a selection by mass
@@ -44,7 +44,10 @@ class KVPlugBuilder(PlannedBuilder, FlashAttentionMetadataBuilder):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        if settings_of(vllm_config).policy.is_dense:
+        offer = offer_of(vllm_config)
+        if offer.mixed:  # how many selections a step needs is not known when it is captured
+            return AttentionCGSupport.NEVER
+        if offer.settings.policy.is_dense:
             return super().get_cudagraph_support(vllm_config, kv_cache_spec)
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 

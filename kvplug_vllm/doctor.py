@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import kvplug
-from kvplug import parse, read_settings
+from kvplug import parse, read_offer, read_settings
 from kvplug_vllm import NAME, compat
 
 
@@ -115,7 +115,7 @@ def _specs() -> str:
     shape: dict[str, Any] = {
         "block_size": 32, "num_kv_heads": 1, "head_size": 64, "dtype": torch.float32,
     }  # fmt: skip
-    settings = EvictionSettings.of(read_settings({"policy": "streaming_llm"}))
+    settings = EvictionSettings.of(read_offer({"policy": "streaming_llm"}))
     ours = EvictingSpec(**shape, settings=settings, max_blocks=4)
     if KVCacheSpecRegistry.get_manager_class(ours) is not EvictingManager:
         raise ValueError("vLLM does not know kvplug's cache manager")

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import Counter
 
-from kvplug import StepReads
+from kvplug import Settings, StepReads
 from kvplug_vllm.settings import Engine
 
 
@@ -34,26 +34,30 @@ class Metrics:
 
     _owner: ClassVar[Engine | None] = None
 
-    def __init__(self, policy: str) -> None:
-        counters = [counter.labels(policy) for counter in _counters()]
-        self.queries, self.cached, self.read = counters[:3]
-        self.packed, self.kept, self.dropped = counters[3:]
-
     @classmethod
     def for_engine(cls, engine: Engine) -> Metrics | None:
         if cls._owner is engine or engine.vllm_config.parallel_config.rank != 0:
             return None
         cls._owner = engine
-        return cls(str(engine.settings.policy))
+        return cls()
 
-    def count(self, reads: StepReads) -> None:
+    def count(self, reads: StepReads, settings: Settings) -> None:
         if reads.queries:
-            self.queries.inc(reads.queries)
-            self.cached.inc(reads.cached)
-            self.read.inc(reads.read)
+            queries, cached, read, *_ = _labelled(settings)
+            queries.inc(reads.queries)
+            cached.inc(reads.cached)
+            read.inc(reads.read)
 
-    def count_packed(self, prompt: NDArray[np.int64], keep: NDArray[np.int64]) -> None:
+    def count_packed(
+        self, prompt: NDArray[np.int64], keep: NDArray[np.int64], settings: Settings
+    ) -> None:
         """prompt, keep [n]: tokens of the prompts packed in a step, and of those that stay."""
-        self.packed.inc(len(prompt))
-        self.kept.inc(float(keep.sum()))
-        self.dropped.inc(float((prompt - keep).sum()))
+        *_, packed, kept, dropped = _labelled(settings)
+        packed.inc(len(prompt))
+        kept.inc(float(keep.sum()))
+        dropped.inc(float((prompt - keep).sum()))
+
+
+@cache
+def _labelled(settings: Settings) -> tuple[Counter, ...]:
+    return tuple(counter.labels(str(settings.policy)) for counter in _counters())

@@ -5,6 +5,9 @@ prompt. The worker packs the kept tokens of the prompt's whole pages into them i
 when that step is committed, the whole pages return to the pool *with their hashes*: the next turn
 still hits the uncompressed prefix for as long as the memory is not needed. Private blocks and
 what is decoded behind them are never hashed, so no other request can find them.
+
+Where requests choose their policies, nothing that is decoded under any but ``dense`` is hashed: a
+prompt's keys are the same for all of them, an answer's are not.
 """
 
 from __future__ import annotations
@@ -12,15 +15,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
-from weakref import WeakValueDictionary
 
 import numpy as np
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from kvplug import Planner
 from kvplug_vllm import compat
 from kvplug_vllm.cache import EvictionSettings
+from kvplug_vllm.settings import asked_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +33,13 @@ class PackingSpec(FullAttentionSpec):
 
     settings: EvictionSettings
     private_blocks: int
+    budget: int | None = None
+    """Tokens that these layers keep of a prompt, where the policy's layers differ."""
+
+    def planner(self, request: Any) -> Planner:
+        """What a request's own settings mean for these layers."""
+        settings = self.settings.offer().settings_for(asked_for(request.sampling_params))
+        return Planner(settings, self.block_size, self.budget)
 
     @classmethod
     def merge(cls, specs: list[Any]) -> Any:
@@ -48,16 +59,43 @@ class PackingSpec(FullAttentionSpec):
         return whole + self.private_blocks * self.page_size_bytes
 
 
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """What the pool must know of a request that holds blocks."""
+
+    prompt: int
+    """Tokens of its original prompt."""
+    private: int
+    """Blocks that its prompt is packed into, 0 where it stays whole."""
+    hashes_answer: bool
+    """Whether blocks of its answer may serve other requests."""
+
+
 class PackingManager(FullAttentionManager):
     """Rows are [prompt blocks | private blocks | decode blocks]; hashes stop at the prompt."""
 
-    _seen: ClassVar[WeakValueDictionary[int, Any]] = WeakValueDictionary()
+    _looking_up: ClassVar[Any] = None
+    """The request whose cached prefix vLLM is about to ask for."""
 
     def __init__(self, kv_cache_spec: PackingSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        self.planner = kv_cache_spec.settings.planner(self.block_size)
-        self.prompt: dict[str, int] = {}
-        """Original prompt length of each request that holds blocks."""
+        self.spec = kv_cache_spec
+        self.held: dict[str, Held] = {}
+        """Each request that is being served."""
+
+    @classmethod
+    def look_up(cls, managers: Sequence[Any], request: Any) -> None:
+        """A request comes, or comes back after a preemption."""
+        cls._looking_up = request
+        for manager in managers:
+            if isinstance(manager, PackingManager):
+                manager.held[request.request_id] = manager._hold(request)
+
+    def _hold(self, request: Any) -> Held:
+        planner, prompt = self.spec.planner(request), request.num_prompt_tokens
+        settings, private = planner.settings, int(planner.private_pages(np.array([prompt]))[0])
+        shared = self.spec.settings.offer().mixed and not settings.policy.is_dense
+        return Held(prompt=prompt, private=private, hashes_answer=not private and not shared)
 
     @classmethod
     def find_longest_cache_hit(
@@ -72,11 +110,9 @@ class PackingManager(FullAttentionManager):
     ) -> tuple[tuple[list[Any], ...], int]:
         """Stops before the prompt's end, also on resume: the step that passes it packs, and a
         scorer that needs the prompt's last queries must have them computed."""
-        planner = kv_cache_spec.settings.planner(kv_cache_spec.block_size)
-        # vLLM shows this hook no request: one that it saw before is known by its hashes, a new
-        # one ends where its prompt does.
-        seen = cls._seen.get(id(block_hashes))
-        prompt = max_length + 1 if seen is None else seen.num_prompt_tokens
+        request = cls._looking_up
+        assert request is not None, "vLLM looks up a prefix without naming the request"
+        planner, prompt = kv_cache_spec.planner(request), request.num_prompt_tokens
         if planner.private_pages(np.array([prompt]))[0]:
             last = planner.scored.window if planner.scored.needs_queries else 1
             max_length = min(max_length, max(prompt - last, 0))
@@ -90,15 +126,10 @@ class PackingManager(FullAttentionManager):
             **kwargs,
         )
 
-    def private(self, prompt: int) -> int:
-        return int(self.planner.private_pages(np.array([prompt]))[0])
-
     def _with_private(self, request_id: str, num_tokens: int) -> int:
         """Tokens whose slots a row needs, private blocks counted as tokens."""
-        prompt = self.prompt.get(request_id)
-        if prompt is None or num_tokens <= prompt:
-            return num_tokens
-        return num_tokens + self.private(prompt) * self.block_size
+        held = self.held[request_id]
+        return num_tokens + held.private * self.block_size * (num_tokens > held.prompt)
 
     def get_num_blocks_to_allocate(
         self,
@@ -114,8 +145,7 @@ class PackingManager(FullAttentionManager):
         needed = self._with_private(request_id, num_tokens)
         if apply_admission_cap:
             # Admission: the whole prompt and its private blocks must fit together once.
-            prompt = self.prompt.get(request_id, num_tokens)
-            needed = max(needed, num_tokens + self.private(prompt) * self.block_size)
+            needed = num_tokens + self.held[request_id].private * self.block_size
         return super().get_num_blocks_to_allocate(
             request_id,
             needed,
@@ -139,11 +169,10 @@ class PackingManager(FullAttentionManager):
         processed_computed_tokens: int,
         num_prompt_tokens: int | None = None,
     ) -> None:
-        assert num_prompt_tokens is not None, "vLLM 0.32 always names the prompt's length"
-        self.prompt[request_id] = num_prompt_tokens
+        held = self.held[request_id]
         # The worker packs in the step of the first token behind the prompt; it must be committed.
-        if processed_computed_tokens > num_prompt_tokens and self.private(num_prompt_tokens):
-            self._remove_blocks_in_range(request_id, 0, num_prompt_tokens // self.block_size)
+        if processed_computed_tokens > held.prompt and held.private:
+            self._remove_blocks_in_range(request_id, 0, held.prompt // self.block_size)
 
     def cache_blocks(
         self,
@@ -153,18 +182,19 @@ class PackingManager(FullAttentionManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        self._seen[id(request.block_hashes)] = request
-        if self.private(request.num_prompt_tokens):
-            num_tokens = min(num_tokens, request.num_prompt_tokens)
+        held = self.held[request.request_id]
+        if not held.hashes_answer:
+            num_tokens = min(num_tokens, held.prompt)
             num_tokens -= num_tokens % self.block_size
         super().cache_blocks(
             request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
         )
 
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
-        self.prompt.pop(request_id, None)
+        self.held.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
 
 compat.ensure_builtin_specs()
+compat.announce_lookups(PackingManager.look_up)
 KVCacheSpecRegistry.register(PackingSpec, PackingManager, uniform_type_base_spec=PackingSpec)

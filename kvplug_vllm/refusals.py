@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from kvplug import Composition, PositionalEviction, ScoredEviction, Selector
-from kvplug_vllm.settings import settings_of
+from kvplug import (
+    LayerBudgets,
+    Offer,
+    Policy,
+    PositionalEviction,
+    ScoredEviction,
+    Selector,
+    policy_class,
+)
+from kvplug_vllm.settings import offer_of
 
 
 def refuse(vllm_config: Any) -> None:
@@ -19,19 +27,20 @@ def refuse(vllm_config: Any) -> None:
 def refusals(vllm_config: Any) -> Iterator[str]:
     """The reasons, each saying what to do instead. A bad policy line is one of them."""
     try:
-        policy = settings_of(vllm_config).policy
+        offer = offer_of(vllm_config)
     except ValueError as error:
         yield str(error)
         return
+    policy = offer.settings.policy
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     if model is not None and getattr(model, "use_mla", False):
         yield (
             "the model uses multi-head latent attention (MLA), whose cache has no keys to score; "
             "serve it without --attention-backend kvplug (the engine has its own sparse paths)"
         )
-    if policy.is_dense:
+    if policy.is_dense and not offer.mixed:
         return
-    yield from unsupported(policy)
+    yield from unsupported(offer)
     if vllm_config.speculative_config is not None:
         yield (
             f"speculative decoding with {policy}: rejected drafts would have been evicted or "
@@ -77,11 +86,13 @@ def refusals(vllm_config: Any) -> Iterator[str]:
             )
 
 
-def unsupported(policy: Composition) -> Iterator[str]:
+def unsupported(offer: Offer) -> Iterator[str]:
     """Policies of a kind that this adapter does not know how to carry out."""
-    for part in policy:
-        if not isinstance(part, (PositionalEviction, ScoredEviction, Selector)):
+    known = (PositionalEviction, ScoredEviction, LayerBudgets, Selector)
+    own: list[type[Policy]] = [type(policy) for policy in offer.settings.policy]
+    for cls in [*own, *map(policy_class, offer.allow)]:
+        if not issubclass(cls, known) and cls.name != "dense":
             yield (
-                f"{part.name} is a policy of the stage {part.stage.value!r} that the vLLM adapter "
+                f"{cls.name} is a policy of the stage {cls.stage.value!r} that the vLLM adapter "
                 "cannot carry out; subclass PositionalEviction, ScoredEviction or Selector"
             )

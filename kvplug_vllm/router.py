@@ -1,4 +1,4 @@
-"""Which row of the batch is which request: where each original prompt ends.
+"""Which row of the batch is which request: where its prompt ends, which policy it asked for.
 
 vLLM shows every worker's logits processors all requests, with their row, before it builds the
 attention metadata. This one never touches a logit. It derives from both interfaces, because
@@ -13,22 +13,39 @@ import numpy as np
 from numpy.typing import NDArray
 from vllm.v1.sample.logits_processor.interface import MoveDirectionality
 
-from kvplug_vllm import NAME, compat
+from kvplug import Settings
+from kvplug_vllm import compat
+from kvplug_vllm.settings import REQUEST_FIELD, Engine, asked_for, offer_of, selected
 
 UNKNOWN = -1
+OWN = 0
+"""The choice of a request that says nothing: the server's own settings."""
 
 
 class Router(*compat.logits_processors()):  # type: ignore[misc]
-    """Prompt length by row (V1) or slot (V2). Does nothing unless kvplug was selected."""
+    """Prompt and choice by row (V1) or slot (V2). Does nothing unless kvplug was selected."""
 
     _of_engine: ClassVar[dict[int, Router]] = {}
 
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        """When a request arrives: what it asks for must be on offer. Raises ValueError."""
+        asked = asked_for(sampling_params)
+        if asked is None:
+            return
+        if Engine.current is None:
+            raise ValueError(
+                f"the request asks for the KV policy {asked!r} ({REQUEST_FIELD}), and this server "
+                "was started without it; start it with --attention-backend kvplug"
+            )
+        Engine.current.offer.settings_for(asked)
+
     def __init__(self, vllm_config: Any, *rest: Any) -> None:
-        backend = vllm_config.attention_config.backend
-        self.active = backend is not None and backend.name == NAME
+        self.active = selected(vllm_config)
         self.vllm_config = vllm_config
         rows = vllm_config.scheduler_config.max_num_seqs
         self.prompt = np.full(rows, UNKNOWN, np.int64)
+        self.choice = np.full(rows, OWN, np.int64)
         self.stay = np.full(rows, UNKNOWN, np.int64)
         """A number for each request, the same when it leaves the batch for a few steps."""
         self.stays = 0
@@ -36,6 +53,9 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
         # V2 hands over its request states, V1 a device and whether memory is pinned.
         self.slots = rest[0] if len(rest) == 1 else None
         if self.active:
+            self.offer = offer_of(vllm_config)
+            self.choices = [self.offer.settings]
+            """Settings by the number that ``choice`` gives them; requests bring new ones."""
             self._of_engine.clear()  # a process serves one engine at a time
             self._of_engine[id(vllm_config)] = self
 
@@ -50,6 +70,16 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
         return _at(None if router is None else router.prompt, common)
 
     @classmethod
+    def chosen(cls, vllm_config: Any, common: Any) -> tuple[list[Settings], NDArray[np.int64]]:
+        """Settings by number, and the number of each row; the server's own for rows of no
+        request. common -> [B]
+        """
+        router = cls._of_engine.get(id(vllm_config))
+        if router is None:
+            return [offer_of(vllm_config).settings], np.zeros(common.num_reqs, np.int64)
+        return router.choices, np.maximum(_at(router.choice, common), OWN)
+
+    @classmethod
     def stays_of(cls, vllm_config: Any, common: Any) -> NDArray[np.int64]:
         """What tells requests apart while they stay in the batch. common -> [B]"""
         router = cls._of_engine.get(id(vllm_config))
@@ -61,14 +91,26 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
             return
         for row in batch_update.removed:
             self.prompt[row] = self.stay[row] = UNKNOWN
-        for row, _params, prompt, output in batch_update.added:
+            self.choice[row] = OWN
+        for row, params, prompt, output in batch_update.added:
             self.prompt[row] = UNKNOWN if prompt is None else len(prompt)
             self.stay[row] = self._stay(output)
+            self.choice[row] = self._choice(params)
         for source, target, direction in batch_update.moved:
             swap = direction == MoveDirectionality.SWAP
-            for table in (self.prompt, self.stay):
+            for table, nobody in (
+                (self.prompt, UNKNOWN),
+                (self.stay, UNKNOWN),
+                (self.choice, OWN),
+            ):
                 moved, displaced = table[source], table[target]
-                table[target], table[source] = moved, displaced if swap else UNKNOWN
+                table[target], table[source] = moved, displaced if swap else nobody
+
+    def _choice(self, params: Any) -> int:
+        settings = self.offer.settings_for(asked_for(params))
+        if settings not in self.choices:
+            self.choices.append(settings)
+        return self.choices.index(settings)
 
     def _stay(self, output: list[int]) -> int:
         """V1 names no request, but hands over the list that it appends the answer to."""
@@ -83,7 +125,9 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         """V2: nothing of a request's logits is ours."""
-        self.stay[req_idx], self.stays = self.stays, self.stays + 1
+        if self.active:
+            self.stay[req_idx], self.stays = self.stays, self.stays + 1
+            self.choice[req_idx] = self._choice(sampling_params)
         return False
 
     def is_argmax_invariant(self) -> bool:

@@ -11,17 +11,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvplug import Planner, Segments, step_reads
+from kvplug import BatchPlanner, Segments, Selector, Settings, step_reads
 from kvplug_vllm import compat
 from kvplug_vllm.metrics import Metrics
-from kvplug_vllm.router import UNKNOWN, Router
+from kvplug_vllm.router import OWN, UNKNOWN, Router
 from kvplug_vllm.settings import Engine
 
 
 @dataclass
 class Selected:
-    """The queries of a step that read a selection; Q of them, [Q] int32 unless said."""
+    """The queries of a step that read one policy's selection; Q of them, [Q] int32 unless said."""
 
+    selector: Selector
+    choice: int
     tokens: Tensor | None
     """Rows of the flat queries; None for the first Q."""
     page_table: Tensor  # [Q, P]
@@ -45,8 +47,9 @@ class Whole:
 
 @dataclass
 class Packing:
-    """Prompts whose kept tokens are packed in this step; J of them."""
+    """Prompts of one policy whose kept tokens are packed in this step; J of them."""
 
+    settings: Settings
     pages: Tensor
     """The prompt's pages, the partial last one too, in order. [J, P] int64"""
     lengths: Tensor  # [J] int64 prompt tokens
@@ -59,6 +62,16 @@ class Packing:
     stays: list[int]
 
 
+@dataclass(frozen=True)
+class Batch:
+    """The requests of a step: which settings they have, and their tokens. [B] each"""
+
+    choice: NDArray[np.int64]
+    computed: NDArray[np.int64]
+    total: NDArray[np.int64]
+    prompt: NDArray[np.int64]
+
+
 @dataclass
 class Observation:
     """Queries of a prompt's window, kept until it is packed."""
@@ -68,16 +81,15 @@ class Observation:
     """Rows of the flat queries."""
     offset: int
     """The first one's place in the window."""
+    window: int
 
 
 @dataclass
 class StepPlan:
-    every: Whole
-    """All queries: for layers that select nothing."""
-    rest: Whole | None = None
-    """For layers that select: the queries that do not."""
-    selected: Selected | None = None
-    packing: Packing | None = None
+    whole: dict[tuple[bool, ...], Whole | None]
+    """The queries that read all they see, by which of ``selected`` apply to a layer."""
+    selected: Sequence[Selected] = ()
+    packings: Sequence[Packing] = ()
     observations: Sequence[Observation] = ()
 
 
@@ -99,7 +111,17 @@ class PlannedBuilder:
         engine = Engine.enter(vllm_config)
         context = vllm_config.compilation_config.static_forward_context
         planned = [name for name in layer_names if context[name].impl.planned]
-        self.planner = Planner(engine.settings, kv_cache_spec.block_size) if planned else None
+        self.offer = engine.offer
+        self.planner = None
+        if planned:
+            self.planner = BatchPlanner(
+                kv_cache_spec.block_size, getattr(kv_cache_spec, "budget", None)
+            )
+            self.planner.know([engine.settings])
+        policy = engine.settings.policy
+        self.packs = policy.scored is not None or self.offer.mixed
+        """Whether rows may hold private blocks."""
+        self.rewrites = self.packs or policy.eviction is not None
         self.kv_heads = kv_cache_spec.num_kv_heads
         self.single: Any = None
         self.metrics = None
@@ -107,11 +129,7 @@ class PlannedBuilder:
             group = context[planned[0]].impl.num_queries_per_kv
             self.single = compat.single_head_builder(self, group)
             self.metrics = Metrics.for_engine(engine)
-        policy = engine.settings.policy
-        self.budgets = [
-            policy.selector.layer_budget(compat.layer_index(name)) if policy.selector else None
-            for name in planned
-        ]
+        self.layers = [compat.layer_index(name) for name in planned]
         self.max_tokens = vllm_config.model_config.max_model_len
 
     def build(
@@ -123,45 +141,76 @@ class PlannedBuilder:
 
     def plan_step(self, common: Any, metadata: Any) -> StepPlan | None:
         """None where the engine's own path serves the whole step."""
-        assert self.planner is not None
-        policy = self.planner.settings.policy
+        planner = self.planner
+        assert planner is not None
+        settings, choice = Router.chosen(self.vllm_config, common)
+        planner.know(settings)
         bounds = common.query_start_loc_cpu[: common.num_reqs + 1].numpy().astype(np.int64)
         total = compat.host_lengths(common)
         computed = total - np.diff(bounds)
         prompt = Router.prompts(self.vllm_config, common)
         # Rows of no request (warm-up, graph capture): single queries are decodes.
-        decodes = (total - computed == 1) & (self.planner.scored is None)
+        decodes = (total - computed == 1) & (not self.packs)
         prompt = np.where(prompt == UNKNOWN, np.where(decodes, computed, total), prompt)
-        segments = self.planner.plan(computed, total, prompt)
-        if self.metrics is not None:
-            self.metrics.count(step_reads(segments, self.planner, self.budgets))
-        if self.fixed_shapes and common.max_query_len == 1 and not policy.is_dense:
+        batch = Batch(choice, computed, total, prompt)
+        segments = planner.plan(choice, computed, total, prompt)
+        self._count(segments)
+        fixed = self.fixed_shapes and common.max_query_len == 1
+        observations = self._observations(common, batch)
+        if fixed and not settings[OWN].policy.is_dense:
             segments = self._fixed(segments, common.num_reqs)
-        elif segments.untouched and self.planner.settings.shortcut:
-            observations = self._observations(common, computed, total, prompt)
-            return (
-                StepPlan(Whole(None, metadata), observations=observations)
-                if observations
-                else None
-            )
-        rewrites = self.planner.eviction is not None or self.planner.scored is not None
-        if self.planner.scored is not None:
+        elif segments.untouched and planner.planners[OWN].settings.shortcut:
+            if not observations:
+                return None
+            return StepPlan({(): Whole(None, metadata)}, observations=observations)
+        if self.packs:
             self._redirect(common, segments)
-        packing = self._packing(common, computed, total, prompt)
-        if packing is not None and self.fixed_shapes and common.max_query_len == 1:
-            self._pack_now(packing)
-            packing = None
-        plan = StepPlan(
-            Whole(None, self._whole(common, segments) if rewrites else metadata),
-            packing=packing,
-            observations=self._observations(common, computed, total, prompt),
-        )
-        if segments.selects.any():
-            rest = segments.where(~segments.selects)
-            if len(rest.row):
-                plan.rest = Whole(self._tokens(rest), self._whole(common, rest))
-            plan.selected = self._selected(common, segments.where(segments.selects))
+        packings = self._packings(common, batch)
+        if fixed:
+            self._pack_now(packings)
+            packings = []
+        plan = StepPlan({}, packings=packings, observations=observations)
+        plan.selected = [
+            self._selected(common, segments.where(segments.selects & (segments.choice == one)))
+            for one in np.unique(segments.choice[segments.selects]).tolist()
+        ]
+        selects = {
+            tuple(each.selector.layer_budget(layer) is not None for each in plan.selected)
+            for layer in self.layers
+        }
+        for applies in selects:
+            plan.whole[applies] = self._rest(common, segments, metadata, plan.selected, applies)
         return plan
+
+    def _count(self, segments: Segments) -> None:
+        if self.metrics is None:
+            return
+        planner = self.planner
+        assert planner is not None
+        for one in np.unique(segments.choice).tolist():
+            chosen = planner.planners[one]
+            selector = chosen.selector
+            budgets = [selector.layer_budget(n) if selector else None for n in self.layers]
+            reads = step_reads(segments.where(segments.choice == one), chosen, budgets)
+            self.metrics.count(reads, chosen.settings)
+
+    def _rest(
+        self,
+        common: Any,
+        segments: Segments,
+        metadata: Any,
+        selected: Sequence[Selected],
+        applies: tuple[bool, ...],
+    ) -> Whole | None:
+        """What a layer reads whole, where some selections apply to it and some do not."""
+        if not any(applies):
+            return Whole(None, self._whole(common, segments) if self.rewrites else metadata)
+        elsewhere = segments.selects.copy()
+        for each, applied in zip(selected, applies, strict=True):
+            if not applied:
+                elsewhere &= segments.choice != each.choice
+        rest = segments.where(~elsewhere)
+        return Whole(self._tokens(rest), self._whole(common, rest)) if len(rest.row) else None
 
     def _redirect(self, common: Any, segments: Segments) -> None:
         """Private blocks push later blocks down the row: send new tokens where they belong.
@@ -183,19 +232,18 @@ class PlannedBuilder:
         slots = block.to(torch.int64) * behind.page_size + offset
         common.slot_mapping[self._tensor("redirect.token", tokens, torch.int64)] = slots
 
-    def _packing(
-        self,
-        common: Any,
-        computed: NDArray[np.int64],
-        total: NDArray[np.int64],
-        prompt: NDArray[np.int64],
-    ) -> Packing | None:
+    def _packings(self, common: Any, batch: Batch) -> list[Packing]:
         planner = self.planner
         assert planner is not None
-        rows = planner.compresses(computed, total, prompt)
-        if not len(rows):
-            return None
-        size, prompt = planner.page_size, prompt[rows]
+        rows = planner.compresses(batch.choice, batch.computed, batch.total, batch.prompt)
+        return [
+            self._packing(common, batch, rows[batch.choice[rows] == one], one)
+            for one in np.unique(batch.choice[rows]).tolist()
+        ]
+
+    def _packing(self, common: Any, batch: Batch, rows: NDArray[np.int64], choice: int) -> Packing:
+        planner = self.planner.planners[choice]  # type: ignore[union-attr]
+        size, prompt = planner.page_size, batch.prompt[rows]
         private = planner.private_pages(prompt)
         ends = -(-prompt // size)
         table = common.block_table_tensor[self._tensor("pack.row", rows, torch.int64)].long()
@@ -204,12 +252,13 @@ class PlannedBuilder:
         blocks = table.gather(1, self._tensor("pack.private", places, torch.int64))
         keep, width = private * size, int(private.max()) * size
         if self.metrics is not None:
-            self.metrics.count_packed(prompt, keep + prompt % size)
+            self.metrics.count_packed(prompt, keep + prompt % size, planner.settings)
         packed = np.flatnonzero((np.arange(width)[None] < keep[:, None]).ravel())
         slots = (blocks[:, :, None] * size + torch.arange(size, device=blocks.device)).flatten()
         kept = self._tensor("pack.packed", packed, torch.int64)
         stays = Router.stays_of(self.vllm_config, common)
         return Packing(
+            settings=planner.settings,
             pages=table.gather(1, self._tensor("pack.pages", columns, torch.int64)),
             lengths=self._tensor("pack.lengths", prompt, torch.int64),
             keep=self._tensor("pack.keep", keep, torch.int64),
@@ -219,7 +268,7 @@ class PlannedBuilder:
             stays=stays[rows].tolist(),
         )
 
-    def _pack_now(self, packing: Packing) -> None:
+    def _pack_now(self, packings: Sequence[Packing]) -> None:
         """In all layers, before a step that a CUDA graph may replay without running any Python.
 
         Nothing is missing: a single-token step passes the prompt's end with all of it cached.
@@ -227,30 +276,34 @@ class PlannedBuilder:
         context = self.vllm_config.compilation_config.static_forward_context
         for name in self.layer_names:
             layer = context[name]
-            if layer.impl.scored is not None:
-                layer.impl.pack(layer, layer.kv_cache, packing)
+            if layer.impl.planned:
+                for packing in packings:
+                    layer.impl.pack(layer, layer.kv_cache, packing)
 
-    def _observations(
-        self,
-        common: Any,
-        computed: NDArray[np.int64],
-        total: NDArray[np.int64],
-        prompt: NDArray[np.int64],
-    ) -> list[Observation]:
+    def _observations(self, common: Any, batch: Batch) -> list[Observation]:
         planner = self.planner
         assert planner is not None
-        if planner.scored is None or not planner.scored.needs_queries:
+        windows = np.array(
+            [
+                p.scored.window if p.scored and p.scored.needs_queries else 0
+                for p in planner.planners
+            ]
+        )
+        window = windows[batch.choice]
+        if not window.any():
             return []
-        begin = np.maximum(computed, np.maximum(prompt - planner.scored.window, 0))
-        end = np.minimum(total, prompt)
-        seen = np.flatnonzero((begin < end) & (planner.private_pages(prompt) > 0))
+        begin = np.maximum(batch.computed, np.maximum(batch.prompt - window, 0))
+        end = np.minimum(batch.total, batch.prompt)
+        private = planner.private_pages(batch.choice, batch.prompt)
+        seen = np.flatnonzero((begin < end) & (private > 0) & (window > 0))
         stays = Router.stays_of(self.vllm_config, common)
-        token = common.query_start_loc_cpu.numpy()[: len(computed)] - computed
+        token = common.query_start_loc_cpu.numpy()[: len(window)] - batch.computed
         return [
             Observation(
                 stay=int(stays[row]),
                 tokens=slice(int(token[row] + begin[row]), int(token[row] + end[row])),
-                offset=int(begin[row] - prompt[row] + planner.scored.window),
+                offset=int(begin[row] - batch.prompt[row] + window[row]),
+                window=int(window[row]),
             )
             for row in seen.tolist()
         ]
@@ -258,10 +311,10 @@ class PlannedBuilder:
     def _fixed(self, segments: Segments, rows: int) -> Segments:
         """One selecting query for each row of a decode batch, padding included."""
         fields = {}
-        for name in ("start", "stop", "kept", "first", "packed"):
+        for name in ("start", "stop", "kept", "first", "packed", "choice"):
             fields[name] = np.full(rows, -1 if name == "packed" else 0)
             fields[name][segments.row] = getattr(segments, name)
-        selects = np.full(rows, self.planner.selector is not None)  # type: ignore[union-attr]
+        selects = np.full(rows, self.planner.planners[OWN].selector is not None)  # type: ignore[union-attr]
         index = np.arange(rows)
         return Segments(
             row=index,
@@ -296,13 +349,13 @@ class PlannedBuilder:
         in_order = len(rows) == len(table) and (rows == np.arange(len(rows))).all()
         if not in_order:
             table = table[self._tensor(f"{name}.row", rows, torch.int64)]
-        if self.planner.eviction is None and self.planner.scored is None:  # type: ignore[union-attr]
+        if not self.rewrites:
             return table
         width = self._visible_width(segments, table.shape[1])
         column = torch.arange(width, device=table.device)[None]
         kept = self._tensor(f"{name}.kept", segments.kept, torch.int64)[:, None]
         first = self._tensor(f"{name}.first", segments.first, torch.int64)[:, None]
-        held = np.append(self.planner.held, 0)  # type: ignore[union-attr]
+        held = np.append(self.planner.planners[OWN].held, 0)  # type: ignore[union-attr]
         start = self._tensor(f"{name}.held", held, torch.int64)[column.clamp(max=len(held) - 1)]
         packed = self._tensor(f"{name}.packed", segments.packed, torch.int64)[:, None]
         page = column - kept + first
@@ -356,8 +409,9 @@ class PlannedBuilder:
         )
 
     def _selected(self, common: Any, segments: Segments) -> Selected:
-        planner = self.planner
-        assert planner is not None
+        choice = int(segments.choice[0])
+        planner = self.planner.planners[choice]  # type: ignore[union-attr]
+        assert planner.selector is not None
         pages, lengths = segments.pages, segments.visible
         if self.fixed_shapes:
             short = segments.stop <= planner.settings.min_context
@@ -380,6 +434,8 @@ class PlannedBuilder:
             self._tensor("reads", np.repeat(reads, heads)),
         )
         return Selected(
+            selector=planner.selector,
+            choice=choice,
             tokens=None if in_order else self._tokens(segments),
             page_table=self._table(common, segments, "selected"),
             pages=self._tensor("pages", pages),

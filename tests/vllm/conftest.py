@@ -99,8 +99,9 @@ class Engine:
 
         for builder in self.builders:
             if builder.planner is not None:
-                settings = replace(builder.planner.settings, shortcut=False)
-                builder.planner = Planner(settings, builder.planner.page_size)
+                batch = builder.planner
+                settings = replace(batch.planners[0].settings, shortcut=False)
+                batch.planners[0] = Planner(settings, batch.page_size, batch.budget)
 
     def generate(
         self, prompts: list[list[int]], tokens: int = 16, **sampling: Any

@@ -224,6 +224,61 @@ def test_the_backends_name_survives_copies_as_itself():
     assert pickle.loads(pickle.dumps(stock)) is stock
 
 
+# Configurations, lookups and layers: compat.announce_*, compat.set_layer_class.
+
+
+def test_every_configuration_is_announced_once_it_is_complete():
+    from vllm.config import VllmConfig
+
+    kvplug_vllm.register()
+    kvplug_vllm.register()
+    hook = VllmConfig.__post_init__
+    assert hook._kvplug
+    assert parameters(hook.__wrapped__) == ["self"], f"{MOVED}: compat.announce_configurations"
+    assert not hasattr(hook.__wrapped__, "_kvplug"), "registered twice, hooked once"
+
+
+def test_a_request_is_announced_before_its_prefix_is_looked_up(monkeypatch):
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    import kvplug_vllm.packing  # noqa: F401 -- hooks the manager
+    from kvplug_vllm import compat
+
+    stock = KVCacheManager.get_computed_blocks
+    assert parameters(stock) == ["self", "request"], f"{MOVED}: compat.announce_lookups"
+    assert stock.__wrapped__.__qualname__ == "KVCacheManager.get_computed_blocks"
+    monkeypatch.setattr(KVCacheManager, "get_computed_blocks", lambda self, request: order)
+    order: list[object] = []
+    compat.announce_lookups(lambda managers, request: order.append((managers, request)))
+    found = KVCacheManager.get_computed_blocks(
+        SimpleNamespace(coordinator=SimpleNamespace(single_type_managers=("one",))), "request"
+    )
+    assert found == [(("one",), "request")], "told first, then looked up"
+
+
+def test_vllm_asks_the_backend_that_a_layer_shows_for_its_spec():
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.v1.worker import gpu_model_runner
+    from vllm.v1.worker.gpu import attn_utils
+
+    from kvplug_vllm import compat
+
+    for module in (gpu_model_runner, attn_utils):
+        source = " ".join(inspect.getsource(module).split())
+        asked = "customize_attention_spec( attn_module.get_attn_backend(), spec"
+        assert asked in source.replace("spec(attn", "spec( attn"), (
+            f"{MOVED}: {module.__name__}; see compat.set_layer_class"
+        )
+    backend = type("Backend", (), {"layer_class": 0})
+    layer = SimpleNamespace(attn_backend=backend)
+    compat.set_layer_class(layer, 0)
+    assert layer.attn_backend is backend
+    compat.set_layer_class(layer, 2)
+    shown = Attention.get_attn_backend(layer)
+    assert (shown.layer_class, backend.layer_class) == (2, 0)
+    assert issubclass(shown, backend)
+
+
 # The platform: compat.honour_selection and platform.py.
 
 
@@ -250,8 +305,7 @@ def test_the_stock_cpu_platform_still_ignores_the_choice_of_a_backend():
     )
     assert "kvplug" not in chosen, (
         f"vLLM {VLLM} honours --attention-backend on the CPU: delete kvplug_vllm/cpu_platform.py, "
-        "kvplug_vllm.platform() and its entry point, compat.honour_selection and select_backend; "
-        "move the call of refuse() from check_and_update_config to the attention layers' alone"
+        "kvplug_vllm.platform() and its entry point, compat.honour_selection and select_backend"
     )
 
 
@@ -393,6 +447,7 @@ def router_of(*rest, backend="KVPLUG"):
     config = SimpleNamespace(
         attention_config=SimpleNamespace(backend=backend and SimpleNamespace(name=backend)),
         scheduler_config=SimpleNamespace(max_num_seqs=4),
+        additional_config={},
     )
     return Router(config, *rest), config
 

@@ -16,6 +16,7 @@ FULL = [
     "snapkv(budget=4096)",
     "random(budget=4096)",
     "keydiff(budget=4096) + quest(budget=4096, dense_layers=0)",
+    "pyramid(snapkv(budget=4096), beta=1.2)",
 ]
 
 
@@ -70,8 +71,9 @@ class Shadow:
                     self.asked[layer.layer_name][slot] = query[token].float().clone()
             forward(impl, layer, query, key, value, kv_cache, metadata, output, **more)
             plan = getattr(metadata, "kvplug", None)
-            if plan is not None and plan.selected is None:
-                self.check_attention(impl, layer.layer_name, query, plan.every.metadata, output)
+            if plan is not None and not plan.selected:
+                whole = plan.whole[()].metadata
+                self.check_attention(impl, layer.layer_name, query, whole, output)
             return output
 
         monkeypatch.setattr(attention.PlannedImpl, "do_kv_cache_update", shadow_update)
@@ -83,7 +85,7 @@ class Shadow:
         from kvplug import PromptKV, keep_tokens
         from kvplug_vllm import compat
 
-        rows = self.rows[name]
+        rows, scored = self.rows[name], packing.settings.policy.scored
         slots = iter(packing.slots.tolist())
         for job, length in enumerate(packing.lengths.tolist()):
             natural = [
@@ -91,12 +93,12 @@ class Shadow:
                 for position in range(length)
             ]
             keys = torch.stack([rows[slot][0] for slot in natural])
-            window = natural[-impl.scored.window :] if impl.scored.needs_queries else []
+            window = natural[-scored.window :] if scored.needs_queries else []
             queries = None
             if window:
                 queries = torch.stack([self.asked[name][slot] for slot in window])
                 queries = queries.unflatten(1, (impl.num_kv_heads, -1))[None]
-                missing = impl.scored.window - len(window)
+                missing = scored.window - len(window)
                 queries = torch.nn.functional.pad(queries, (0, 0, 0, 0, 0, 0, missing, 0))
             keep = int(packing.keep[job])
             solo = PromptKV(
@@ -108,7 +110,7 @@ class Shadow:
                 first_head=compat.first_kv_head(name, impl.num_kv_heads),
                 page_size=size,
             )
-            kept = keep_tokens(impl.scored, solo, torch.tensor([keep]), keep)[0].tolist()
+            kept = keep_tokens(scored, solo, torch.tensor([keep]), keep)[0].tolist()
             for place in range(keep):
                 packed_key, packed_value = rows[next(slots)]
                 for head in range(impl.num_kv_heads):
@@ -240,3 +242,46 @@ def test_growing_turns_hit_the_uncompressed_prefix(engine, random_llama, prompts
             most = min(shared, len(prompt) - window) // PAGE * PAGE
             assert output.num_cached_tokens == most, "every full block of the shared prefix"
             shared = len(prompt)  # what was decoded depends on the policy and is not shared
+
+
+def test_pyramids_layers_free_their_own_pages(engine, random_llama, prompts):
+    """Six layers in three groups: 7, 4 and 1 pages of a prompt stay, hits are the maximum."""
+    model = random_llama(layers=6)
+    line = "pyramid(snapkv(budget=128, window=32))"
+    batch = prompts(700, 530, 33)
+    with engine(model, {"policy": line}, max_model_len=1024) as planned:
+        planned.poison(freed=False)
+        free = planned.free_blocks
+        groups = planned.scheduler.kv_cache_manager.coordinator.single_type_managers
+        assert [manager.spec.budget for manager in groups] == [201, 128, 55]
+        expected = []
+        for prompt in batch:
+            planned.forget()
+            expected += planned.generate([prompt], 20)
+        planned.forget()
+        assert planned.generate(batch, 20) == expected
+        again = planned.run(batch, 20)
+        assert [list(output.outputs[0].token_ids) for output in again] == expected
+        hits = [(len(prompt) - 32) // PAGE * PAGE for prompt in batch]
+        assert [output.num_cached_tokens for output in again][:2] == hits[:2]
+
+        add(planned, "r", batch[0], 40)
+        core = planned.llm.llm_engine
+        while not planned.scheduler.running or (
+            planned.scheduler.running[0].num_output_tokens < 5
+        ):
+            core.step()
+        held = [
+            sum(not block.is_null for block in next(iter(manager.req_to_blocks.values())))
+            for manager in groups
+        ]
+        decoded = -(-planned.scheduler.running[0].num_computed_tokens // PAGE) - 700 // PAGE
+        assert held == [pages + decoded for pages in (7, 4, 2)]
+        while core.has_unfinished_requests():
+            core.step()
+        planned.forget()
+        assert planned.free_blocks == free
+    with engine(model, max_model_len=1024) as stock:
+        dense = stock.generate(batch, 20)
+    assert dense[2] == expected[2]
+    assert dense[:2] != expected[:2], "the budget was small enough to matter"

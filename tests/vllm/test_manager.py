@@ -31,7 +31,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.request import Request, RequestStatus
 
-from kvplug import Planner, parse, read_settings
+from kvplug import Planner, parse, read_offer, read_settings
 from kvplug_vllm.cache import EvictingManager, EvictingSpec, EvictionSettings
 
 S = 16
@@ -40,10 +40,10 @@ init_none_hash(sha256)
 
 
 def evicting_spec(policy, in_flight, max_model_len, **given) -> EvictingSpec:
-    read = read_settings({"policy": policy, **given}, environ={})
+    read = read_offer({"policy": policy, **given}, environ={})
     return EvictingSpec(
         settings=EvictionSettings.of(read),
-        max_blocks=Planner(read, S).most_pages(in_flight, max_model_len),
+        max_blocks=Planner(read.settings, S).most_pages(in_flight, max_model_len),
         **SHAPE,
     )
 
@@ -60,7 +60,10 @@ class Schedule:
         max_model_len=512,
         must_fit=True,
         caching=True,
+        asks=(),
     ):
+        """asks: what requests ask of kvplug, in turn."""
+        self.asks = asks
         self.manager = KVCacheManager(
             KVCacheConfig(
                 num_blocks=blocks + 1,  # and the null block
@@ -86,11 +89,16 @@ class Schedule:
         self.names = itertools.count()
         self.preemptions = 0
 
-    def add(self, tokens, max_tokens=8) -> Request:
+    def add(self, tokens, max_tokens=8, asks=None) -> Request:
+        number = next(self.names)
+        if asks is None and self.asks:
+            asks = self.asks[number % len(self.asks)]
         request = Request(
-            request_id=str(next(self.names)),
+            request_id=str(number),
             prompt_token_ids=list(tokens),
-            sampling_params=SamplingParams(max_tokens=max_tokens),
+            sampling_params=SamplingParams(
+                max_tokens=max_tokens, extra_args=None if asks is None else {"kvplug": asks}
+            ),
             pooling_params=None,
             block_hasher=self.hasher,
         )

@@ -13,6 +13,7 @@ SMALL = [
     "streaming_llm(sinks=40, window=150) + quest(budget=96, dense_layers=0)",
     "snapkv(budget=96)",
     "random(budget=96) + quest(budget=64, dense_layers=0)",
+    "pyramid(knorm(budget=128), beta=4)",
 ]
 
 

@@ -12,10 +12,11 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator
 from vllm.v1.core.kv_cache_utils import get_group_id
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-from kvplug import parse, read_settings
+from kvplug import parse, read_offer
 from kvplug_vllm.cache import EvictionSettings
 from kvplug_vllm.packing import PackingManager, PackingSpec
 from tests.vllm.test_manager import (
@@ -36,11 +37,13 @@ KNORM = "knorm(budget=64)"
 POLICIES = [SNAPKV, "snapkv(budget=50, window=37)", KNORM, "knorm(budget=24)"]
 
 
-def packing_spec(policy, **given) -> PackingSpec:
-    read = read_settings({"policy": policy, **given}, environ={})
+def packing_spec(policy, budget=None, **given) -> PackingSpec:
+    """budget: of the spec's layers, where the policy's layers differ."""
+    offer = read_offer({"policy": policy, **given}, environ={})
     return PackingSpec(
-        settings=EvictionSettings.of(read),
-        private_blocks=read.policy.scored.pages(S),
+        settings=EvictionSettings.of(offer),
+        private_blocks=-(-(budget or offer.max_tokens) // S),
+        budget=budget,
         **SHAPE,
     )
 
@@ -60,21 +63,38 @@ def least_blocks(spec, max_len) -> int:
     return blocks
 
 
-def private_blocks(spec, prompt) -> int:
+def policy_of(spec, request):
+    """What a request is compressed by, read from its line alone; None for what stays whole."""
+    line = (request.sampling_params.extra_args or {}).get("kvplug", spec.settings.policy)
+    return parse(line).scored
+
+
+def private_blocks(spec, request) -> int:
     """The definition: a prompt of more whole pages than the budget keeps the budget."""
-    if not isinstance(spec, PackingSpec):
+    prompt = request.num_prompt_tokens
+    if not isinstance(spec, PackingSpec) or (policy := policy_of(spec, request)) is None:
         return 0
-    (policy,) = parse(spec.settings.policy)
-    whole, budget = prompt // S, -(-policy.budget // S)
+    whole, budget = prompt // S, -(-(spec.budget or policy.budget) // S)
     if not spec.settings.shortcut:
         return min(whole, budget)
-    return budget if whole > budget and prompt > spec.settings.min_context else 0
+    asked = request.sampling_params.extra_args is not None
+    min_context = 0 if asked else spec.settings.min_context
+    return budget if whole > budget and prompt > min_context else 0
 
 
-def last_hit(spec, prompt) -> int:
+def is_own(spec, request) -> bool:
+    """Whether what is decoded depends on a policy, and must be nobody else's."""
+    if not isinstance(spec, PackingSpec):
+        return False
+    line = (request.sampling_params.extra_args or {}).get("kvplug", spec.settings.policy)
+    return bool(private_blocks(spec, request) or (spec.settings.allow and line != "dense"))
+
+
+def last_hit(spec, request) -> int:
     """The queries that packing needs come in one stay: the window's, and one behind the prompt."""
-    (policy,) = parse(spec.settings.policy)
-    return max(prompt - (policy.window if policy.name == "snapkv" else 1), 0)
+    policy = policy_of(spec, request)
+    last = policy.window if policy.name == "snapkv" else 1
+    return max(request.num_prompt_tokens - last, 0)
 
 
 @dataclass(frozen=True)
@@ -95,12 +115,12 @@ class Packed(Schedule):
         start, tokens = request.num_computed_tokens, to_come(request)
         prompt = request.num_prompt_tokens
         for group, spec, row in self.rows(request):
-            private = private_blocks(spec, prompt)
+            private, own = private_blocks(spec, request), is_own(spec, request)
             for page in range(start // S, (start + new - 1) // S + 1):
                 block = row[page + (private if page >= -(-prompt // S) else 0)]
                 assert not block.is_null, "a page is written to the null block"
                 filled = min((page + 1) * S, start + new)
-                if private and filled > prompt:
+                if own and filled > prompt:
                     assert block.ref_cnt == 1
                     assert block.block_hash is None
                     self.content[group, block.block_id] = Own(self.stay(request), tokens[:filled])
@@ -113,7 +133,7 @@ class Packed(Schedule):
         start, end = request.num_computed_tokens, request.num_computed_tokens + new
         whole, ends = prompt // S, -(-prompt // S)
         for group, spec, row in self.rows(request):
-            private = private_blocks(spec, prompt)
+            private = private_blocks(spec, request)
             assert len(row) == -(-end // S) + private * (end > prompt)
 
             def holds(block, wanted, group=group):
@@ -147,11 +167,11 @@ class Packed(Schedule):
                     holds(row[page + (private if page >= ends else 0)], filled)
 
     def _check_hit(self, request, groups, hit):
-        tokens, prompt = tuple(request.all_token_ids), request.num_prompt_tokens
+        tokens = tuple(request.all_token_ids)
         for group, found in enumerate(groups):
             spec = self.specs[group]
-            if private_blocks(spec, prompt):
-                assert hit <= last_hit(spec, prompt)
+            if private_blocks(spec, request):
+                assert hit <= last_hit(spec, request)
             assert len(found) == hit // S
             for page, block in enumerate(found):
                 if isinstance(spec, PackingSpec):
@@ -174,7 +194,7 @@ class Packed(Schedule):
 
     def check_row(self, request, spec, row):
         computed, prompt = request.num_computed_tokens, request.num_prompt_tokens
-        private, ends = private_blocks(spec, prompt), -(-prompt // S)
+        private, ends = private_blocks(spec, request), -(-prompt // S)
         width = spec.max_num_blocks_per_req(engine(self.max_model_len), self.max_model_len)
         assert len(row) <= width
         assert len(row) == -(-computed // S) + private * (computed > prompt)
@@ -197,7 +217,7 @@ class Packed(Schedule):
         for manager in self.manager.coordinator.single_type_managers:
             assert not manager.req_to_blocks
             assert not manager.num_cached_block
-            assert not getattr(manager, "prompt", None)
+            assert not getattr(manager, "held", None)
 
 
 def packed(policy=SNAPKV, blocks=200, chunk=64, ahead=1, max_len=512, **given) -> Packed:
@@ -258,6 +278,43 @@ def test_nor_does_one_beside_the_models_own_windowed_layers(
     cap = windowed.max_admission_blocks_per_request(64, 320)
     blocks = least_blocks(spec, 320) + cap + spare
     play(Packed([spec, windowed], blocks, 64, max_model_len=320), events)
+
+
+ASKED = [
+    None, "dense", "quest(budget=32)", KNORM, "knorm(budget=96)", "snapkv(budget=32, window=20)",
+    "snapkv(budget=80, window=16) + quest(budget=32)",
+]  # fmt: skip
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    st.lists(st.sampled_from(ASKED), min_size=2),
+    st.sampled_from([True, True, False]),
+    events,
+    st.integers(0, 60),
+    st.sampled_from([16, 40, 300]),
+    st.sampled_from([1, 2]),
+)
+def test_nor_does_one_of_requests_with_policies_of_their_own(
+    asks, shortcut, events, spare, chunk, ahead
+):
+    spec = packing_spec(
+        KNORM, allow=["snapkv", "knorm", "quest"], max_budget=100, shortcut=shortcut
+    )
+    assert spec.private_blocks == 7
+    blocks = least_blocks(spec, 320) + spare
+    play(Packed([spec], blocks, chunk, ahead, max_model_len=320, asks=asks), events)
+
+
+@settings(max_examples=150, deadline=None)
+@given(options, events, st.integers(0, 60), st.sampled_from([16, 40, 300]))
+def test_nor_does_one_whose_layers_keep_different_budgets(options, events, spare, chunk):
+    line = "pyramid(snapkv(budget=64, window=16))"
+    specs = [packing_spec(line, budget, **options) for budget in (100, 64, 28)]
+    blocks = sum(least_blocks(spec, 320) for spec in specs) + spare
+    schedule = Packed(specs, blocks, chunk, max_model_len=320)
+    assert isinstance(schedule.manager.coordinator, HybridKVCacheCoordinator)
+    play(schedule, events)
 
 
 @settings(max_examples=40, deadline=None)
@@ -499,3 +556,43 @@ def test_two_requests_that_outgrow_the_pool_take_turns():
     schedule.drain()
     assert schedule.preemptions
     assert [request.num_tokens for request in requests] == [159] * 6
+
+
+def test_a_request_hits_what_its_own_policy_leaves_it():
+    """One server, one prompt of 160 tokens: a window's queries are computed for snapkv alone."""
+    spec = packing_spec(KNORM, allow=["snapkv", "quest"])
+    schedule = Packed([spec], 200)
+    tokens = document(160)
+    schedule.serve(tokens, max_tokens=20)
+    hits = {}
+    for line in (None, "dense", "quest(budget=32)", "snapkv(budget=64, window=20)"):
+        request = schedule.add(tokens, max_tokens=40, asks=line)
+        schedule.drain()
+        hits[line] = schedule.hits[request.request_id][0]
+    assert list(hits.values()) == [144, 144, 144, 128]
+
+
+def test_an_answer_is_shared_only_where_no_policy_touched_it():
+    spec = packing_spec(KNORM, allow=["quest"])
+    for line, shared in (("dense", 192), ("quest(budget=32)", 160), (KNORM, 160)):
+        schedule = Packed([spec], 200)
+        first = schedule.add(document(160), max_tokens=40, asks=line)
+        schedule.drain()
+        turn = schedule.add([*first.all_token_ids, 1, 2], max_tokens=2, asks="dense")
+        schedule.drain()
+        assert schedule.hits[turn.request_id] == [shared], line
+
+
+@pytest.mark.parametrize("prompt, hit", [(300, 272), (284, 256), (320, 304)])
+def test_layers_of_different_budgets_hit_together(prompt, hit):
+    line = "pyramid(snapkv(budget=64, window=16))"
+    specs = [packing_spec(line, budget) for budget in (100, 64, 28)]
+    schedule = Packed(specs, 300)
+    schedule.serve(document(prompt), max_tokens=30)
+    request = schedule.add(document(prompt), max_tokens=30)
+    decode(schedule, request, 4)
+    rows = [sum(not block.is_null for block in row) for _, _, row in schedule.rows(request)]
+    decoded = -(-request.num_computed_tokens // S) - prompt // S
+    assert rows == [blocks + decoded for blocks in (7, 4, 2)]
+    schedule.drain()
+    assert schedule.hits[request.request_id] == [hit]

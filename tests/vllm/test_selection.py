@@ -52,8 +52,8 @@ class Shadow:
             chosen.append(stock_choose(*args, **kwargs))
             return chosen[-1]
 
-        def selected(impl, layer, query, kv_cache, step, output):
-            stock_selected(impl, layer, query, kv_cache, step, output)
+        def selected(impl, layer, query, kv_cache, step, budget, output):
+            stock_selected(impl, layer, query, kv_cache, step, budget, output)
             self.check(impl, layer.layer_name, query, kv_cache, step, output, *chosen.pop())
 
         monkeypatch.setattr(attention.PlannedImpl, "do_kv_cache_update", update)
@@ -85,7 +85,7 @@ class Shadow:
                 read = chosen[row, head, :count].tolist()
                 assert read == sorted(set(read)), "pages are distinct and ascending"
                 assert read[-1] == pages - 1, "the newest page is read"
-                if impl.selector.mass is None:
+                if step.selector.mass is None:
                     assert count == min(int(step.keep[row]), pages)
                 ranked = bounds[:-1].sort(descending=True).values
                 if count > 1:
