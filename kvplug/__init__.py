@@ -12,7 +12,7 @@ from kvplug.composition import Composition
 from kvplug.config import Settings, read_settings
 from kvplug.eviction import keep_tokens
 from kvplug.grammar import parse
-from kvplug.offer import Offer, read_offer
+from kvplug.offer import Offer, Refused, read_offer
 from kvplug.plan import BatchPlanner, Planner, Segments
 from kvplug.policy import (
     Action,
@@ -45,6 +45,7 @@ __all__ = [
     "Policy",
     "PositionalEviction",
     "PromptKV",
+    "Refused",
     "ScoredEviction",
     "Segments",
     "Selector",

@@ -23,6 +23,14 @@ REQUEST_KEYS = ("policy", "budget", "min_context", "protect")
 DENSE = "dense"
 
 
+class Refused(ValueError):
+    """A request asked for what is not on offer. ``reason`` is one of a few words, to count by."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 @dataclass(frozen=True, kw_only=True)
 class Offer:
     """A server's own settings, and the others that its requests may choose.
@@ -117,7 +125,8 @@ class Offer:
 
         given: None for the server's own; a policy line; a JSON object, as text or as a mapping,
         with ``policy``, ``budget`` (of the server's policy, or of the one named), ``min_context``
-        and ``protect``. Raises ValueError that says what may be asked for.
+        and ``protect``. Raises Refused for what is not on offer and ValueError for what cannot
+        be read, with what may be asked for.
         """
         if given is None:
             return self.settings
@@ -144,20 +153,23 @@ class Offer:
         if asked == own or (asked.policy.is_dense and self.mixed):
             return
         if not self.mixed:
-            raise ValueError(
+            raise Refused(
+                "nothing to choose",
                 f"kvplug: this server lets no request choose: it serves {own}, got {asked}; start "
-                f'it with {{"allow": {json.dumps([p.name for p in asked.policy] or [DENSE])}}}'
+                f'it with {{"allow": {json.dumps([p.name for p in asked.policy] or [DENSE])}}}',
             )
         for policy in asked.policy:
             if policy.name not in self.names:
-                raise ValueError(
+                raise Refused(
+                    "not allowed",
                     f"kvplug: this server does not allow {policy.name}."
-                    f"{did_you_mean(policy.name, self.names)}"
+                    f"{did_you_mean(policy.name, self.names)}",
                 )
         if asked.policy.scored is not None and asked.policy.scored.budget > self.max_tokens:
-            raise ValueError(
+            raise Refused(
+                "over max_budget",
                 f"kvplug: a request may keep at most {self.max_tokens} tokens here (the server's "
-                f"max_budget), got {asked.policy}; ask for less"
+                f"max_budget), got {asked.policy}; ask for less",
             )
 
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from kvplug import Offer, Settings, parse, read_offer, read_settings
+from kvplug import Offer, Refused, Settings, parse, read_offer, read_settings
 
 MIXED = {"policy": "snapkv(budget=1024)", "allow": ["quest", "knorm"], "max_budget": 2048}
 
@@ -79,6 +79,17 @@ def test_tests_switch_the_shortcut_off_for_every_request():
 def test_a_bad_choice_is_told_what_to_write(given, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         offer(**MIXED).settings_for(given)
+
+
+def test_what_is_not_on_offer_is_refused_by_a_reason_to_count():
+    def reason(given, **server):
+        with pytest.raises(Refused) as refused:
+            offer(**server).settings_for(given)
+        return refused.value.reason
+
+    assert reason("keydiff", **MIXED) == "not allowed"
+    assert reason("knorm(budget=4096)", **MIXED) == "over max_budget"
+    assert reason("dense", policy="quest") == "nothing to choose"
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,7 @@ class Shadow:
         ("snapkv(budget=96)", "bfloat16", (8, 1), 32),
         ("keydiff(budget=100)", "float16", (2, 2), 96),
         ("random(budget=128, seed=3)", "float32", (4, 2), 80),
+        ("pyramid(snapkv(budget=128, window=32))", "float32", (4, 2), 64),
     ],
 )
 def test_kept_tokens_are_those_of_the_definition(
@@ -218,6 +219,15 @@ def test_held_blocks_are_nominal_and_three_times_as_many_requests_run(
             if line == policy:
                 planned.forget()
                 alone = {}
+                add(planned, "one", batch[0], 4)
+                while core.has_unfinished_requests():
+                    core.step()
+                    if planned.scheduler.running[:1] and (
+                        planned.scheduler.running[0].num_output_tokens == 4 - 1
+                    ):
+                        usage = planned.scheduler.kv_cache_manager.usage * (blocks - 1)
+                        assert round(usage) == 16 + 1, "the engine's own metric"
+                planned.forget()
                 for index in (0, 4, count - 1):
                     alone[f"r{index}"] = planned.generate([batch[index]], 220)[0]
                 assert all(answers[name] == tokens for name, tokens in alone.items())

@@ -146,6 +146,7 @@ def test_fixed_shapes_of_graph_replay_select_the_same(engine, random_llama, prom
         "streaming_llm(sinks=40, window=100)",
         "snapkv(budget=96)",
         "knorm(budget=160) + quest(budget=96, dense_layers=0)",
+        "pyramid(snapkv(budget=160))",
     ):
         with engine(random_llama(), {"policy": policy, "min_context": 300}) as planned:
             expected = planned.generate(batch, 12)
