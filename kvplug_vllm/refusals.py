@@ -77,9 +77,13 @@ def refusals(vllm_config: Any) -> Iterator[str]:
             "the model mixes attention with recurrent (Mamba-like) layers, which was never run; "
             "use the policy 'dense'"
         )
-    if policy.eviction and vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
-        windowed = getattr(model.hf_text_config, "sliding_window", None)
-        if windowed:
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        if not policy.uniform:
+            yield (
+                f"{policy} gives layers different budgets, which needs the hybrid KV cache "
+                "manager; drop --disable-hybrid-kv-cache-manager"
+            )
+        if policy.eviction and getattr(model.hf_text_config, "sliding_window", None):
             yield (
                 f"{policy.eviction.name} beside the model's own windowed layers needs the hybrid "
                 "KV cache manager; drop --disable-hybrid-kv-cache-manager"

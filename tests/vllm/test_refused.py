@@ -40,6 +40,18 @@ REFUSED = [
     ),
     ({"kv_cache_dtype": "fp8"}, {"policy": "quest"}, ["quantised KV cache (fp8)"]),
     ({"enable_prompt_embeds": True}, {"policy": "quest"}, ["prompt embeddings"]),
+    (
+        {"disable_hybrid_kv_cache_manager": True},
+        {"policy": "pyramid(snapkv)"},
+        ["layers different budgets", "drop --disable-hybrid-kv-cache-manager"],
+    ),
+    (
+        {"enable_prompt_embeds": True},
+        {"policy": "dense", "allow": ["quest"]},
+        ["prompt embeddings"],
+    ),
+    ({}, {"policy": "dense", "allow": ["pyramid"]}, ["groups of their own"]),
+    ({}, {"policy": "dense", "allow": ["snapkv"]}, ['write {"max_budget": 1024}']),
     ({"pipeline_parallel_size": 2}, {"policy": "quest"}, ["pipeline parallelism"]),
 ]
 
