@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from kvplug import PromptKV, ScoredEviction, Selector, choose_pages, keep_tokens
 from kvplug_kernels.virtual_heads import virtual_heads
-from kvplug_vllm import NAME, compat
+from kvplug_vllm import NAME, compat, metrics
 from kvplug_vllm.cache import customize_spec
 from kvplug_vllm.refusals import refuse
 from kvplug_vllm.settings import Engine
@@ -120,7 +120,8 @@ class PlannedImpl:
             )  # fmt: skip
         self._observe(query, plan)
         if plan.packing is not None:
-            self.pack(layer, kv_cache, plan.packing)
+            with metrics.packing(Engine.current):
+                self.pack(layer, kv_cache, plan.packing)
         if plan.selected is None or not self._selects(layer):
             self._whole(layer, query, kv_cache, plan.every, output)
             return output

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import takewhile
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import resolve_block_hashes
@@ -14,6 +15,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from kvplug import Planner, Settings, digest_bytes, read_settings
 from kvplug_vllm import compat
+from kvplug_vllm.metrics import count_returned
 from kvplug_vllm.settings import Engine
 
 
@@ -84,6 +86,18 @@ class EvictionSettings:
         return Planner(read_settings(given, environ={}), page_size)
 
 
+def give_back(manager: Any, request_id: str, first: int, last: int, private: int = 0) -> None:
+    """Free what is left of blocks [first, last) of a request that lives on, and count it.
+
+    private: blocks that the request holds in their place.
+    """
+    row, spec = manager.req_to_blocks.get(request_id, []), manager.kv_cache_spec
+    from_last = range(min(last, len(row)) - 1, first - 1, -1)
+    held = sum(1 for _ in takewhile(lambda block: not row[block].is_null, from_last))
+    manager._remove_blocks_in_range(request_id, first, last)
+    count_returned(spec.settings.policy, held, private, spec.page_size_bytes * spec.layers)
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvictingSpec(AttentionSpec):
     """Full attention whose policy evicts by position.
@@ -95,6 +109,12 @@ class EvictingSpec(AttentionSpec):
     settings: EvictionSettings
     max_blocks: int
     """The most blocks a request holds while one step is in flight."""
+    layers: int = 1
+    """That share a block: of one group."""
+
+    @classmethod
+    def merge(cls, specs: list[Any]) -> Any:
+        return replace(super().merge(specs), layers=len(specs))
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         return self.max_blocks * self.page_size_bytes
@@ -123,7 +143,7 @@ class EvictingManager(SingleTypeKVCacheManager):
         num_prompt_tokens: int | None = None,
     ) -> None:
         for first, last in self.planner.evictable(processed_computed_tokens):
-            self._remove_blocks_in_range(request_id, first, last)
+            give_back(self, request_id, first, last)
 
     @classmethod
     def find_longest_cache_hit(

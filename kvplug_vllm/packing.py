@@ -10,7 +10,7 @@ what is decoded behind them are never hashed, so no other request can find them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from kvplug_vllm import compat
-from kvplug_vllm.cache import EvictionSettings
+from kvplug_vllm.cache import EvictionSettings, give_back
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +29,15 @@ class PackingSpec(FullAttentionSpec):
 
     settings: EvictionSettings
     private_blocks: int
+    layers: int = 1
+    """That share a block: of one group."""
 
     @classmethod
     def merge(cls, specs: list[Any]) -> Any:
         assert all(spec == specs[0] for spec in specs), (
             "layers of one group differ in their policy"
         )
-        return specs[0]
+        return replace(specs[0], layers=len(specs))
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, Any]) -> bool:
         return all(spec == self for spec in kv_cache_specs.values())
@@ -142,8 +144,9 @@ class PackingManager(FullAttentionManager):
         assert num_prompt_tokens is not None, "vLLM 0.32 always names the prompt's length"
         self.prompt[request_id] = num_prompt_tokens
         # The worker packs in the step of the first token behind the prompt; it must be committed.
-        if processed_computed_tokens > num_prompt_tokens and self.private(num_prompt_tokens):
-            self._remove_blocks_in_range(request_id, 0, num_prompt_tokens // self.block_size)
+        private = self.private(num_prompt_tokens)
+        if processed_computed_tokens > num_prompt_tokens and private:
+            give_back(self, request_id, 0, num_prompt_tokens // self.block_size, private)
 
     def cache_blocks(
         self,

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from kvplug import Planner, Segments, step_reads
 from kvplug_vllm import compat
+from kvplug_vllm.announce import announce
 from kvplug_vllm.metrics import Metrics
+from kvplug_vllm.metrics import packing as packing_time
 from kvplug_vllm.router import UNKNOWN, Router
 from kvplug_vllm.settings import Engine
 
@@ -107,6 +109,8 @@ class PlannedBuilder:
             group = context[planned[0]].impl.num_queries_per_kv
             self.single = compat.single_head_builder(self, group)
             self.metrics = Metrics.for_engine(engine)
+            if self.metrics is not None and self.planner is not None:
+                announce(self.planner, kv_cache_spec, vllm_config)
         policy = engine.settings.policy
         self.budgets = [
             policy.selector.layer_budget(compat.layer_index(name)) if policy.selector else None
@@ -228,7 +232,8 @@ class PlannedBuilder:
         for name in self.layer_names:
             layer = context[name]
             if layer.impl.scored is not None:
-                layer.impl.pack(layer, layer.kv_cache, packing)
+                with packing_time(Engine.current):
+                    layer.impl.pack(layer, layer.kv_cache, packing)
 
     def _observations(
         self,

