@@ -36,7 +36,7 @@ class ServerOptions:
     """Tokens per block."""
     chunk: int = 512
     """Most tokens a step computes: longer prompts are prefilled in chunks."""
-    kv_cache_mib: int = 512
+    kv_cache_mib: int = 256
     max_model_len: int = 8192
     enforce_eager: bool = True
     """torch.compile would cost more at start than it saves in a run this short."""
