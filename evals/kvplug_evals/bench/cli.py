@@ -95,6 +95,9 @@ def compression(
     block_size: Annotated[int, typer.Option(help="Tokens of a cache block.", min=1)] = 32,
     repeats: Annotated[int, typer.Option(help="Counted pairs of requests.", min=3)] = 7,
     threads: Annotated[int, typer.Option(help="Of torch and OpenMP.", min=1)] = 2,
+    clock: Annotated[
+        Clock, typer.Option(help="cpu: of one thread alone, where others use the machine.")
+    ] = Clock.WALL,
     out: Annotated[Path, typer.Option(help="JSON file; the table goes beside it.")] = Path(
         "results/bench/compression-cpu.json"
     ),
@@ -113,6 +116,7 @@ def compression(
             block_size=block_size,
             repeats=repeats,
             threads=threads,
+            clock=clock,
             out=out,
             command=shlex.join(["kvplug", "bench", "compression", *given("compression")]),
         )
