@@ -19,6 +19,8 @@ def register() -> None:
         return
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+    from kvplug_vllm.counters import Files
+
     if NAME not in AttentionBackendEnum.__members__:
         register_backend(NAME, _BACKEND)
         # An enum pickles by value, and a spawned worker unpickles its config before plugins
@@ -26,6 +28,7 @@ def register() -> None:
         AttentionBackendEnum[NAME].__reduce_ex__ = _reduce
     compat.honour_selection()
     compat.announce_configurations(_configured)
+    Files.register()
 
 
 def _configured(vllm_config: Any) -> None:
@@ -34,15 +37,21 @@ def _configured(vllm_config: Any) -> None:
     Engine.configured(vllm_config)
 
 
-def _reduce(protocol: Any) -> tuple[Any, tuple[()]]:
-    return restore, ()
+def _reduce(protocol: Any) -> tuple[Any, tuple[str]]:
+    from kvplug_vllm.counters import Meeting
+
+    return restore, (Meeting.enter(),)
 
 
-def restore() -> Any:
-    """Unpickle the backend's enum member in a process that has not loaded plugins yet."""
+def restore(counters: str) -> Any:
+    """Unpickle the backend's enum member in a process that has not loaded plugins yet, and count
+    in the folder of the process that sent it."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+    from kvplug_vllm.counters import Meeting
+
     register()
+    Meeting.join(counters)
     return AttentionBackendEnum[NAME]
 
 

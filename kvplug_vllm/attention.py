@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from kvplug import PromptKV, choose_pages, keep_tokens
 from kvplug_kernels.virtual_heads import virtual_heads
-from kvplug_vllm import NAME, compat
+from kvplug_vllm import NAME, compat, metrics
 from kvplug_vllm.cache import customize_spec, split_layers
 from kvplug_vllm.refusals import refuse
 from kvplug_vllm.settings import Engine
@@ -124,7 +124,8 @@ class PlannedImpl:
             )  # fmt: skip
         self._observe(query, plan)
         for packing in plan.packings:
-            self.pack(layer, kv_cache, packing)
+            with metrics.packing(Engine.current, packing.settings):
+                self.pack(layer, kv_cache, packing)
         index = compat.layer_index(layer.layer_name)
         budgets = [each.selector.layer_budget(index) for each in plan.selected]
         whole = plan.whole[tuple(budget is not None for budget in budgets)]

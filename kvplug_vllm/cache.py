@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from itertools import takewhile
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import resolve_block_hashes
@@ -14,6 +15,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from kvplug import Offer, Planner, digest_bytes, read_offer
 from kvplug_vllm import compat
+from kvplug_vllm.metrics import count_returned
 from kvplug_vllm.settings import Engine
 
 
@@ -66,11 +68,20 @@ def layer_classes(engine: Engine) -> list[int]:
 
 def layer_budgets(engine: Engine) -> dict[str, int]:
     """Tokens that each planned layer keeps of a prompt, by the layer's name."""
-    context = engine.vllm_config.compilation_config.static_forward_context
-    planned = [name for name, layer in context.items() if getattr(layer.impl, "planned", False)]
-    planned.sort(key=compat.layer_index)
+    planned = planned_layers(engine.vllm_config)
     budgets = engine.settings.policy.layer_budgets(len(planned))
     return dict(zip(planned, budgets, strict=True))
+
+
+def planned_layers(vllm_config: Any) -> list[str]:
+    """Names of the attention layers that the policy plans, first to last."""
+    layers = vllm_config.compilation_config.static_forward_context
+    planned = [
+        name
+        for name, layer in layers.items()
+        if getattr(getattr(layer, "impl", None), "planned", False)
+    ]
+    return sorted(planned, key=compat.layer_index)
 
 
 def split_layers(engine: Engine) -> None:
@@ -115,6 +126,20 @@ class EvictionSettings:
         return Planner(self.offer().settings, page_size)
 
 
+def give_back(
+    manager: Any, request_id: str, first: int, last: int, policy: str, private: int = 0
+) -> None:
+    """Free what is left of blocks [first, last) of a request that lives on, and count it.
+
+    policy: the request's. private: blocks that it holds in their place.
+    """
+    row, spec = manager.req_to_blocks.get(request_id, []), manager.kv_cache_spec
+    from_last = range(min(last, len(row)) - 1, first - 1, -1)
+    held = sum(1 for _ in takewhile(lambda block: not row[block].is_null, from_last))
+    manager._remove_blocks_in_range(request_id, first, last)
+    count_returned(policy, held, private, spec.page_size_bytes * spec.layers)
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvictingSpec(AttentionSpec):
     """Full attention whose policy evicts by position.
@@ -126,6 +151,12 @@ class EvictingSpec(AttentionSpec):
     settings: EvictionSettings
     max_blocks: int
     """The most blocks a request holds while one step is in flight."""
+    layers: int = 1
+    """That share a block: of one group."""
+
+    @classmethod
+    def merge(cls, specs: list[Any]) -> Any:
+        return replace(super().merge(specs), layers=len(specs))
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         return self.max_blocks * self.page_size_bytes
@@ -154,7 +185,7 @@ class EvictingManager(SingleTypeKVCacheManager):
         num_prompt_tokens: int | None = None,
     ) -> None:
         for first, last in self.planner.evictable(processed_computed_tokens):
-            self._remove_blocks_in_range(request_id, first, last)
+            give_back(self, request_id, first, last, self.kv_cache_spec.settings.policy)
 
     @classmethod
     def find_longest_cache_hit(

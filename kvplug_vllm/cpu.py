@@ -23,7 +23,8 @@ class KVPlugImpl(PlannedImpl, CPUAttentionBackendImpl):
     def read_pages(self, layer: Any, kv_cache: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
         size = kv_cache.shape[2]
         order = compat.cpu_page_order(layer.isa, size, self.head_size, kv_cache.dtype)
-        read = kv_cache[pages].flatten(3)[..., order]  # [J, P, H, 2 * S * D]
+        read = kv_cache[pages].flatten(3)  # [J, P, H, 2 * S * D]
+        read = read.gather(3, order.expand(read.shape))  # twice as fast as [..., order]
         read = read.unflatten(3, (2, size, self.head_size))
         keys, values = read.permute(3, 0, 1, 4, 2, 5).flatten(2, 3)  # [2, J, T, H, D]
         return keys, values

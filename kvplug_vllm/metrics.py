@@ -1,63 +1,92 @@
-"""Decode reads as Prometheus counters.
+"""What kvplug counts, on vLLM's own ``/metrics``.
 
-vLLM's ``/metrics`` shows them when workers and server share PROMETHEUS_MULTIPROC_DIR (set it to
-an empty folder before ``vllm serve``); without it they stay in the worker's own registry.
+The worker counts what decode steps read and what prompts keep, the scheduler's process what
+returns to the pool, the API server what it refuses; ``counters`` brings them together.
 """
 
 from __future__ import annotations
 
-from functools import cache
-from typing import ClassVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
-from prometheus_client import Counter
 
 from kvplug import Settings, StepReads
+from kvplug_vllm.counters import Counter
 from kvplug_vllm.settings import Engine
 
+QUERIES = Counter("decode_queries", "Decode queries attended.", "policy")
+CACHED = Counter("cached_tokens", "Tokens behind the decode queries.", "policy")
+READ = Counter("read_tokens", "Tokens read by the decode queries per layer.", "policy")
+PACKED = Counter("packed_prompts", "Prompts that were compressed.", "policy")
+KEPT = Counter("kept_tokens", "Tokens that a KV head kept of them.", "policy")
+DROPPED = Counter("dropped_tokens", "Tokens that a KV head dropped of them.", "policy")
+SECONDS = Counter("packing_seconds", "Seconds the host spent compressing prompts.", "policy")
+RETURNED = Counter("returned_blocks", "Blocks that living requests gave back.", "policy")
+SAVED = Counter("saved_bytes", "Bytes of them, less those of private blocks, a rank.", "policy")
+REFUSED = Counter("refused_requests", "Requests refused at admission.", "reason")
 
-@cache
-def _counters() -> tuple[Counter, ...]:
-    return (
-        Counter("kvplug_decode_queries", "Decode queries attended.", ["policy"]),
-        Counter("kvplug_cached_tokens", "Tokens behind the decode queries.", ["policy"]),
-        Counter("kvplug_read_tokens", "Tokens read by the decode queries per layer.", ["policy"]),
-        Counter("kvplug_packed_prompts", "Prompts that were compressed.", ["policy"]),
-        Counter("kvplug_kept_tokens", "Tokens that a KV head kept of them.", ["policy"]),
-        Counter("kvplug_dropped_tokens", "Tokens that a KV head dropped of them.", ["policy"]),
-    )
+BY_POLICY = (QUERIES, CACHED, READ, PACKED, KEPT, DROPPED, SECONDS, RETURNED, SAVED)
+ALL = (*BY_POLICY, REFUSED)
 
 
+@dataclass(frozen=True)
 class Metrics:
-    """One per engine and on its first rank only: others would count the same step again."""
+    """Of a worker: on its engine's first rank only, others would count the same step again."""
 
-    _owner: ClassVar[Engine | None] = None
+    share: float
+    """Of the planned layers, those that are counted here: each group of layers counts its own."""
 
     @classmethod
-    def for_engine(cls, engine: Engine) -> Metrics | None:
-        if cls._owner is engine or engine.vllm_config.parallel_config.rank != 0:
+    def of(cls, engine: Engine, share: float) -> Metrics | None:
+        """None on other ranks."""
+        if engine.vllm_config.parallel_config.rank != 0:
             return None
-        cls._owner = engine
-        return cls()
+        for counter in BY_POLICY:  # a rate needs to have seen the zero
+            counter.add(0, str(engine.settings.policy))
+        return cls(share)
 
     def count(self, reads: StepReads, settings: Settings) -> None:
         if reads.queries:
-            queries, cached, read, *_ = _labelled(settings)
-            queries.inc(reads.queries)
-            cached.inc(reads.cached)
-            read.inc(reads.read)
+            self._add(QUERIES, reads.queries, settings)
+            self._add(CACHED, reads.cached, settings)
+            self._add(READ, reads.read, settings)
 
     def count_packed(
         self, prompt: NDArray[np.int64], keep: NDArray[np.int64], settings: Settings
     ) -> None:
         """prompt, keep [n]: tokens of the prompts packed in a step, and of those that stay."""
-        *_, packed, kept, dropped = _labelled(settings)
-        packed.inc(len(prompt))
-        kept.inc(float(keep.sum()))
-        dropped.inc(float((prompt - keep).sum()))
+        self._add(PACKED, len(prompt), settings)
+        self._add(KEPT, float(keep.sum()), settings)
+        self._add(DROPPED, float((prompt - keep).sum()), settings)
+
+    def _add(self, counter: Counter, amount: float, settings: Settings) -> None:
+        counter.add(amount * self.share, str(settings.policy))
 
 
-@cache
-def _labelled(settings: Settings) -> tuple[Counter, ...]:
-    return tuple(counter.labels(str(settings.policy)) for counter in _counters())
+@contextmanager
+def packing(engine: Engine | None, settings: Settings) -> Iterator[None]:
+    """Time what compresses. On a GPU these are the host's seconds, not the kernels'."""
+    began = perf_counter()
+    yield
+    if engine is not None and engine.vllm_config.parallel_config.rank == 0:
+        SECONDS.add(perf_counter() - began, str(settings.policy))
+
+
+def count_returned(policy: str, blocks: int, private: int, block_bytes: int) -> None:
+    """A request gave back ``blocks`` and holds ``private`` ones in their place.
+
+    A block that others share is free once all of them have given it back. block_bytes: what the
+    engine allocates for a block on one rank.
+    """
+    if blocks:
+        RETURNED.add(blocks, policy)
+        SAVED.add((blocks - private) * block_bytes, policy)
+
+
+def count_refused(reason: str) -> None:
+    """In the API server's process. reason: one of a few words, such as ``max_budget``."""
+    REFUSED.add(1, reason)

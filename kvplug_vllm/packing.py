@@ -13,7 +13,7 @@ prompt's keys are the same for all of them, an answer's are not.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,7 +23,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from kvplug import Planner
 from kvplug_vllm import compat
-from kvplug_vllm.cache import EvictionSettings
+from kvplug_vllm.cache import EvictionSettings, give_back
 from kvplug_vllm.settings import asked_for
 
 
@@ -36,6 +36,9 @@ class PackingSpec(FullAttentionSpec):
     budget: int | None = None
     """Tokens that these layers keep of a prompt, where the policy's layers differ."""
 
+    layers: int = 1
+    """That share a block: of one group."""
+
     def planner(self, request: Any) -> Planner:
         """What a request's own settings mean for these layers."""
         settings = self.settings.offer().settings_for(asked_for(request.sampling_params))
@@ -46,7 +49,7 @@ class PackingSpec(FullAttentionSpec):
         assert all(spec == specs[0] for spec in specs), (
             "layers of one group differ in their policy"
         )
-        return specs[0]
+        return replace(specs[0], layers=len(specs))
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, Any]) -> bool:
         return all(spec == self for spec in kv_cache_specs.values())
@@ -67,6 +70,7 @@ class Held:
     """Tokens of its original prompt."""
     private: int
     """Blocks that its prompt is packed into, 0 where it stays whole."""
+    policy: str
     hashes_answer: bool
     """Whether blocks of its answer may serve other requests."""
 
@@ -95,7 +99,12 @@ class PackingManager(FullAttentionManager):
         planner, prompt = self.spec.planner(request), request.num_prompt_tokens
         settings, private = planner.settings, int(planner.private_pages(np.array([prompt]))[0])
         shared = self.spec.settings.offer().mixed and not settings.policy.is_dense
-        return Held(prompt=prompt, private=private, hashes_answer=not private and not shared)
+        return Held(
+            prompt=prompt,
+            private=private,
+            policy=str(settings.policy),
+            hashes_answer=not private and not shared,
+        )
 
     @classmethod
     def find_longest_cache_hit(
@@ -172,7 +181,8 @@ class PackingManager(FullAttentionManager):
         held = self.held[request_id]
         # The worker packs in the step of the first token behind the prompt; it must be committed.
         if processed_computed_tokens > held.prompt and held.private:
-            self._remove_blocks_in_range(request_id, 0, held.prompt // self.block_size)
+            last = held.prompt // self.block_size
+            give_back(self, request_id, 0, last, held.policy, held.private)
 
     def cache_blocks(
         self,

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from vllm.v1.sample.logits_processor.interface import MoveDirectionality
 
-from kvplug import Settings
+from kvplug import Refused, Settings
 from kvplug_vllm import compat
+from kvplug_vllm.metrics import count_refused
 from kvplug_vllm.settings import REQUEST_FIELD, Engine, asked_for, offer_of, selected
 
 UNKNOWN = -1
@@ -38,7 +39,11 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
                 f"the request asks for the KV policy {asked!r} ({REQUEST_FIELD}), and this server "
                 "was started without it; start it with --attention-backend kvplug"
             )
-        Engine.current.offer.settings_for(asked)
+        try:
+            Engine.current.offer.settings_for(asked)
+        except ValueError as error:
+            count_refused(error.reason if isinstance(error, Refused) else "unreadable")
+            raise
 
     def __init__(self, vllm_config: Any, *rest: Any) -> None:
         self.active = selected(vllm_config)

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from kvplug import BatchPlanner, Segments, Selector, Settings, step_reads
 from kvplug_vllm import compat
+from kvplug_vllm.announce import announce
+from kvplug_vllm.cache import planned_layers
 from kvplug_vllm.metrics import Metrics
+from kvplug_vllm.metrics import packing as packing_time
 from kvplug_vllm.router import OWN, UNKNOWN, Router
 from kvplug_vllm.settings import Engine
 
@@ -111,26 +114,27 @@ class PlannedBuilder:
         engine = Engine.enter(vllm_config)
         context = vllm_config.compilation_config.static_forward_context
         planned = [name for name in layer_names if context[name].impl.planned]
-        self.offer = engine.offer
+        self.offer, policy = engine.offer, engine.settings.policy
         self.planner = None
-        if planned:
-            self.planner = BatchPlanner(
-                kv_cache_spec.block_size, getattr(kv_cache_spec, "budget", None)
-            )
-            self.planner.know([engine.settings])
-        policy = engine.settings.policy
         self.packs = policy.scored is not None or self.offer.mixed
         """Whether rows may hold private blocks."""
         self.rewrites = self.packs or policy.eviction is not None
         self.kv_heads = kv_cache_spec.num_kv_heads
         self.single: Any = None
         self.metrics = None
-        if planned:
-            group = context[planned[0]].impl.num_queries_per_kv
-            self.single = compat.single_head_builder(self, group)
-            self.metrics = Metrics.for_engine(engine)
         self.layers = [compat.layer_index(name) for name in planned]
         self.max_tokens = vllm_config.model_config.max_model_len
+        if not planned:
+            return
+        self.planner = BatchPlanner(
+            kv_cache_spec.block_size, getattr(kv_cache_spec, "budget", None)
+        )
+        self.planner.know([engine.settings])
+        group = context[planned[0]].impl.num_queries_per_kv
+        self.single = compat.single_head_builder(self, group)
+        self.metrics = Metrics.of(engine, len(planned) / len(planned_layers(vllm_config)))
+        if self.metrics is not None:
+            announce(self.offer, self.planner.planners[OWN], kv_cache_spec, vllm_config)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
@@ -278,7 +282,8 @@ class PlannedBuilder:
             layer = context[name]
             if layer.impl.planned:
                 for packing in packings:
-                    layer.impl.pack(layer, layer.kv_cache, packing)
+                    with packing_time(Engine.current, packing.settings):
+                        layer.impl.pack(layer, layer.kv_cache, packing)
 
     def _observations(self, common: Any, batch: Batch) -> list[Observation]:
         planner = self.planner

@@ -29,7 +29,7 @@ def demo(
     ),
     kv_cache_mib: Annotated[
         int, typer.Option(help="KV cache of every server, in MiB.", min=1)
-    ] = 512,
+    ] = 256,
     enforce_eager: Annotated[
         bool, typer.Option(help="Start sooner; --no-enforce-eager uses torch.compile.")
     ] = True,

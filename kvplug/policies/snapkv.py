@@ -25,6 +25,7 @@ from torch.nn.functional import avg_pool1d
 from kvplug.policy import Evidence, PromptKV, ScoredEviction
 
 BLOCK = 8192  # keys whose logits are in memory at once
+LOWEST = torch.finfo(torch.float32).min  # finite: minus infinity alone has no softmax
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,21 +64,30 @@ class SnapKV(ScoredEviction):
 
 def window_attention(queries: Tensor, prompt: PromptKV) -> Tensor:
     """What each key gets of the window's queries [B, W, H, G, D], their mean. -> [B, H, T] fp32"""
-    _, W, _, G, _ = queries.shape
+    B, W, H, G, _ = queries.shape
     T, device = prompt.keys.shape[1], prompt.keys.device
-    queries = queries.float() * prompt.scale
+    asked = queries.float() * prompt.scale
+    asked = asked.permute(0, 2, 3, 1, 4).reshape(B * H, G * W, -1)
     last = prompt.lengths[:, None] - torch.arange(W, 0, -1, device=device)  # [B, W]
 
     def logits(first: int) -> Tensor:
-        keys = prompt.keys[:, first : first + BLOCK].float()
-        seen = torch.arange(first, first + keys.shape[1], device=device) <= last[:, :, None]
-        dots = torch.einsum("bwhgd,bthd->bhgwt", queries, keys)
-        return dots.masked_fill_(~seen[:, None, None], float("-inf"))  # garbage is never seen
+        keys = prompt.keys[:, first : first + BLOCK].float().transpose(1, 2).flatten(0, 1)
+        unseen = torch.arange(first, first + keys.shape[1], device=device) > last[:, :, None]
+        dots = torch.bmm(asked, keys.mT).view(B, H, G, W, -1)
+        return dots.masked_fill_(unseen[:, None, None], LOWEST)  # garbage is never seen
 
-    blocks = range(0, T, BLOCK)
-    total = logits(0).logsumexp(4)  # [B, H, G, W]
-    for first in blocks[1:]:
-        total = total.logaddexp(logits(first).logsumexp(4))
-    total = total.masked_fill(total == float("-inf"), float("inf"))[..., None]  # rows of no token
-    mass = torch.cat([(logits(first) - total).exp().sum((2, 3)) for first in blocks], 2)
-    return mass / (G * prompt.lengths.clamp(1, W)[:, None, None])
+    # Rows of no token have a softmax too: they count for nothing.
+    rows = (last >= 0).float()[:, None, None].expand(B, H, G, W).reshape(B * H, 1, G * W)
+
+    def mass(shares: Tensor) -> Tensor:
+        return torch.bmm(rows, shares.view(B * H, G * W, -1)).view(B, H, -1)
+
+    if T <= BLOCK:
+        seen = mass(logits(0).softmax(4))
+    else:
+        blocks = range(0, T, BLOCK)
+        total = logits(0).logsumexp(4, keepdim=True)
+        for first in blocks[1:]:
+            total = total.logaddexp(logits(first).logsumexp(4, keepdim=True))
+        seen = torch.cat([mass((logits(first) - total).exp_()) for first in blocks], 2)
+    return seen / (G * prompt.lengths.clamp(1, W)[:, None, None])

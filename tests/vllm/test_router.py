@@ -5,10 +5,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
 
 from kvplug import parse
 from kvplug_vllm.router import UNKNOWN, Router
+from kvplug_vllm.settings import Engine
 
 OFFER = {"policy": "snapkv(budget=128)", "allow": ["quest"]}
 
@@ -65,6 +67,13 @@ def test_choices_follow_their_requests_and_the_rest_have_the_servers_own():
     assert policies(3) == [dense, quest, own]
     update(router_, [(3, asks(asked[0]), [0], [9])])
     assert len(Router.chosen(config, rows(4))[0]) == 3, "equal settings are one choice"
+
+
+def test_a_server_without_kvplug_does_not_ignore_a_request_for_it(monkeypatch):
+    monkeypatch.setattr(Engine, "current", None)
+    Router.validate_params(asks(None))
+    with pytest.raises(ValueError, match="start it with --attention-backend kvplug"):
+        Router.validate_params(asks("dense"))
 
 
 def test_model_runner_v2_names_slots():

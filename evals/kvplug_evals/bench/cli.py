@@ -1,4 +1,4 @@
-"""``kvplug bench attention``: options in, a child process with its threads set, tables out."""
+"""``kvplug bench``: options in, a child process with its threads set, tables out."""
 
 from __future__ import annotations
 
@@ -11,8 +11,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
+from kvplug_evals.bench import compression as bench_compression
 from kvplug_evals.bench.options import Clock, Dtype, Options, Pages, read_heads
+
+COMPRESSING = (
+    "snapkv(budget=512)", "keydiff(budget=512)", "knorm(budget=512)", "random(budget=512)"
+)  # fmt: skip
 
 app = typer.Typer(
     help="Benchmarks.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -68,7 +74,7 @@ def attention(
             pages=pages,
             clock=clock,
             out=out,
-            command=shlex.join(["kvplug", "bench", "attention", *given()]),
+            command=shlex.join(["kvplug", "bench", "attention", *given("attention")]),
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
@@ -77,9 +83,51 @@ def attention(
     raise typer.Exit(subprocess.run(command, env=os.environ | environment(threads)).returncode)
 
 
-def given() -> list[str]:
+@app.command()
+def compression(
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="Repeatable. The four that compress, with a budget of 512, if none."),
+    ] = None,
+    model: Annotated[Path, typer.Option(help="Model folder.")] = Path(".models/smollm2"),
+    tokens: Annotated[int, typer.Option(help="Of a prompt.", min=1)] = 4000,
+    chunk: Annotated[int, typer.Option(help="Most tokens of a prefill step.", min=1)] = 2048,
+    block_size: Annotated[int, typer.Option(help="Tokens of a cache block.", min=1)] = 32,
+    repeats: Annotated[int, typer.Option(help="Counted pairs of requests.", min=3)] = 7,
+    threads: Annotated[int, typer.Option(help="Of torch and OpenMP.", min=1)] = 2,
+    clock: Annotated[
+        Clock, typer.Option(help="cpu: of one thread alone, where others use the machine.")
+    ] = Clock.WALL,
+    out: Annotated[Path, typer.Option(help="JSON file; the table goes beside it.")] = Path(
+        "results/bench/compression-cpu.json"
+    ),
+) -> None:
+    """A whole engine: what compressing a prompt costs of its time to first token. Minutes."""
+    if find_spec("vllm") is None:
+        raise SystemExit("vLLM is not installed here; install it with: pip install 'kvplug[vllm]'")
+    # The engines are processes that start with this environment.
+    os.environ.update(environment(threads), VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    try:
+        options = bench_compression.Options(
+            policies=policy or list(COMPRESSING),
+            model=model,
+            tokens=tokens,
+            chunk=chunk,
+            block_size=block_size,
+            repeats=repeats,
+            threads=threads,
+            clock=clock,
+            out=out,
+            command=shlex.join(["kvplug", "bench", "compression", *given("compression")]),
+        )
+        bench_compression.run(options, Console(highlight=False))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def given(command: str) -> list[str]:
     """The options as they were typed."""
-    return sys.argv[sys.argv.index("attention") + 1 :] if "attention" in sys.argv else []
+    return sys.argv[sys.argv.index(command) + 1 :] if command in sys.argv else []
 
 
 def environment(threads: int) -> dict[str, str]:

@@ -4,6 +4,8 @@ The context is Python's own language reference, which ships with Python as ``pyd
 are planted in it as lines ``"city": "word"``. A client asks one a turn, as a completion; its
 follow-ups quote the true answers, whatever the model said, so that prompts never depend on a
 policy.
+
+Afterwards come documents: prompts that share nothing, at once, more than the pool holds whole.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ FACTS = {
     "Seoul": "river",
 }
 CLIENTS, TURNS = 4, 3
+DOCUMENTS, DOCUMENT_CHARACTERS = 8, 10_000
 OPENING = "\n\nThe entries above, once more:\n\n"
 
 
@@ -86,6 +89,14 @@ def conversation() -> Conversation:
                 Question(client=client, turn=turn, key=key, answer=FACTS[key], depth=depth)
             )
     return Conversation(context="\n\n".join(text), questions=tuple(questions))
+
+
+def documents() -> list[str]:
+    """8 prompts of some 2,400 tokens, further parts of the reference."""
+    topics = sorted(pydoc_data.topics.topics.items())
+    text = "\n\n".join(topic.strip() for name, topic in topics if name not in TOPICS)
+    starts = range(0, DOCUMENTS * DOCUMENT_CHARACTERS, DOCUMENT_CHARACTERS)
+    return [text[start : start + DOCUMENT_CHARACTERS] for start in starts]
 
 
 def _paragraphs() -> Iterator[str]:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from kvplug import parse
 from kvplug_evals.demo.conversation import TURNS, Conversation, Question
 
 OUTPUT_TOKENS = 24
+DOCUMENT_TOKENS = 96
 SAMPLE_SECONDS = 0.1
 
 
@@ -30,6 +31,8 @@ class EngineState:
     """KV blocks that requests may hold."""
     held: int
     """KV blocks that requests do hold."""
+    running: int
+    """Requests in the batch."""
     fits: float
     """Requests of the greatest length that fit at once, as vLLM says at its start."""
     queries: float
@@ -42,14 +45,19 @@ class EngineState:
     @classmethod
     def parse(cls, text: str) -> EngineState:
         """Raises ValueError that names what this vLLM does not tell."""
-        wanted = ("vllm:kv_cache_usage_perc", "vllm:cache_config_info", "kvplug_")
+        wanted = (
+            "vllm:kv_cache_usage_perc",
+            "vllm:cache_config_info",
+            "vllm:num_requests_running",
+            "kvplug_",
+        )
         lines = [line for line in text.splitlines() if line.startswith(wanted)]
         found = {
             sample.name: sample
             for family in text_string_to_metric_families("\n".join(lines) + "\n")
             for sample in family.samples
         }
-        for name in wanted[:2]:
+        for name in wanted[:3]:
             if name not in found:
                 raise ValueError(f"the server's /metrics has no {name}; the demo knows vLLM 0.32")
         config = found["vllm:cache_config_info"].labels
@@ -63,6 +71,7 @@ class EngineState:
             policy=counters[0].labels["policy"] if counters[0] else None,
             pool=pool,
             held=round(found["vllm:kv_cache_usage_perc"].value * pool),
+            running=int(found["vllm:num_requests_running"].value),
             fits=float(config["kv_cache_max_concurrency"]),
             queries=queries,
             cached=cached,
@@ -117,6 +126,10 @@ class Row:
     turns: list[Turn] = field(default_factory=list)
     samples: list[tuple[float, int]] = field(default_factory=list)
     """(seconds since the conversation's start, KV blocks held)"""
+    batch: list[int] = field(default_factory=list)
+    """Requests that ran at each sample while the documents were served."""
+    documents_seconds: float = 0.0
+    """From the first document's arrival to the last one's answer."""
 
     @property
     def replies(self) -> list[Reply]:
@@ -125,6 +138,15 @@ class Row:
     @property
     def peak(self) -> int:
         return max(held for _, held in self.samples)
+
+    @property
+    def at_once(self) -> int:
+        """The most documents that ran at once."""
+        return max(self.batch)
+
+    @property
+    def mean_at_once(self) -> float:
+        return sum(self.batch) / len(self.batch)
 
     @property
     def mean_held(self) -> float:
@@ -179,6 +201,10 @@ class Clients:
             token_seconds=(arrived[-1] - arrived[0]) / (output - 1),
         )
 
+    async def read(self, document: str) -> None:
+        async for _ in self._stream(document, DOCUMENT_TOKENS):
+            pass
+
     async def _stream(self, prompt: str, tokens: int) -> AsyncIterator[dict[str, Any]]:
         """Server-sent events of a greedy completion of exactly ``tokens`` tokens."""
         request = {
@@ -205,14 +231,16 @@ class Clients:
 async def hold(
     url: str,
     conversation: Conversation,
+    documents: Sequence[str],
     row: Row,
     sampled: Callable[[int], object],
     turned: Callable[[], object],
 ) -> None:
-    """Hold the conversation at a server and fill ``row``.
+    """Hold the conversation at a server, then bring all documents, and fill ``row``.
 
     Raises httpx.HTTPError, and ValueError if the server runs another policy.
-    ``sampled(held)`` is called at every sample of the blocks held, ``turned()`` after a turn.
+    ``sampled(held)`` is called at every sample of the blocks held, ``turned()`` after a turn
+    and after the documents.
     """
     timeout = httpx.Timeout(300, connect=10)
     async with httpx.AsyncClient(base_url=url, timeout=timeout) as http:
@@ -234,6 +262,11 @@ async def hold(
                 sampled(state.held)
                 await asyncio.sleep(SAMPLE_SECONDS)
 
+        async def count() -> None:
+            while True:
+                await asyncio.sleep(SAMPLE_SECONDS)
+                row.batch.append((await clients.state()).running)
+
         sampler = asyncio.create_task(sample())
         try:
             for turn in range(TURNS):
@@ -253,6 +286,18 @@ async def hold(
                 )
                 turned()
         finally:
-            sampler.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await sampler
+            await _cancel(sampler)
+        sampler = asyncio.create_task(count())
+        try:
+            started = time.monotonic()
+            await asyncio.gather(*map(clients.read, documents))
+            row.documents_seconds = time.monotonic() - started
+        finally:
+            await _cancel(sampler)
+        turned()
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

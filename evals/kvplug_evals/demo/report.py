@@ -12,13 +12,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kvplug_evals.demo.conversation import CLIENTS, TURNS, Conversation
-from kvplug_evals.demo.measure import OUTPUT_TOKENS, Row, Turn
+from kvplug import parse
+from kvplug_evals.demo.conversation import CLIENTS, DOCUMENTS, TURNS, Conversation
+from kvplug_evals.demo.measure import DOCUMENT_TOKENS, OUTPUT_TOKENS, Row, Turn
 from kvplug_evals.demo.server import ServerOptions
 
 
 class NothingSaved(Exception):
-    """A policy held and read as much as dense attention."""
+    """A policy held and read as much as dense attention, or evicts and made no room."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,8 @@ class Result:
 
 
 def check_savings(rows: Sequence[Row]) -> None:
-    """Raises NothingSaved unless every policy read fewer tokens or held fewer blocks."""
+    """Raises NothingSaved unless every policy read fewer tokens or held fewer blocks, and one
+    that evicts ran more documents at once wherever dense could not run all of them."""
     dense = next(row for row in rows if row.is_dense)
     idle = [
         f"{row.policy} held {row.peak} blocks and read {row.read_per_step:,.0f} tokens a step"
@@ -50,6 +52,21 @@ def check_savings(rows: Sequence[Row]) -> None:
             f"{'; '.join(idle)}: no less than dense, which held {dense.peak} and read "
             f"{dense.read_per_step:,.0f}. Give it a budget below the conversation's length"
         )
+    crowded = [
+        f"{row.policy} ran {row.at_once} documents at once"
+        for row in rows
+        if evicts(row) and row.at_once <= dense.at_once < DOCUMENTS
+    ]
+    if crowded:
+        raise NothingSaved(
+            f"{'; '.join(crowded)}: no more than dense, which ran {dense.at_once}. Give it a "
+            "budget below a document's length"
+        )
+
+
+def evicts(row: Row) -> bool:
+    policy = parse(row.policy)
+    return policy.scored is not None or policy.eviction is not None
 
 
 def say_plan(console: Console, talk: Conversation, options: ServerOptions, servers: int) -> None:
@@ -58,7 +75,8 @@ def say_plan(console: Console, talk: Conversation, options: ServerOptions, serve
         f"[bold]vllm serve {escape(str(options.model))} --attention-backend kvplug[/]. "
         f"{CLIENTS} clients share a context of {len(talk.context.split()):,} words (Python's "
         f"language reference) in which {len(talk.questions)} facts are planted, and each asks for "
-        f"one fact a turn, {TURNS} turns, all at once.\n"
+        f"one fact a turn, {TURNS} turns, all at once. Then {DOCUMENTS} documents "
+        f"that share nothing arrive at once, more than the pool holds whole.\n"
     )
 
 
@@ -73,8 +91,14 @@ def say_turn(console: Console, row: Row) -> None:
     )
 
 
+def say_documents(console: Console, row: Row) -> None:
+    console.print(
+        f"    documents: {row.documents_seconds:4.1f} s, {row.at_once} of {DOCUMENTS} at once"
+    )
+
+
 def say_result(console: Console, result: Result) -> None:
-    for table in (_savings(result), _speed(result), _answers(result)):
+    for table in (_savings(result), _room(result), _speed(result), _answers(result)):
         console.print(table, "")
     options, machine = result.options, result.machine
     facts = Table.grid(padding=(0, 2))
@@ -98,7 +122,9 @@ def say_result(console: Console, result: Result) -> None:
         "not: in a tiny model on a CPU attention is a small part of a step, and choosing pages "
         "can cost more than reading them. Such a model also misses facts with dense attention. "
         "streaming_llm frees the middle of the context and cannot answer from it; quest keeps all "
-        "of it and reads the pages that the question points at.",
+        "of it and reads the pages that the question points at. snapkv compresses each prompt: "
+        "where clients share one context, that context stays cached beside what each keeps of it, "
+        "and it holds more than dense; where documents share nothing, more of them run at once.",
     )
     console.print(facts)
 
@@ -145,6 +171,24 @@ def _savings(result: Result) -> Table:
             f"{row.fits:.1f}",
             f"{row.read_per_step:,.0f}",
             f"{row.read_per_step / dense.read_per_step:.0%}",
+        )
+    return table
+
+
+def _room(result: Result) -> Table:
+    table = _table(
+        "Requests at once",
+        ("most\nat once", "mean\nat once¹", "all\nserved in", "vs\ndense"),
+        f"{DOCUMENTS} documents of their own, {DOCUMENT_TOKENS} tokens behind each, in a pool of "
+        f"{result.options.kv_cache_mib} MiB\n¹ of the engine's batch, while they were served",
+    )
+    for row in result.rows:
+        table.add_row(
+            short(row.policy),
+            str(row.at_once),
+            f"{row.mean_at_once:.1f}",
+            f"{row.documents_seconds:.1f} s",
+            f"{row.documents_seconds / result.dense.documents_seconds:.0%}",
         )
     return table
 
@@ -228,6 +272,8 @@ def as_json(result: Result) -> str:
             **asdict(row),
             "blocks_held_peak": row.peak,
             "blocks_held_mean": row.mean_held,
+            "documents_at_once": row.at_once,
+            "documents_at_once_mean": row.mean_at_once,
             "mib_held_peak": result.peak_mib(row),
             "tokens_read_per_step": row.read_per_step,
             "answers_right": row.right,

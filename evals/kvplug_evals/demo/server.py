@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -37,7 +36,7 @@ class ServerOptions:
     """Tokens per block."""
     chunk: int = 512
     """Most tokens a step computes: longer prompts are prefilled in chunks."""
-    kv_cache_mib: int = 512
+    kv_cache_mib: int = 256
     max_model_len: int = 8192
     enforce_eager: bool = True
     """torch.compile would cost more at start than it saves in a run this short."""
@@ -57,7 +56,7 @@ class ServerOptions:
             "--enable-prompt-tokens-details",
         ]
 
-    def environment(self, counters: Path) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
         settings = {
             # Left to itself vLLM keeps a core free, which is half of a machine of two.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -66,8 +65,6 @@ class ServerOptions:
             "OMP_WAIT_POLICY": "PASSIVE",
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
-            # Through this folder the worker's counters reach the server's /metrics.
-            "PROMETHEUS_MULTIPROC_DIR": str(counters.absolute()),
         }
         return {**os.environ, **settings}
 
@@ -85,9 +82,7 @@ class Server:
 @contextlib.contextmanager
 def serve(options: ServerOptions, policy: str, log: Path) -> Iterator[Server]:
     """A server that answers. Raises ServerError that says why it does not."""
-    counters = log.with_suffix(".counters")
-    shutil.rmtree(counters, ignore_errors=True)  # old counters would be added to the new ones
-    counters.mkdir(parents=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
     port = _free_port()
     command = options.command(policy, port)
     url = f"http://127.0.0.1:{port}"
@@ -100,7 +95,7 @@ def serve(options: ServerOptions, policy: str, log: Path) -> Iterator[Server]:
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
-            env=options.environment(counters),
+            env=options.environment(),
             start_new_session=True,  # a group of its own: one signal reaches engine and workers
         )
     try:
@@ -118,7 +113,6 @@ def serve(options: ServerOptions, policy: str, log: Path) -> Iterator[Server]:
         raise ServerError(f"a request to the server failed: {what}.\n{diagnose(log)}") from error
     finally:
         _stop(process)
-        shutil.rmtree(counters, ignore_errors=True)
 
 
 def _free_port() -> int:

@@ -18,12 +18,18 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from kvplug import parse
 from kvplug_evals.demo import report
-from kvplug_evals.demo.conversation import CLIENTS, TURNS, Conversation, conversation
+from kvplug_evals.demo.conversation import CLIENTS, TURNS, Conversation, conversation, documents
 from kvplug_evals.demo.measure import Row, hold
 from kvplug_evals.demo.plot import draw
 from kvplug_evals.demo.server import ServerOptions, serve
 
-POLICIES = ("dense", "streaming_llm(sinks=32, window=992)", "quest(budget=512)")
+POLICIES = (
+    "dense",
+    "streaming_llm(sinks=32, window=992)",
+    "quest(budget=512)",
+    "snapkv(budget=1024)",
+    "snapkv(budget=1024) + quest(budget=512)",
+)
 
 
 def policies(lines: Sequence[str]) -> list[str]:
@@ -59,7 +65,7 @@ def run_demo(lines: Sequence[str], options: ServerOptions, out: Path, console: C
     report.say_plan(console, talk, options, len(compared))
     began = monotonic()
     rows = []
-    with _progress(console, len(compared) * (1 + TURNS)) as progress:
+    with _progress(console, len(compared) * (2 + TURNS)) as progress:
         for place, line in enumerate(compared, start=1):
             console.print(f"[bold]{place}/{len(compared)} [cyan]{escape(line)}[/]")
             log = out / f"server-{place}.log"
@@ -95,14 +101,14 @@ def _converse(
         console.print(f"    server ready in {row.start_seconds:.0f} s")
 
         def sampled(held: int) -> None:
-            turn = len(row.turns) + 1
-            show(f"turn {min(turn, TURNS)} of {TURNS}, {CLIENTS} clients, {held} blocks held")
+            turn = min(len(row.turns) + 1, TURNS)
+            show(f"turn {turn} of {TURNS}, {CLIENTS} clients, {held} blocks held")
 
         def turned() -> None:
             progress.advance(task)
-            report.say_turn(console, row)
+            (report.say_documents if row.batch else report.say_turn)(console, row)
 
-        asyncio.run(hold(server.url, talk, row, sampled, turned))
+        asyncio.run(hold(server.url, talk, documents(), row, sampled, turned))
         show("stopping the server")
     return row
 

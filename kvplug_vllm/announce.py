@@ -1,0 +1,49 @@
+"""A line in the log at start: what is active and what it means for a request of full length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from vllm.logger import init_logger
+
+from kvplug import Offer, Planner
+
+
+def announce(offer: Offer, planner: Planner, spec: Any, vllm_config: Any) -> None:
+    line = describe(planner, spec, vllm_config.model_config.max_model_len, vllm_config)
+    if offer.mixed:
+        line += f" Requests may choose {', '.join(offer.names)}"
+        line += f" and keep at most {offer.max_tokens:,} tokens." if offer.max_tokens else "."
+    init_logger("vllm.kvplug").info("%s", line)
+
+
+def describe(planner: Planner, spec: Any, tokens: int, vllm_config: Any) -> str:
+    """What kvplug does to a request of so many tokens, in one line."""
+    settings, size = planner.settings, planner.page_size
+    policy, whole = settings.policy, -(-tokens // size)
+    parts = [f"kvplug: {policy}, min_context {settings.min_context:,}, {_protected(planner)}."]
+    if policy.is_dense:
+        return f"{parts[0]} Attention and cache are vLLM's own."
+    held = f"holds {whole:,} blocks of {size} tokens"
+    if planner.eviction is not None:
+        most = planner.most_pages(vllm_config.max_in_flight_tokens, tokens)
+        held = f"holds at most {most:,} blocks of {size} tokens instead of {whole:,}"
+    elif planner.scored is not None:
+        prompt = tokens - 1
+        private = int(planner.private_pages(np.array([prompt]))[0])
+        left = private + (prompt % size > 0) if private else whole
+        held = f"holds {left:,} blocks of {size} tokens once its prompt is done, {whole:,} before"
+    parts.append(f"A request of {tokens:,} tokens {held}")
+    extra = spec.page_size_bytes / spec.unpadded_page_size_bytes - 1
+    if extra:
+        parts.append(f"(a block is {extra:.1%} larger than vLLM's, for digests)")
+    if planner.selector is not None:
+        reads = min(planner.selector.pages(size), whole)
+        parts.append(f"and reads {reads * size:,} of them per KV head and step")
+    return " ".join(parts) + "."
+
+
+def _protected(planner: Planner) -> str:
+    spans = [f"[{first:,}, {last:,})" for first, last in planner.settings.protect]
+    return f"tokens {', '.join(spans)} protected" if spans else "no token protected"
