@@ -10,7 +10,7 @@ table.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,17 @@ class PlannedBackend:
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
         return customize_spec(super().customize_spec(spec))  # type: ignore[misc]
+
+
+class Views(NamedTuple):
+    """Of one layer's cache."""
+
+    cache: Tensor
+    tail: Tensor | None
+    """Digests."""
+    virtual: Tensor
+    page_stride: int
+    head_stride: int
 
 
 class PlannedImpl:
@@ -86,6 +97,7 @@ class PlannedImpl:
         self.selected_queries = 0
         """Queries that went through a selection here, for tests and doctor."""
         self._single: Any = None
+        self._views: Views | None = None
         self._budget: int | None = None
 
     def do_kv_cache_update(
@@ -93,9 +105,19 @@ class PlannedImpl:
     ) -> None:
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)  # type: ignore[misc]
         if self.selector is not None and self.selector.digest is not None:
-            digest = self.selector.digest
-            tail = compat.page_tail(kv_cache, digest.rows, self.head_size)
-            digest.update(tail, key, slot_mapping, kv_cache.shape[2])
+            tail = self.views(kv_cache).tail
+            assert tail is not None
+            self.selector.digest.update(tail, key, slot_mapping, kv_cache.shape[2])
+
+    def views(self, kv_cache: Tensor) -> Views:
+        """Made once: an engine keeps its cache, and views take as long as a choice of pages."""
+        if self._views is None or self._views.cache is not kv_cache:
+            assert self.selector is not None
+            digest, tail = self.selector.digest, None
+            if digest is not None:
+                tail = compat.page_tail(kv_cache, digest.rows, self.head_size)
+            self._views = Views(kv_cache, tail, *virtual_cache(kv_cache))
+        return self._views
 
     def fused_rope_kvcache_supported(self) -> bool:
         return False  # it writes keys past do_kv_cache_update, and with them past the digests
@@ -204,21 +226,19 @@ class PlannedImpl:
         self.selected_queries += queries
         picked = query[:queries] if step.tokens is None else query[step.tokens]  # [Q, Hq, D]
         heads = picked.view(queries, self.num_kv_heads, self.num_queries_per_kv, -1)
-        tail = None
-        if selector.digest is not None:
-            tail = compat.page_tail(kv_cache, selector.digest.rows, self.head_size)
+        views = self.views(kv_cache)
         as_planned = self._budget == selector.budget
         keep = step.keep
         if not as_planned:
             keep = keep.clamp(max=selector.pages(size, self._budget))
         chosen, counts = choose_pages(
-            selector, heads, tail, step.page_table, step.pages, keep,
+            selector, heads, views.tail, step.page_table, step.pages, keep,
             width=step.width, scale=self.scale,
         )  # fmt: skip
-        cache, page_stride, head_stride = virtual_cache(kv_cache)
         table, lengths = virtual_heads(
-            step.page_table, chosen, counts, step.lengths, size, page_stride, head_stride
-        )
+            step.page_table, chosen, counts, step.lengths,
+            size, views.page_stride, views.head_stride,
+        )  # fmt: skip
         if as_planned and selector.mass is None:
             metadata = step.metadata
             metadata.block_table = table
@@ -228,7 +248,7 @@ class PlannedImpl:
         in_place = step.tokens is None and output.is_contiguous()
         out = output[:queries].view(grouped) if in_place else output.new_empty(grouped)
         self.stock.forward(
-            self._single, layer, heads.reshape(grouped), None, None, cache, metadata, out
+            self._single, layer, heads.reshape(grouped), None, None, views.virtual, metadata, out
         )
         if not in_place:
             rows = slice(0, queries) if step.tokens is None else step.tokens
