@@ -10,7 +10,7 @@ table.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,17 @@ class PlannedBackend:
         return customize_spec(super().customize_spec(spec), cls.layer_class)  # type: ignore[misc]
 
 
+class Views(NamedTuple):
+    """Of one layer's cache."""
+
+    cache: Tensor
+    tail: Tensor | None
+    """Digests."""
+    virtual: Tensor
+    page_stride: int
+    head_stride: int
+
+
 class PlannedImpl:
     """Before a stock AttentionImpl in the bases."""
 
@@ -87,6 +98,7 @@ class PlannedImpl:
         self.selected_queries = 0
         """Queries that went through a selection here, for tests and doctor."""
         self._single: Any = None
+        self._views: Views | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         super().process_weights_after_loading(act_dtype)  # type: ignore[misc]
@@ -98,8 +110,18 @@ class PlannedImpl:
     ) -> None:
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)  # type: ignore[misc]
         if self.digest is not None:
-            tail = compat.page_tail(kv_cache, self.digest.rows, self.head_size)
+            tail = self.views(kv_cache).tail
+            assert tail is not None
             self.digest.update(tail, key, slot_mapping, kv_cache.shape[2])
+
+    def views(self, kv_cache: Tensor) -> Views:
+        """Made once: an engine keeps its cache, and views take as long as a choice of pages."""
+        if self._views is None or self._views.cache is not kv_cache:
+            tail = None
+            if self.digest is not None:
+                tail = compat.page_tail(kv_cache, self.digest.rows, self.head_size)
+            self._views = Views(kv_cache, tail, *virtual_cache(kv_cache))
+        return self._views
 
     def fused_rope_kvcache_supported(self) -> bool:
         return False  # it writes keys past do_kv_cache_update, and with them past the digests
@@ -210,9 +232,8 @@ class PlannedImpl:
         self.selected_queries += queries
         picked = query[:queries] if step.tokens is None else query[step.tokens]  # [Q, Hq, D]
         heads = picked.view(queries, self.num_kv_heads, self.num_queries_per_kv, -1)
-        tail = None
-        if selector.digest is not None:
-            tail = compat.page_tail(kv_cache, selector.digest.rows, self.head_size)
+        views = self.views(kv_cache)
+        tail = views.tail if selector.digest is not None else None
         as_planned = budget == selector.budget
         keep = step.keep
         if not as_planned:
@@ -221,10 +242,10 @@ class PlannedImpl:
             selector, heads, tail, step.page_table, step.pages, keep,
             width=step.width, scale=self.scale,
         )  # fmt: skip
-        cache, page_stride, head_stride = virtual_cache(kv_cache)
         table, lengths = virtual_heads(
-            step.page_table, chosen, counts, step.lengths, size, page_stride, head_stride
-        )
+            step.page_table, chosen, counts, step.lengths,
+            size, views.page_stride, views.head_stride,
+        )  # fmt: skip
         if as_planned and selector.mass is None:
             metadata = step.metadata
             metadata.block_table = table
@@ -234,7 +255,7 @@ class PlannedImpl:
         in_place = step.tokens is None and output.is_contiguous()
         out = output[:queries].view(grouped) if in_place else output.new_empty(grouped)
         self.stock.forward(
-            self._single, layer, heads.reshape(grouped), None, None, cache, metadata, out
+            self._single, layer, heads.reshape(grouped), None, None, views.virtual, metadata, out
         )
         if not in_place:
             rows = slice(0, queries) if step.tokens is None else step.tokens

@@ -5,7 +5,7 @@ import os
 import torch
 from torch import Tensor
 
-COMPILED = (torch.float32, torch.bfloat16, torch.int32)
+COMPILED = (torch.float32, torch.bfloat16, torch.float16, torch.int32)
 
 
 def interpreted() -> bool:

@@ -32,7 +32,7 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("B, H, G, D, P", SHAPES)
 def test_bound_and_choice(threads, B, H, G, D, P, dtype):
     from kvplug_kernels.page_bound import cpu as bound
@@ -71,7 +71,7 @@ def test_bound_and_choice(threads, B, H, G, D, P, dtype):
     assert torch.equal(out[1], expected[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 50, 3000])
 def test_digests(threads, tokens, dtype):
     from kvplug_kernels.page_digest import cpu

@@ -1,6 +1,10 @@
 """The bound in one pass over the digests where they lie, compiled by Numba.
 
-The reference must gather the digests first, which costs as much memory traffic again.
+    sum_d max(q_d * lo_d, q_d * hi_d)  =  [min(q, 0) | max(q, 0)] . [lo | hi]
+
+Digests lie apart, a few KiB behind each page, so that a core's own prefetching starts anew with
+every page and reading them takes longer than computing. While it works on one tile of pages, a
+thread therefore fetches its next.
 """
 
 from __future__ import annotations
@@ -10,84 +14,90 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvplug_kernels.cpu_memory import Parallel, flat, widen
+from kvplug_kernels.cpu_memory import (
+    ELEMENT,
+    FP32,
+    INT32,
+    Parallel,
+    place,
+    prefetch,
+    span,
+    widen,
+)
+
+TILE = 16  # pages: two tiles fit a core's second cache; one head's weights stay in the first
+FOUR = 4  # query heads at once
 
 
 @numba.njit(inline="always")
-def best_dot(weights, row, G, W):
-    """The largest dot product of a row with the group's weights, four heads at a time."""
+def sign_queries(weights, query, element, b, h, G, D):
+    """Fill weights [groups of FOUR, 2D]; the group's last head fills up its last four."""
+    for g in range(len(weights)):
+        begin = b * query[1] + (h * G + min(g, G - 1)) * query[2]
+        head = span(query[0], begin, D, element)
+        for d in range(D):
+            value = widen(head[d])
+            weights[g, d] = min(value, FP32)
+            weights[g, D + d] = max(value, FP32)
+
+
+@numba.njit(inline="always")
+def best_dot(weights, row):
+    """weights [fours, W], row [W] -> the largest dot product; four at once hide their latency."""
     best = np.float32(-np.inf)
-    g = 0
-    while g + 4 <= G:
+    for g in range(0, len(weights), FOUR):
         one, two, three, four = weights[g], weights[g + 1], weights[g + 2], weights[g + 3]
         a = b = c = e = np.float32(0)
-        for d in range(W):
-            value = row[d]
+        for d in range(len(row)):
+            value = widen(row[d])
             a += one[d] * value
             b += two[d] * value
             c += three[d] * value
             e += four[d] * value
-        best = max(best, a, b, c, e)
-        g += 4
-    while g < G:
-        weight = weights[g]
-        a = np.float32(0)
-        for d in range(W):
-            a += weight[d] * row[d]
-        best = max(best, a)
-        g += 1
+        best = max(best, max(max(a, b), max(c, e)))
     return best
 
 
-@Parallel
-def bound_fp32(weights, digest, offset, page_stride, head_stride, table, pages, out):
-    B, H, G, W = weights.shape
-    P = table.shape[1]
-    for item in numba.prange(B * P):
-        b, p = item // P, item % P
-        if p >= pages[b]:
-            out[b, :, p] = -np.inf
-            continue
-        page = offset + np.int64(table[b, p]) * page_stride
-        for h in range(H):
-            row = digest[page + h * head_stride : page + h * head_stride + W]
-            out[b, h, p] = best_dot(weights[b, h], row, G, W)
+@numba.njit(inline="always")
+def row_of(digest, element, table, b, p, h, W):
+    """[lo | hi] of a logical page."""
+    page = np.int64(span(table[0], b * table[1] + p, 1, INT32)[0])
+    return span(digest[0], page * digest[1] + h * digest[2], W, element)
 
 
 @Parallel
-def bound_bf16(weights, digest, offset, page_stride, head_stride, table, pages, out):
-    B, H, G, W = weights.shape
-    P = table.shape[1]
-    for item in numba.prange(B * P):
-        b, p = item // P, item % P
-        if p >= pages[b]:
-            out[b, :, p] = -np.inf
-            continue
-        page = offset + np.int64(table[b, p]) * page_stride
-        wide = np.empty(W, np.float32)
+def bound(query, digest, element, table, pages, weights, out, B, H, G, D, P, threads):
+    heads = (G + FOUR - 1) // FOUR * FOUR
+    weights = span(weights, 0, B * H * heads * 2 * D, FP32).reshape((B, H, heads, 2 * D))
+    for b in range(B):
         for h in range(H):
-            row = digest[page + h * head_stride : page + h * head_stride + W]
-            for d in range(W):
-                wide[d] = widen(row[d])
-            out[b, h, p] = best_dot(weights[b, h], wide, G, W)
+            sign_queries(weights[b, h], query, element, b, h, G, D)
+    counts, bounds = span(pages, 0, B, INT32), span(out, 0, B * H * P, FP32)
+    columns = (P + TILE - 1) // TILE
+    for thread in numba.prange(threads):
+        for tile in range(thread, B * columns, threads):
+            b, start = tile // columns, tile % columns * TILE
+            ahead = (tile + threads) // columns, (tile + threads) % columns * TILE
+            fetched = counts[ahead[0]] if ahead[0] < B else 0
+            for h in range(H):
+                for p in range(start, min(start + TILE, P)):
+                    after = ahead[1] + p - start
+                    if after < fetched:
+                        prefetch(row_of(digest, element, table, ahead[0], after, h, 2 * D))
+                    best = np.float32(-np.inf)
+                    if p < counts[b]:
+                        row = row_of(digest, element, table, b, p, h, 2 * D)
+                        best = best_dot(weights[b, h], row)
+                    bounds[(b * H + h) * P + p] = best
 
 
 def page_bound(query: Tensor, digest: Tensor, page_table: Tensor, pages: Tensor) -> Tensor:
     B, Hq, D = query.shape
-    H = digest.shape[1]
-    signed = query.float().view(B, H, Hq // H, D)
-    weights = torch.cat([signed.clamp(max=0), signed.clamp(min=0)], -1)  # [B, H, G, 2D]
-    out = torch.empty(B, H, page_table.shape[1], dtype=torch.float32)
-    bound = bound_fp32 if digest.dtype is torch.float32 else bound_bf16
+    H, P = digest.shape[1], page_table.shape[1]
+    out = torch.empty(B, H, P, dtype=torch.float32)
+    weights = torch.empty(B * (Hq + FOUR * H) * 2 * D, dtype=torch.float32)  # on a cache line
     bound(
-        page_table.numel() * weights[0].numel(),
-        weights.numpy(),
-        flat(digest),
-        digest.storage_offset(),
-        digest.stride(0),
-        digest.stride(1),
-        page_table.numpy(),
-        pages.numpy(),
-        out.numpy(),
-    )
+        B * P * Hq * 2 * D, place(query), place(digest), ELEMENT[digest.dtype], place(page_table),
+        pages.data_ptr(), weights.data_ptr(), out.data_ptr(), B, H, Hq // H, D, P,
+    )  # fmt: skip
     return out

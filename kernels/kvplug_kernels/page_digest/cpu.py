@@ -3,61 +3,33 @@
 from __future__ import annotations
 
 import numba
-import numpy as np
-import torch
 from torch import Tensor
 
-from kvplug_kernels.cpu_memory import Parallel, flat, widen
+from kvplug_kernels.cpu_memory import ELEMENT, INT64, Parallel, place, span, widen
 
 
 @Parallel
-def update_fp32(digest, offset, strides, keys, start, key_strides, slots, size, H, D):
+def update(digest, keys, element, slots, tokens, size, H, D, threads):
     for h in numba.prange(H):
-        for t in range(len(slots)):
-            slot = slots[t]
+        for t in range(tokens):
+            slot = span(slots, 0, tokens, INT64)[t]
             if slot < 0:
                 continue
-            begin = offset + slot // size * strides[0] + h * strides[1]
-            low = digest[begin : begin + D]
-            high = digest[begin + strides[2] : begin + strides[2] + D]
-            row = start + t * key_strides[0] + h * key_strides[1]
-            key = keys[row : row + D]
-            if slot % size == 0:
-                low[:] = key
-                high[:] = key
-                continue
-            for d in range(D):
-                low[d] = min(low[d], key[d])
-                high[d] = max(high[d], key[d])
-
-
-@Parallel
-def update_bf16(digest, offset, strides, keys, start, key_strides, slots, size, H, D):
-    for h in numba.prange(H):
-        for t in range(len(slots)):
-            slot = slots[t]
-            if slot < 0:
-                continue
-            begin = offset + slot // size * strides[0] + h * strides[1]
-            low = digest[begin : begin + D]
-            high = digest[begin + strides[2] : begin + strides[2] + D]
-            row = start + t * key_strides[0] + h * key_strides[1]
-            key = keys[row : row + D]
-            if slot % size == 0:
-                low[:] = key
-                high[:] = key
-                continue
+            begin = slot // size * digest[1] + h * digest[2]
+            low = span(digest[0], begin, D, element)
+            high = span(digest[0], begin + digest[3], D, element)
+            begin = t * keys[1] + h * keys[2]
+            key = span(keys[0], begin, D, element)
+            begins = slot % size == 0
             for d in range(D):
                 value = widen(key[d])
-                low[d] = key[d] if value < widen(low[d]) else low[d]
-                high[d] = key[d] if value > widen(high[d]) else high[d]
+                low[d] = key[d] if begins or value < widen(low[d]) else low[d]
+                high[d] = key[d] if begins or value > widen(high[d]) else high[d]
 
 
 def update_page_digest(digest: Tensor, keys: Tensor, slots: Tensor, page_size: int) -> None:
-    H, D = digest.shape[1], digest.shape[3]
-    update = update_fp32 if digest.dtype is torch.float32 else update_bf16
+    tokens, H, D = slots.shape[0], digest.shape[1], digest.shape[3]
     update(
-        slots.numel() * H * D, flat(digest), digest.storage_offset(), np.array(digest.stride()),
-        flat(keys), keys.storage_offset(), np.array(keys.stride()),
-        slots.numpy(), page_size, H, D,
+        tokens * H * D, place(digest), place(keys), ELEMENT[digest.dtype], slots.data_ptr(),
+        tokens, page_size, H, D,
     )  # fmt: skip

@@ -5,19 +5,29 @@ from __future__ import annotations
 import numba
 from torch import Tensor
 
+from kvplug_kernels.cpu_memory import INT32, place, span
+
 
 @numba.njit(nogil=True)
-def fill(page_table, chosen, counts, lengths, size, page_stride, head_stride, table, out):
-    B, H, K = chosen.shape
+def fill(
+    page_table, chosen, counts, lengths, table, tokens,
+    B, H, K, P, size, page_stride, head_stride,
+):  # fmt: skip
     for b in range(B):
-        tail = lengths[b] - (lengths[b] - 1) // size * size
+        length = span(lengths, b, 1, INT32)[0]
+        physical = span(page_table[0], b * page_table[1], P, INT32)
+        tail = length - (length - 1) // size * size
         for h in range(H):
-            row, count = b * H + h, counts[b, h]
+            count = span(counts[0], b * counts[1] + h, 1, INT32)[0]
+            begin, row = b * chosen[1] + h * chosen[2], (b * H + h) * table[1]
+            logical = span(chosen[0], begin, K, INT32)
+            virtual = span(table[0], row, K, INT32)
             for k in range(K):
-                table[row, k] = 0
+                virtual[k] = 0
                 if k < count:
-                    table[row, k] = page_table[b, chosen[b, h, k]] * page_stride + h * head_stride
-            out[row] = (count - 1) * size + tail if count > 0 else 0
+                    virtual[k] = physical[logical[k]] * page_stride + h * head_stride
+            filled = (count - 1) * size + tail
+            span(tokens, b * H + h, 1, INT32)[0] = filled if count > 0 else 0
 
 
 def virtual_heads(
@@ -31,6 +41,6 @@ def virtual_heads(
     out: tuple[Tensor, Tensor],
 ) -> None:
     fill(
-        page_table.numpy(), chosen.numpy(), counts.numpy(), lengths.numpy(),
-        page_size, page_stride, head_stride, out[0].numpy(), out[1].numpy(),
+        place(page_table), place(chosen), place(counts), lengths.data_ptr(), place(out[0]),
+        out[1].data_ptr(), *chosen.shape, page_table.shape[1], page_size, page_stride, head_stride,
     )  # fmt: skip
