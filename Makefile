@@ -48,6 +48,7 @@ format: setup
 
 bench: setup models
 	$(BIN)/kvplug bench attention
+	$(BIN)/kvplug bench compression
 
 # For a machine that has a GPU, PyTorch and Triton, and nothing else: no virtual environment.
 gpu:
