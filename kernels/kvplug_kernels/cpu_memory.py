@@ -102,7 +102,11 @@ def float16_as_fp32(value: Any) -> Any:
 
 class Parallel:
     """A function with ``numba.prange``, compiled for one thread and, where work is worth it, for
-    as many as torch takes: waking threads costs more than small work does."""
+    as many as torch takes: waking threads costs more than small work does.
+
+    What the loop writes, a compiled function of its own must write: Numba takes memory that a
+    parallel function reaches by an address for its own, and drops writes that it does not read.
+    """
 
     def __init__(self, function: Callable[..., None]) -> None:
         self.serial = numba.njit(fastmath=FAST_MATH, nogil=True)(function)

@@ -71,6 +71,23 @@ def test_bound_and_choice(threads, B, H, G, D, P, dtype):
     assert torch.equal(out[1], expected[1])
 
 
+def test_choice_among_many_equals(threads):
+    """Few different scores, both zeros among them: the lower index goes first."""
+    from kvplug_kernels.page_select import cpu
+
+    torch.manual_seed(1)
+    B, H, P = 4, 8, 1030
+    for _ in range(20):
+        pages = torch.randint(0, P + 1, (B,), dtype=torch.int32)
+        keep = torch.randint(0, P + 2, (B,), dtype=torch.int32)
+        scores = torch.randn(B, H, P).mul(2).round()
+        width = max(1, min(int(keep.max()), P))
+        chosen, counts = cpu.page_select(scores, pages, keep, width, 1)
+        expected = select_reference.page_select(scores, pages, keep, width, None, 1)
+        assert torch.equal(chosen, expected[0])
+        assert torch.equal(counts, expected[1])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 50, 3000])
 def test_digests(threads, tokens, dtype):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvplug_kernels.cpu_memory import (
     ELEMENT,
+    FAST_MATH,
     FP32,
     INT32,
     Parallel,
@@ -65,30 +66,47 @@ def row_of(digest, element, table, b, p, h, W):
     return span(digest[0], page * digest[1] + h * digest[2], W, element)
 
 
+@numba.njit(fastmath=FAST_MATH, nogil=True)
+def bound_tile(
+    tile, following, digest, element, table, pages, weights, out, B, H, heads, W, P, columns
+):  # fmt: skip
+    """The bounds of one tile of a request's pages, while the tile that follows is fetched."""
+    b, start = tile // columns, tile % columns * TILE
+    ahead, begin = following // columns, following % columns * TILE
+    count = span(pages, b, 1, INT32)[0]
+    fetched = span(pages, ahead, 1, INT32)[0] if ahead < B else 0
+    for h in range(H):
+        weight = span(weights, (b * H + h) * heads * W, heads * W, FP32).reshape((heads, W))
+        bounds = span(out, (b * H + h) * P, P, FP32)
+        for p in range(start, min(start + TILE, P)):
+            after = begin + p - start
+            if after < fetched:
+                prefetch(row_of(digest, element, table, ahead, after, h, W))
+            best = np.float32(-np.inf)
+            if p < count:
+                best = best_dot(weight, row_of(digest, element, table, b, p, h, W))
+            bounds[p] = best
+
+
+@numba.njit(fastmath=FAST_MATH, nogil=True)
+def sign_all(query, element, weights, B, H, G, heads, D):
+    signed = span(weights, 0, B * H * heads * 2 * D, FP32).reshape((B, H, heads, 2 * D))
+    for b in range(B):
+        for h in range(H):
+            sign_queries(signed[b, h], query, element, b, h, G, D)
+
+
 @Parallel
 def bound(query, digest, element, table, pages, weights, out, B, H, G, D, P, threads):
     heads = (G + FOUR - 1) // FOUR * FOUR
-    weights = span(weights, 0, B * H * heads * 2 * D, FP32).reshape((B, H, heads, 2 * D))
-    for b in range(B):
-        for h in range(H):
-            sign_queries(weights[b, h], query, element, b, h, G, D)
-    counts, bounds = span(pages, 0, B, INT32), span(out, 0, B * H * P, FP32)
+    sign_all(query, element, weights, B, H, G, heads, D)
     columns = (P + TILE - 1) // TILE
     for thread in numba.prange(threads):
         for tile in range(thread, B * columns, threads):
-            b, start = tile // columns, tile % columns * TILE
-            ahead = (tile + threads) // columns, (tile + threads) % columns * TILE
-            fetched = counts[ahead[0]] if ahead[0] < B else 0
-            for h in range(H):
-                for p in range(start, min(start + TILE, P)):
-                    after = ahead[1] + p - start
-                    if after < fetched:
-                        prefetch(row_of(digest, element, table, ahead[0], after, h, 2 * D))
-                    best = np.float32(-np.inf)
-                    if p < counts[b]:
-                        row = row_of(digest, element, table, b, p, h, 2 * D)
-                        best = best_dot(weights[b, h], row)
-                    bounds[(b * H + h) * P + p] = best
+            bound_tile(
+                tile, tile + threads, digest, element, table, pages, weights, out,
+                B, H, heads, 2 * D, P, columns,
+            )  # fmt: skip
 
 
 def page_bound(query: Tensor, digest: Tensor, page_table: Tensor, pages: Tensor) -> Tensor:

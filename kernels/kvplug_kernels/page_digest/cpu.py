@@ -5,26 +5,31 @@ from __future__ import annotations
 import numba
 from torch import Tensor
 
-from kvplug_kernels.cpu_memory import ELEMENT, INT64, Parallel, place, span, widen
+from kvplug_kernels.cpu_memory import ELEMENT, FAST_MATH, INT64, Parallel, place, span, widen
+
+
+@numba.njit(fastmath=FAST_MATH, nogil=True)
+def update_head(h, digest, keys, element, slots, tokens, size, D):
+    for t in range(tokens):
+        slot = span(slots, 0, tokens, INT64)[t]
+        if slot < 0:
+            continue
+        begin = slot // size * digest[1] + h * digest[2]
+        low = span(digest[0], begin, D, element)
+        high = span(digest[0], begin + digest[3], D, element)
+        begin = t * keys[1] + h * keys[2]
+        key = span(keys[0], begin, D, element)
+        begins = slot % size == 0
+        for d in range(D):
+            value = widen(key[d])
+            low[d] = key[d] if begins or value < widen(low[d]) else low[d]
+            high[d] = key[d] if begins or value > widen(high[d]) else high[d]
 
 
 @Parallel
 def update(digest, keys, element, slots, tokens, size, H, D, threads):
     for h in numba.prange(H):
-        for t in range(tokens):
-            slot = span(slots, 0, tokens, INT64)[t]
-            if slot < 0:
-                continue
-            begin = slot // size * digest[1] + h * digest[2]
-            low = span(digest[0], begin, D, element)
-            high = span(digest[0], begin + digest[3], D, element)
-            begin = t * keys[1] + h * keys[2]
-            key = span(keys[0], begin, D, element)
-            begins = slot % size == 0
-            for d in range(D):
-                value = widen(key[d])
-                low[d] = key[d] if begins or value < widen(low[d]) else low[d]
-                high[d] = key[d] if begins or value > widen(high[d]) else high[d]
+        update_head(h, digest, keys, element, slots, tokens, size, D)
 
 
 def update_page_digest(digest: Tensor, keys: Tensor, slots: Tensor, page_size: int) -> None:

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvplug_kernels.cpu_memory import FP32, INT32, Parallel, place, span
+from kvplug_kernels.cpu_memory import FAST_MATH, FP32, INT32, Parallel, place, span
+
+MINUS_ZERO = np.int32(-(1 << 31))  # as bits: fast mathematics does not tell the zeros apart
 
 
 @numba.njit(inline="always")
@@ -19,7 +21,8 @@ def images_of(scores):
     images = np.empty(len(scores), np.int32)
     for p in range(len(scores)):
         score = scores[p] if scores[p] == scores[p] else np.float32(-np.inf)
-        bits = np.float32(score + FP32).view(np.int32)
+        bits = np.float32(score).view(np.int32)
+        bits = np.int32(0) if bits == MINUS_ZERO else bits
         images[p] = bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
     return images
 
@@ -53,21 +56,26 @@ def compact(images, needed, chosen):
             written += 1
 
 
+@numba.njit(fastmath=FAST_MATH, nogil=True)
+def choose(b, h, scores, pages, keep, chosen, count_of, width, minimum):
+    """One head's pages. chosen, count_of: addresses of its own."""
+    available = span(pages, b, 1, INT32)[0]
+    count = min(max(min(span(keep, b, 1, INT32)[0], width), minimum), available)
+    span(count_of, 0, 1, INT32)[0] = count
+    taken = span(chosen, 0, width, INT32)
+    taken[max(count, 0) :] = 0
+    if count > 1:
+        row = span(scores[0], b * scores[1] + h * scores[2], available - 1, FP32)
+        compact(images_of(row), count - 1, taken)
+    if count > 0:
+        taken[count - 1] = available - 1
+
+
 @Parallel
 def select(scores, pages, keep, chosen, counts, B, H, width, minimum, threads):
     for item in numba.prange(B * H):
-        b, h = item // H, item % H
-        available = span(pages, b, 1, INT32)[0]
-        count = min(max(min(span(keep, b, 1, INT32)[0], width), minimum), available)
-        span(counts, item, 1, INT32)[0] = count
-        taken = span(chosen, item * width, width, INT32)
-        taken[max(count, 0) :] = 0
-        if count > 1:
-            begin = b * scores[1] + h * scores[2]
-            row = span(scores[0], begin, available - 1, FP32)
-            compact(images_of(row), count - 1, taken)
-        if count > 0:
-            taken[count - 1] = available - 1
+        own, count_of = chosen + 4 * item * width, counts + 4 * item
+        choose(item // H, item % H, scores, pages, keep, own, count_of, width, minimum)
 
 
 def page_select(
