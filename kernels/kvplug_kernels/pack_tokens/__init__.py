@@ -18,8 +18,9 @@ def pack_tokens(
     pages [J, P] are the prompt's pages in order, targets [J, Kp] those that receive: token t lies
     at offset t % S of page pages[j, t // S], place k at offset k % S of page targets[j, k // S].
     Of tokens [J, H, K] the first keep[j] of a row count. What stands past them is not followed,
-    nor are the columns of pages and targets that they do not name. Prompts may share pages, but no
-    page of targets. Raises ValueError on shapes.
+    nor are the columns of pages and targets that they do not name. Prompts may share pages; a page
+    that receives is no prompt's own and receives from one prompt alone. Raises ValueError on
+    shapes.
     """
     shapes = Shapes(cache.device)
     shapes.check("cache", cache, "N H S C", FLOATS)
