@@ -19,6 +19,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from kvplug import PromptKV, choose_pages, keep_tokens
+from kvplug_kernels.pack_tokens import pack_tokens
 from kvplug_kernels.virtual_heads import virtual_heads
 from kvplug_vllm import NAME, compat, metrics
 from kvplug_vllm.cache import customize_spec, split_layers
@@ -110,9 +111,13 @@ class PlannedImpl:
     ) -> None:
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)  # type: ignore[misc]
         if self.digest is not None:
-            tail = self.views(kv_cache).tail
-            assert tail is not None
-            self.digest.update(tail, key, slot_mapping, kv_cache.shape[2])
+            self._take_in(kv_cache, key, slot_mapping)
+
+    def _take_in(self, kv_cache: Tensor, keys: Tensor, slots: Tensor) -> None:
+        """Keys written at slots, into their pages' digests."""
+        tail = self.views(kv_cache).tail
+        assert self.digest is not None and tail is not None
+        self.digest.update(tail, keys, slots, kv_cache.shape[2])
 
     def views(self, kv_cache: Tensor) -> Views:
         """Made once: an engine keeps its cache, and views take as long as a choice of pages."""
@@ -190,14 +195,15 @@ class PlannedImpl:
             page_size=kv_cache.shape[2],
         )
         tokens = keep_tokens(scored, prompt, packing.keep, packing.width, packing.settings.protect)
-        index = tokens.transpose(1, 2)[..., None].expand(-1, -1, -1, keys.shape[-1])
-        self.do_kv_cache_update(
-            layer,
-            keys.gather(1, index).flatten(0, 1)[packing.packed],  # [n, H, D]
-            values.gather(1, index).flatten(0, 1)[packing.packed],
-            kv_cache,
-            packing.slots,
-        )
+        self.store_kept(layer, kv_cache, packing, prompt, tokens)
+
+    def store_kept(
+        self, layer: Any, kv_cache: Tensor, packing: Packing, prompt: PromptKV, tokens: Tensor
+    ) -> None:
+        """Copy what was kept within the cache, keys and values at once. tokens [J, H, width]"""
+        pack_tokens(kv_cache, packing.pages, tokens, packing.keep, packing.private)
+        if self.digest is not None:
+            self._take_in(kv_cache, packing.kept(prompt.keys, tokens), packing.slots)
 
     def read_pages(self, layer: Any, kv_cache: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of whole pages. pages [J, P] -> [J, P * S, H, D] twice"""

@@ -11,10 +11,11 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
+from kvplug import PromptKV
 from kvplug_kernels.warm_up import warm_up
 from kvplug_vllm import compat
 from kvplug_vllm.attention import PlannedBackend, PlannedImpl
-from kvplug_vllm.step import PlannedBuilder
+from kvplug_vllm.step import Packing, PlannedBuilder
 
 
 class KVPlugImpl(PlannedImpl, CPUAttentionBackendImpl):
@@ -28,6 +29,13 @@ class KVPlugImpl(PlannedImpl, CPUAttentionBackendImpl):
         read = read.unflatten(3, (2, size, self.head_size))
         keys, values = read.permute(3, 0, 1, 4, 2, 5).flatten(2, 3)  # [2, J, T, H, D]
         return keys, values
+
+    def store_kept(
+        self, layer: Any, kv_cache: Tensor, packing: Packing, prompt: PromptKV, tokens: Tensor
+    ) -> None:
+        """Through the stock kernel, which lays out its pages as it likes."""
+        keys, values = (packing.kept(rows, tokens) for rows in (prompt.keys, prompt.values))
+        self.do_kv_cache_update(layer, keys, values, kv_cache, packing.slots)
 
 
 class KVPlugBuilder(PlannedBuilder, CPUAttentionMetadataBuilder):

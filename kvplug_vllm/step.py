@@ -59,10 +59,17 @@ class Packing:
     keep: Tensor  # [J] int64 tokens kept
     width: int
     """The most tokens kept."""
+    private: Tensor
+    """The pages they are packed into, in order, the last one repeated. [J, Kp] int64"""
     slots: Tensor
     """Where kept token k of prompt j goes, and which they are: rows of [J * width]. [n] int64"""
     packed: Tensor  # [n] int64
     stays: list[int]
+
+    def kept(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        """What goes to ``slots``. rows [J, T, H, D], tokens [J, H, width] -> [n, H, D]"""
+        index = tokens.transpose(1, 2)[..., None].expand(-1, -1, -1, rows.shape[-1])
+        return rows.gather(1, index).flatten(0, 1)[self.packed]
 
 
 @dataclass(frozen=True)
@@ -267,6 +274,7 @@ class PlannedBuilder:
             lengths=self._tensor("pack.lengths", prompt, torch.int64),
             keep=self._tensor("pack.keep", keep, torch.int64),
             width=width,
+            private=blocks,
             slots=slots[kept],
             packed=kept,
             stays=stays[rows].tolist(),

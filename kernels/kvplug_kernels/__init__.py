@@ -5,11 +5,13 @@
     page_select     the pages that score highest, as ascending indices
     virtual_heads   a selection per KV head as page tables for a stock dense kernel
     sparse_decode   softmax attention of one query token over the selected pages
+    pack_tokens     the tokens each KV head keeps of a prompt, copied into pages of their own
 
 Import an op from its folder: ``from kvplug_kernels.page_bound import page_bound``.
 Importing needs torch alone; Triton is imported by the first CUDA call.
 
 Axes: B requests, Hq query heads, H KV heads, G = Hq / H, D head dim, S tokens per page, N physical
-pages, P width of the page table, K width of a selection, T tokens. Columns of a page table at or
-past a request's page count are never followed: the pages behind them may belong to others.
+pages, P width of the page table, K width of a selection, T tokens, J prompts whose prefill ended,
+C channels of a token in a cache, keys and values. Columns of a page table at or past a request's
+page count are never followed: the pages behind them may belong to others.
 """

@@ -26,6 +26,7 @@ import torch
 
 from kvplug_kernels.decode_shapes import DecodeInputs, DecodeShape, decode_inputs, serving_shapes
 from kvplug_kernels.graph_timing import Case, copy_case, describe, measure
+from kvplug_kernels.pack_tokens import bench as pack_tokens
 from kvplug_kernels.page_bound import bench as page_bound
 from kvplug_kernels.page_digest import bench as page_digest
 from kvplug_kernels.page_select import bench as page_select
@@ -45,6 +46,7 @@ CASES: tuple[Callable[[DecodeInputs], Case], ...] = (
     sparse_decode.chain_case,
     sparse_decode.dense_case,
     sparse_decode.sdpa_case,
+    pack_tokens.case,
 )
 
 Report = dict[str, Any]
@@ -187,7 +189,7 @@ def run_cell(
 
 COLUMNS = (
     "page_digest", "page_bound", "page_select", "sparse_decode", "chain", "dense_kernel",
-    "dense_sdpa",
+    "dense_sdpa", "pack_tokens",
 )  # fmt: skip
 
 

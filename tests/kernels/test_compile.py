@@ -17,6 +17,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from kvplug_kernels.pack_tokens import kernel as pack_tokens  # noqa: E402
 from kvplug_kernels.page_bound import kernel as page_bound  # noqa: E402
 from kvplug_kernels.page_digest import kernel as page_digest  # noqa: E402
 from kvplug_kernels.page_select import kernel as page_select  # noqa: E402
@@ -64,6 +65,7 @@ def variants(hip: bool) -> list[Variant]:
         merge = {"D": D, "PARTS": 64, "BD": sizes["BD"]}
         bound = {"G": G, "D": D, **page_bound.blocks(G, D)}
         digest = {"H": 8, "D": D, "S": S, **page_digest.blocks(D)}
+        pack = {"S": S, "C": 2 * D, **pack_tokens.blocks(2 * D)}
         fp32, out = {"out": "*fp32"}, {"out": f"*{dtype}"}
         found += [
             Variant(f"attend {name}", sparse_decode.attend_kernel, attend, tensors, True),
@@ -76,6 +78,13 @@ def variants(hip: bool) -> list[Variant]:
                 page_digest.update_page_digest_kernel,
                 digest,
                 tensors | {"tokens": "i32"},
+            ),
+            Variant(
+                f"pack_tokens {name}",
+                pack_tokens.pack_tokens_kernel,
+                pack,
+                {"cache": f"*{dtype}"}
+                | dict.fromkeys(("pages", "tokens", "keep", "targets"), "*i64"),
             ),
         ]
     for P, top_p in ((512, False), (16384, True)):

@@ -5,8 +5,11 @@ from itertools import pairwise
 import pytest
 import torch
 
+from kvplug_kernels.pack_tokens import reference as pack_tokens
 from kvplug_kernels.page_digest import reference as page_digest
 from kvplug_kernels.page_select import reference as page_select
+from tests.kernels.test_pack_tokens import check as check_packing
+from tests.kernels.test_pack_tokens import job
 from tests.kernels.test_page_select import check
 
 pytest.importorskip("hypothesis", reason="Hypothesis is not installed")
@@ -62,3 +65,17 @@ def problems(draw):
 @given(problems())
 def test_selection_equals_sorting(problem):
     check(*problem, *page_select.page_select(*problem))
+
+
+@st.composite
+def packings(draw):
+    lengths = draw(st.lists(st.integers(0, 50), max_size=4))
+    prompts = [(length, draw(st.integers(0, length))) for length in lengths]
+    H, C, size = draw(st.integers(1, 3)), draw(st.integers(1, 9)), draw(st.integers(1, 17))
+    return job(prompts, H, C, size, flat=draw(st.booleans()))
+
+
+@settings(max_examples=100, deadline=None)
+@given(packings())
+def test_packing_copies_what_is_kept_and_nothing_else(packing):
+    check_packing(pack_tokens.pack_tokens, packing)
