@@ -1,0 +1,77 @@
+"""What every SGLang process carries, selected or not: the flag, and two places to look for it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from kvplug_sglang import NAME, compat
+from kvplug_sglang.settings import FLAG, given, remember
+
+
+def add_flag(result: None, parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        FLAG,
+        type=str,
+        default=None,
+        help="Policy line of --attention-backend kvplug, such as 'snapkv(budget=1024) + "
+        "quest(budget=512)', or a JSON object of its settings. Also: KVPLUG_POLICY.",
+    )
+
+
+def read_flag(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around ``ServerArgs.from_cli_args``: the flag is no field of SGLang's arguments."""
+    namespace = kwargs.get("args", args[-1])
+    line = getattr(namespace, "kvplug_policy", None)
+    if line is not None:
+        server_args = original(*args, **kwargs)
+        if not compat.selected(server_args):
+            raise ValueError(f"{FLAG} needs --attention-backend {NAME}; add it, or drop the flag")
+        remember(line)
+        return server_args
+    return original(*args, **kwargs)
+
+
+def settle(result: None, server_args: Any) -> None:
+    """While SGLang resolves its arguments: refuse what would be wrong, choose what is open."""
+    if compat.selected(server_args):
+        from kvplug_sglang.refusals import refuse
+
+        compat.declare(server_args, refuse(server_args, given()))
+
+
+def serve(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """Around ``Scheduler.__init__``, in each rank's process: hooks before it, checks behind."""
+    if not compat.selected(server_args):
+        original(self, server_args, *args, **kwargs)
+        return
+    from kvplug_sglang import doctor, hooks
+
+    try:
+        hooks.enter(server_args)
+        original(self, server_args, *args, **kwargs)
+        doctor.examine(self)
+    except RuntimeError as error:
+        # SGLang's launcher takes a scheduler that exits for dead, and stops the server.
+        sys.exit(str(error))
+
+
+HOOKS = (
+    compat.Hook("sglang.srt.server_args.ServerArgs.add_cli_args", "after", add_flag, ("parser",)),
+    compat.Hook(
+        "sglang.srt.server_args.ServerArgs.from_cli_args", "around", read_flag, ("cls", "args")
+    ),
+    compat.Hook(
+        "sglang.srt.arg_groups.attention_hook.handle_attention_backend_compatibility",
+        "after",
+        settle,
+        ("server_args",),
+    ),
+    compat.Hook(
+        "sglang.srt.managers.scheduler.Scheduler.__init__",
+        "around",
+        serve,
+        ("self", "server_args", "port_args"),
+    ),
+)

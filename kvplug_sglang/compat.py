@@ -1,0 +1,187 @@
+"""Everything that leans on what SGLang does not promise: versions, hooks, private calls.
+
+Written for SGLang 0.5.23. A hook that did not take would be a server that runs without the policy
+it was asked for, so every one is looked up again once it is placed (``verify``) and used on the
+idle pools (``doctor.canary``); a server that fails either stops.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from kvplug_sglang import NAME
+
+FIRST, END = (0, 5, 23), (0, 6)
+"""SGLang versions [first, end) that kvplug was tested with."""
+
+log = logging.getLogger("sglang.kvplug")
+
+
+def supported() -> bool:
+    """Whether this SGLang is one that kvplug knows; beside another it must do nothing at all."""
+    return FIRST <= _version() < END
+
+
+def _version() -> tuple[int, ...]:
+    import sglang
+    from packaging.version import Version
+
+    return Version(sglang.__version__).release
+
+
+def warn_unsupported() -> None:
+    """Say why ``--attention-backend kvplug`` is an unknown name here."""
+    import sglang
+
+    log.warning(
+        "kvplug knows SGLang 0.5.23, this is %s: it stays inactive. Install sglang==0.5.23, or a "
+        "kvplug that knows this one.",
+        sglang.__version__,
+    )
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One function of SGLang's that ours stands before, behind or around."""
+
+    target: str
+    kind: str
+    """before, after or around, as ``sglang.srt.plugins.hook_registry.HookType`` means them."""
+    ours: Callable[..., Any]
+    parameters: tuple[str, ...]
+    """Names that the function's parameters begin with: what ours was written against."""
+
+
+def register() -> None:
+    """The backend's name and flag, in every process; the rest waits until kvplug is selected."""
+    from sglang.srt.arg_groups import choices
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+    from kvplug_sglang import command_line
+    from kvplug_sglang.backend import build
+
+    if NAME in choices.ATTENTION_BACKEND_CHOICES:
+        return
+    for hook in command_line.HOOKS:
+        _registry().register(hook.target, hook.ours, _kind(hook))
+    register_attention_backend(NAME)(build)
+    # Last: SGLang swallows what a plugin raises, and then this name must be unknown.
+    choices.add_attention_backend_choices([NAME])
+
+
+def place(hooks: tuple[Hook, ...]) -> None:
+    """Wrap SGLang's functions in this process, now. Twice is once."""
+    for hook in hooks:
+        if not any(found is hook.ours for found in _wrapped_by(_lookup(hook)[1])):
+            _registry()._apply_target(hook.target, [(_kind(hook), hook.ours, None)])
+
+
+def verify(hooks: tuple[Hook, ...]) -> None:
+    """Raises RuntimeError that names the hook unless each one is in place and fits."""
+    for hook in hooks:
+        owner, function = _lookup(hook)
+        if not any(found is hook.ours for found in _wrapped_by(function)):
+            raise RuntimeError(_broken(hook.target, "kvplug's hook on it did not take"))
+        names = tuple(inspect.signature(_innermost(function)).parameters)
+        if names[: len(hook.parameters)] != hook.parameters:
+            raise RuntimeError(
+                _broken(hook.target, f"it takes {names}, kvplug wants {hook.parameters}")
+            )
+
+
+def _lookup(hook: Hook) -> tuple[Any, Callable[..., Any]]:
+    owner, _, name = hook.target.rpartition(".")
+    try:
+        found = pkgutil.resolve_name(owner)
+        function = inspect.getattr_static(found, name)
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(_broken(hook.target, f"it is gone ({error})")) from None
+    return found, getattr(function, "__func__", function)
+
+
+def _broken(target: str, why: str) -> str:
+    import sglang
+
+    return (
+        f"kvplug cannot serve with SGLang {sglang.__version__}: {target}: {why}. Install "
+        "sglang==0.5.23, or start without --attention-backend kvplug"
+    )
+
+
+def _chain(function: Any) -> Iterator[Any]:
+    while function is not None:
+        yield function
+        function = getattr(function, "__wrapped__", None)
+
+
+def _innermost(function: Any) -> Any:
+    return list(_chain(function))[-1]
+
+
+def _wrapped_by(function: Any) -> Iterator[Any]:
+    """The hooks that SGLang's wrappers around a function call."""
+    for each in _chain(function):
+        for cell in getattr(each, "__closure__", None) or ():
+            yield cell.cell_contents
+
+
+def _registry() -> Any:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    return HookRegistry
+
+
+def _kind(hook: Hook) -> Any:
+    from sglang.srt.plugins.hook_registry import HookType
+
+    return HookType(hook.kind)
+
+
+def selected(server_args: Any) -> bool:
+    """Whether a server was asked for kvplug, for prefill, decode or both."""
+    from sglang.srt.arg_groups.model_override_base import attention_backends_of, resolved_view
+
+    return NAME in attention_backends_of(resolved_view(server_args))
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter stands in for a GPU."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def first_kv_head(layer: Any) -> int:
+    """Number of this rank's first KV head of a layer, counted through the whole model."""
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    ranks, rank = parallel.attn_tp_size, parallel.attn_tp_rank
+    return (layer.layer_id * ranks + rank) * layer.tp_k_head_num
+
+
+def declare(server_args: Any, decisions: dict[str, Any]) -> None:
+    """Decide what the user left open, in the way SGLang's own handlers do."""
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    if decisions:
+        declare_resolution(server_args, NAME, **decisions)
+
+
+def page_size(server_args: Any) -> int:
+    """As SGLang resolved it."""
+    from sglang.srt.arg_groups.model_override_base import resolved_view
+
+    return int(resolved_view(server_args).page_size)
+
+
+def rank() -> int:
+    """Of this process, over all that serve the model."""
+    from sglang.srt.runtime_context import get_parallel
+
+    return int(get_parallel().tp_rank)
