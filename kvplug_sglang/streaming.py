@@ -1,6 +1,6 @@
 """Eviction by position: pages that no later query sees return to the pool, during prefill too.
 
-The request's row keeps the stale slots; plans skip them, and they are left out when it ends.
+Plans skip what a row no longer has, and it is left out when the request ends.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def evict(result: None, batch: Any) -> None:
             begin, end = max(first * size, done), last * size
             if begin < end:
                 batch.token_to_kv_pool_allocator.free(row[begin:end].long())
+                row[begin:end] = 0  # SGLang's dummy slot
                 tenant.freed.append((begin, end))
 
 
