@@ -42,13 +42,7 @@ class PlannedAttention:
         self.layers = range(pool.start_layer, pool.start_layer + pool.layer_num)
         req_to_token = self.req_to_token_pool.req_to_token
         self.engine.router.serve(len(req_to_token), req_to_token.device)
-        self.steps = StepPlanner(
-            self.engine.router,
-            req_to_token,
-            self.engine.page_size,
-            self.layers,
-            self.engine.metrics,
-        )
+        self.steps = StepPlanner(self.engine, req_to_token, self.layers)
         self.digests = Digests.of(self.engine, pool)
         self.plan: StepPlan | None = None
         self.selected_queries = 0
@@ -75,9 +69,9 @@ class PlannedAttention:
             computed = np.array(forward_batch.extend_prefix_lens_cpu, np.int64)
         rids = forward_batch.rids
         if rids is None:  # no scheduler: each row its own request, whose single queries decode
-            planner = self.engine.planner(self.engine.settings)
+            choice = self.engine.choice(self.engine.offer.settings)
             prompts = np.where(total - computed == 1, computed, total).tolist()
-            tenants = [Tenant(planner, prompt) for prompt in prompts]
+            tenants = [Tenant(choice, prompt) for prompt in prompts]
         else:
             tenants = self.engine.router.of(rids)
         return Batch(forward_batch.req_pool_indices.long(), computed, total, tenants)
@@ -170,9 +164,7 @@ class PlannedAttention:
             first_head=compat.first_kv_head(layer),
             page_size=self.engine.page_size,
         )
-        tokens = keep_tokens(
-            packing.scored, prompt, packing.keep, packing.width, packing.protect
-        )
+        tokens = keep_tokens(packing.scored, prompt, packing.keep, packing.width, packing.protect)
         index = tokens.transpose(1, 2)[..., None]  # [J, K, H, 1]
         self.token_to_kv_pool.set_kv_buffer(
             layer,

@@ -25,7 +25,7 @@ class Digests:
     @classmethod
     def of(cls, engine: Engine, pool: Any) -> Digests | None:
         """None where no request may ask for a selection that reads digests."""
-        digest = engine.digest
+        digest = engine.offer.digest
         return None if digest is None else cls(digest, pool, engine.page_size)
 
     def of_layer(self, layer: int) -> Tensor:
@@ -41,12 +41,12 @@ def token_bytes(original: Any, self: Any, kvc: Any, num_layers: int) -> int:
     """Around ``DefaultPoolConfigurator._compute_cell_size``: a token's share of its digests."""
     size: int = original(self, kvc, num_layers)
     engine = Engine.current
-    if engine is None or engine.digest is None or kvc.is_draft_worker:
+    if engine is None or engine.offer.digest is None or kvc.is_draft_worker:
         return size
     from sglang.srt.runtime_context import get_parallel
 
     model = kvc.model_config
     heads = model.get_num_kv_heads(get_parallel().attn_tp_size)
     item = torch.empty(0, dtype=kvc.kv_cache_dtype).element_size()
-    page = digest_bytes(engine.digest.rows, heads, model.head_dim, item)
+    page = digest_bytes(engine.offer.digest.rows, heads, model.head_dim, item)
     return size + -(-page * num_layers // engine.page_size)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 import pkgutil
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,9 +30,9 @@ def supported() -> bool:
 
 def _version() -> tuple[int, ...]:
     import sglang
-    from packaging.version import Version
 
-    return Version(sglang.__version__).release
+    release = re.match(r"\d+(\.\d+)*", sglang.__version__)
+    return tuple(map(int, release[0].split("."))) if release else ()
 
 
 def warn_unsupported() -> None:
@@ -84,13 +85,13 @@ def place(hooks: tuple[Hook, ...]) -> None:
 def verify(hooks: tuple[Hook, ...]) -> None:
     """Raises RuntimeError that names the hook unless each one is in place and fits."""
     for hook in hooks:
-        owner, function = _lookup(hook)
+        _, function = _lookup(hook)
         if not any(found is hook.ours for found in _wrapped_by(function)):
-            raise RuntimeError(_broken(hook.target, "kvplug's hook on it did not take"))
+            raise RuntimeError(broken(hook.target, "kvplug's hook on it did not take"))
         names = tuple(inspect.signature(_innermost(function)).parameters)
         if names[: len(hook.parameters)] != hook.parameters:
             raise RuntimeError(
-                _broken(hook.target, f"it takes {names}, kvplug wants {hook.parameters}")
+                broken(hook.target, f"it takes {names}, kvplug wants {hook.parameters}")
             )
 
 
@@ -100,11 +101,12 @@ def _lookup(hook: Hook) -> tuple[Any, Callable[..., Any]]:
         found = pkgutil.resolve_name(owner)
         function = inspect.getattr_static(found, name)
     except (ImportError, AttributeError) as error:
-        raise RuntimeError(_broken(hook.target, f"it is gone ({error})")) from None
+        raise RuntimeError(broken(hook.target, f"it is gone ({error})")) from None
     return found, getattr(function, "__func__", function)
 
 
-def _broken(target: str, why: str) -> str:
+def broken(target: str, why: str) -> str:
+    """What to tell a user whose SGLang is not the one that a hook was written for."""
     import sglang
 
     return (
@@ -149,13 +151,6 @@ def selected(server_args: Any) -> bool:
     return NAME in attention_backends_of(resolved_view(server_args))
 
 
-def interpreted() -> bool:
-    """Whether Triton's interpreter stands in for a GPU."""
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
-
-
 def first_kv_head(layer: Any) -> int:
     """Number of this rank's first KV head of a layer, counted through the whole model."""
     from sglang.srt.runtime_context import get_parallel
@@ -185,3 +180,79 @@ def rank() -> int:
     from sglang.srt.runtime_context import get_parallel
 
     return int(get_parallel().tp_rank)
+
+
+def verify_bindings(scheduler: Any) -> None:
+    """That the scheduler at hand goes through what was hooked, and counts as the hooks suppose.
+    Raises RuntimeError.
+    """
+    from sglang.srt.managers import schedule_batch
+    from sglang.srt.managers.scheduler_components.pool_stats_observer import kv_private_tokens
+    from sglang.srt.mem_cache import allocation
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+    if schedule_batch.alloc_for_extend is not allocation.alloc_for_extend:
+        raise RuntimeError(broken("allocation.alloc_for_extend", "its caller has another one"))
+    tree = type(scheduler.tree_cache)
+    for name in ("checkpoint", "on_release", "swa_reprefill_tail_tokens", "free_kv_row"):
+        if getattr(tree, name) is not getattr(UnifiedRadixCache, name):
+            raise RuntimeError(broken(f"UnifiedRadixCache.{name}", f"{tree} has its own"))
+    record = schedule_batch.ReqKvInfo(kv_allocated_len=100, cache_protected_len=60)
+    if kv_private_tokens(record, 1) != 40:
+        raise RuntimeError(broken("kv_private_tokens", "it is not allocated less protected"))
+
+
+def resolved(server_args: Any) -> tuple[Any, Any]:
+    """The arguments as far as SGLang has resolved them, and the model's configuration."""
+    from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
+
+    return resolved_view(server_args), model_config_of(server_args)
+
+
+def attention_backends(view: Any) -> tuple[str, str]:
+    """For prefill and for decode."""
+    from sglang.srt.arg_groups.model_override_base import attention_backends_of
+
+    prefill, decode = attention_backends_of(view)
+    return prefill, decode
+
+
+def without_cuda_graphs(view: Any) -> dict[str, Any]:
+    """Plans are made on the host and differ in shape from step to step."""
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+
+    config = view.cuda_graph_config
+    for phase in (Phase.DECODE, Phase.PREFILL):
+        config = with_phase(config, phase, backend=Backend.DISABLED)
+    return {"cuda_graph_config": config}
+
+
+def uses_mla(model: Any) -> bool:
+    from sglang.srt.configs.model_config import AttentionArch
+
+    return model.attention_arch is AttentionArch.MLA
+
+
+def windowed(model: Any) -> bool:
+    """Whether some layers see a window, or chunks, of the context."""
+    return bool(model.is_hybrid_swa or model.sliding_window_size or model.attention_chunk_size)
+
+
+def special_layers(model: Any) -> Iterator[str]:
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+    from sglang.srt.configs.model_config import is_minimax_sparse
+
+    if is_minimax_sparse(model.hf_config):
+        yield "the model selects its own pages, with an index that was trained for it"
+    if model.is_encoder_decoder:
+        yield "the model has an encoder, whose keys stand before the prompt's"
+    if mambaish_config(model) is not None:
+        yield "the model mixes attention with recurrent (Mamba-like) layers"
+    if not model.is_generation:
+        yield "the model does not generate"
+
+
+def head_major_cache() -> bool:
+    from sglang.srt.environ import envs
+
+    return bool(envs.SGLANG_USE_HND_KVCACHE.get())

@@ -11,11 +11,12 @@ own freeing and its leak checks are exact. Nothing decoded behind a compressed p
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from kvplug import Composition, PositionalEviction, ScoredEviction, Settings
+from kvplug import Composition, Settings, Stage
 from kvplug_sglang.compat import Hook
 from kvplug_sglang.router import Tenant
 from kvplug_sglang.settings import Engine
@@ -29,9 +30,9 @@ def admit(result: None, self: Any, *args: Any, **kwargs: Any) -> None:
     """Behind ``Req.__init__``: what the request asks for, settled once. Bad ones are refused."""
     engine = Engine.serving()
     try:
-        self.kvplug = engine.settings_for(self.sampling_params, self.session is not None)
+        self.kvplug_choice = engine.choose(self.sampling_params, self.session is not None)
     except ValueError as error:
-        self.kvplug = Settings()
+        self.kvplug_choice = engine.choice(Settings())
         self.set_finish_with_abort(str(error))
         return
     if evicts_by_position(self):
@@ -41,7 +42,7 @@ def admit(result: None, self: Any, *args: Any, **kwargs: Any) -> None:
 
 def evicts_by_position(req: Any) -> bool:
     """Whether a request may lose pages before it ends, by position alone."""
-    planner = Engine.serving().planner(req.kvplug)
+    planner = Engine.serving().planner(req.kvplug_choice)
     if planner.eviction is None:
         return False
     most = len(req.origin_input_ids) + req.sampling_params.max_new_tokens
@@ -50,7 +51,7 @@ def evicts_by_position(req: Any) -> bool:
 
 def private_tokens(req: Any) -> int:
     """Slots that will hold what the request's prompt keeps; 0 where it stays whole."""
-    planner = Engine.serving().planner(req.kvplug)
+    planner = Engine.serving().planner(req.kvplug_choice)
     prompt = np.array([len(req.origin_input_ids)])
     return int(planner.private_pages(prompt)[0]) * planner.page_size
 
@@ -85,7 +86,8 @@ def last_tokens(original: Any, self: Any, req: Any = None) -> int:
         return tokens
     if not private_tokens(req):
         return least
-    scored = req.kvplug.policy.scored
+    scored = Engine.serving().planner(req.kvplug_choice).scored
+    assert scored is not None
     window = scored.window if scored.needs_queries else 1
     return max(least, tokens - max(len(req.origin_input_ids) - window, 0))
 
@@ -99,7 +101,7 @@ def allocate(result: Any, batch: Any) -> None:
         if req.rid in engine.router.tenants:
             continue
         tenant = Tenant(
-            engine.planner(req.kvplug),
+            req.kvplug_choice,
             len(req.origin_input_ids),
             row=req.kv.req_pool_idx,
             evicts=evicts_by_position(req),
@@ -122,17 +124,9 @@ def allocate(result: Any, batch: Any) -> None:
 def stay_whole(engine: Engine, req: Any, tenant: Tenant) -> None:
     """Admission has charged the private slots, so this takes a pool that others outran."""
     log.warning("kvplug: no room to compress %s, which is served whole", req.rid)
-    policies = tuple(
-        policy
-        for policy in req.kvplug.policy
-        if not isinstance(policy, (ScoredEviction, PositionalEviction))
-    )
-    settings = Settings(
-        policy=Composition(policies),
-        min_context=req.kvplug.min_context,
-        shortcut=req.kvplug.shortcut,
-    )
-    tenant.planner = engine.planner(settings)
+    settings = engine.planner(tenant.choice).settings
+    rest = tuple(part for part in settings.policy if part.stage is not Stage.COMPRESS)
+    tenant.choice = engine.choice(replace(settings, policy=Composition(rest)))
     if engine.metrics is not None:
         engine.metrics.count_whole()
 
@@ -151,7 +145,8 @@ def checkpoint(original: Any, self: Any, req: Any, *, up_to: int, **kwargs: Any)
 def swap(tree: Any, req: Any, tenant: Tenant) -> None:
     """[prompt's whole pages | rest] -> [nothing | private slots | rest], in the request's row."""
     assert tenant.slots is not None and not tenant.swapped
-    kv, end = req.kv, tenant.whole
+    size = Engine.serving().page_size
+    kv, end = req.kv, tenant.prompt // size * size
     begin = end - len(tenant.slots)
     if kv.cache_protected_len < end:  # the tree took less, or nothing (--disable-radix-cache)
         tree.free_kv_row(kv, [(kv.cache_protected_len, end)])

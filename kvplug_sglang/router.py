@@ -11,14 +11,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kvplug import Planner
-
 
 @dataclass(eq=False)
 class Tenant:
     """A request that holds a row of the pool."""
 
-    planner: Planner
+    choice: int
+    """The number of its settings."""
     prompt: int
     """Tokens of the original prompt, also after a retraction."""
     private: int = 0
@@ -28,7 +27,7 @@ class Tenant:
     swapped: bool = False
     shared: bool = True
     """Whether SGLang would have inserted the request into its tree."""
-    row: int | None = None
+    row: int = -1
     """Of the pool."""
     evicts: bool = False
     """Whether it may lose pages by position alone."""
@@ -36,11 +35,6 @@ class Tenant:
     """Token ranges that returned to the pool while the request lived on."""
     window: dict[int, Tensor] = field(default_factory=dict)
     """By layer, the queries of the prompt's last tokens. [W, Hq, D]"""
-
-    @property
-    def whole(self) -> int:
-        """Tokens of the prompt's whole pages."""
-        return self.prompt // self.planner.page_size * self.planner.page_size
 
 
 class Router:

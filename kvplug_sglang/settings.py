@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from kvplug import Digest, Planner, Settings, read_settings
+from kvplug import BatchPlanner, Offer, Planner, Settings, read_offer
 from kvplug.config import ENVIRONMENT
+from kvplug_sglang import NAME
 from kvplug_sglang.router import Router
 
 if TYPE_CHECKING:
@@ -42,18 +42,20 @@ def remember(flag: str) -> None:
     os.environ[ENVIRONMENT] = flag
 
 
-@dataclass
 class Engine:
     """What the hooks and the backend of one scheduler process share."""
 
-    settings: Settings
-    page_size: int
-    router: Router
-    metrics: Metrics | None = None
-    scheduler: Any = None
-    planners: dict[Settings, Planner] = field(default_factory=dict)
-
     current: ClassVar[Engine | None] = None
+
+    def __init__(self, offer: Offer, page_size: int, metrics: Metrics | None) -> None:
+        self.offer = offer
+        self.page_size = page_size
+        self.metrics = metrics
+        self.router = Router()
+        self.scheduler: Any = None
+        self.choices: dict[Settings, int] = {}
+        """What requests chose so far, each with its number."""
+        self.planners = BatchPlanner(page_size)
 
     @classmethod
     def enter(cls, page_size: int, rank: int = 0) -> Engine:
@@ -61,8 +63,8 @@ class Engine:
         # Prometheus chooses how to store numbers when it is imported: never in SGLang's launcher.
         from kvplug_sglang.metrics import Metrics
 
-        metrics = Metrics() if rank == 0 else None
-        cls.current = cls(read_settings(given(), environ={}), page_size, Router(), metrics)
+        offer = read_offer(given(), environ={})
+        cls.current = cls(offer, page_size, Metrics() if rank == 0 else None)
         return cls.current
 
     @classmethod
@@ -79,20 +81,28 @@ class Engine:
         assert cls.current is not None
         return cls.current
 
-    @property
-    def digest(self) -> Digest | None:
-        """What pages must say of their keys for the requests that may come."""
-        selector = self.settings.policy.selector
-        return None if selector is None else selector.digest
+    def choice(self, settings: Settings) -> int:
+        """The number of some settings, by which ``planners`` knows them."""
+        if settings not in self.choices:
+            self.choices[settings] = len(self.choices)
+            self.planners.know(list(self.choices))
+        return self.choices[settings]
 
-    def planner(self, settings: Settings) -> Planner:
-        if settings not in self.planners:
-            self.planners[settings] = Planner(settings, self.page_size)
-        return self.planners[settings]
+    def planner(self, choice: int) -> Planner:
+        return self.planners.planners[choice]
 
-    def settings_for(self, sampling_params: Any, in_session: bool) -> Settings:
-        """What a request is served with. Raises ValueError that says what it may not ask for."""
-        return self.settings
+    def choose(self, sampling_params: Any, in_session: bool) -> int:
+        """What a request asked for, as a choice. Raises ValueError that says what it may."""
+        dense = self.offer.settings.policy.is_dense and not self.offer.mixed
+        if not dense and (in_session or (sampling_params.beam_width or 1) > 1):
+            raise ValueError(
+                "kvplug: sessions and beam search hand rows of the pool from one request to "
+                "another, which a policy may have rewritten; send the whole prompt, which the "
+                "prefix cache serves, and no beam_width"
+            )
+        custom = sampling_params.custom_params
+        asked = custom.get(NAME) if isinstance(custom, dict) else None
+        return self.choice(self.offer.settings_for(asked))
 
     def admit_again(self) -> None:
         """Memory came free while requests ran on, which SGLang only expects when one ends."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvplug import Planner, ScoredEviction, Segments, Selector, step_reads
-from kvplug_sglang.metrics import Metrics
-from kvplug_sglang.router import Router, Tenant
+from kvplug import ScoredEviction, Segments, Selector, step_reads
+from kvplug_sglang.router import Tenant
+from kvplug_sglang.settings import Engine
 
 Numbers = NDArray[np.int64]
 
@@ -97,105 +98,84 @@ class Batch:
     total: Numbers  # [B]
     tenants: list[Tenant]
 
-    @property
+    @cached_property
     def prompt(self) -> Numbers:
         return np.array([tenant.prompt for tenant in self.tenants], np.int64)
 
-    @property
+    @cached_property
+    def choice(self) -> Numbers:
+        return np.array([tenant.choice for tenant in self.tenants], np.int64)
+
+    @cached_property
     def first_token(self) -> Numbers:
         """Row of the flat queries where each request's begin. [B]"""
         queries = self.total - self.computed
         return np.cumsum(queries) - queries
 
+    @property
+    def queries(self) -> int:
+        return int((self.total - self.computed).sum())
+
 
 class StepPlanner:
     """Turns batches into plans, for one engine."""
 
-    def __init__(
-        self,
-        router: Router,
-        req_to_token: Tensor,
-        page_size: int,
-        layers: range,
-        metrics: Metrics | None = None,
-    ) -> None:
-        self.router = router
+    def __init__(self, engine: Engine, req_to_token: Tensor, layers: range) -> None:
+        self.engine = engine
         self.req_to_token = req_to_token
-        self.page_size = page_size
+        self.page_size = engine.page_size
         self.layers = layers
-        self.metrics = metrics
 
     def plan(self, batch: Batch) -> StepPlan | None:
         """None where the engine's own path serves the whole step and nothing is kept of it."""
-        groups = list(self._groups(batch))
-        observations = self._observations(batch)
-        packings = [packing for group in groups if (packing := self._packing(batch, *group))]
-        segments = [self._segments(batch, *group) for group in groups]
-        for (planner, _), part in zip(groups, segments, strict=True):
-            self._count(planner, part)
-        untouched = all(
-            part.untouched and planner.settings.shortcut
-            for (planner, _), part in zip(groups, segments, strict=True)
-        )
-        if untouched:
+        planners = self.engine.planners
+        segments = planners.plan(batch.choice, batch.computed, batch.total, batch.prompt)
+        self._count(segments)
+        private = planners.private_pages(batch.choice, batch.prompt)
+        observations = self._observations(batch, private)
+        packings = self._packings(batch, private)
+        if segments.untouched and self.engine.offer.settings.shortcut:
             if not packings and not observations:
                 return None
             return StepPlan(None, packings=packings, observations=observations)
-        parts = [(planner, part) for (planner, _), part in zip(groups, segments, strict=True)]
-        plan = StepPlan(
-            self._whole(batch, parts), packings=packings, observations=observations
-        )
-        selecting = [(planner, part.where(part.selects)) for planner, part in parts]
-        plan.selected = [
-            self._selected(batch, planner, part) for planner, part in selecting if len(part.row)
-        ]
-        if plan.selected:
-            rest = [(planner, part.where(~part.selects)) for planner, part in parts]
-            if any(len(part.row) for _, part in rest):
+        plan = StepPlan(self._whole(batch, segments), packings=packings, observations=observations)
+        if segments.selects.any():
+            rest = segments.where(~segments.selects)
+            if len(rest.row):
                 plan.rest = self._whole(batch, rest)
+            chosen = segments.where(segments.selects)
+            plan.selected = [
+                self._selected(batch, part) for part in self._by_choice(chosen).values()
+            ]
         return plan
 
-    def _groups(self, batch: Batch) -> list[tuple[Planner, Numbers]]:
-        """The batch's requests by policy."""
-        rows: dict[Planner, list[int]] = {}
-        for row, tenant in enumerate(batch.tenants):
-            rows.setdefault(tenant.planner, []).append(row)
-        return [(planner, np.array(each, np.int64)) for planner, each in rows.items()]
+    @staticmethod
+    def _by_choice(segments: Segments) -> dict[int, Segments]:
+        choices = np.unique(segments.choice).tolist()
+        return {one: segments.where(segments.choice == one) for one in choices}
 
-    def _segments(self, batch: Batch, planner: Planner, rows: Numbers) -> Segments:
-        """Segments of some of the batch's requests, numbered as in the whole batch."""
-        part = planner.plan(batch.computed[rows], batch.total[rows], batch.prompt[rows])
-        row = rows[part.row]
-        return Segments(
-            row=row,
-            token=batch.first_token[row] + part.start - batch.computed[row],
-            start=part.start,
-            stop=part.stop,
-            kept=part.kept,
-            first=part.first,
-            packed=part.packed,
-            selects=part.selects,
-            decodes=part.decodes,
-            page_size=part.page_size,
-        )
-
-    def _count(self, planner: Planner, segments: Segments) -> None:
-        if self.metrics is not None and len(segments.row):
+    def _count(self, segments: Segments) -> None:
+        if self.engine.metrics is None:
+            return
+        for choice, part in self._by_choice(segments).items():
+            planner = self.engine.planner(choice)
             selector = planner.selector
             budgets = [selector.layer_budget(i) if selector else None for i in self.layers]
-            self.metrics.count(str(planner.settings.policy), step_reads(segments, planner, budgets))
+            reads = step_reads(part, planner, budgets)
+            self.engine.metrics.count(str(planner.settings.policy), reads)
 
-    def _observations(self, batch: Batch) -> list[Observation]:
+    def _observations(self, batch: Batch, private: Numbers) -> list[Observation]:
         seen = []
-        first_token = batch.first_token
-        for row, tenant in enumerate(batch.tenants):
-            scored = tenant.planner.scored
-            if scored is None or not scored.needs_queries or not self._compresses(tenant):
+        for row in np.flatnonzero(private).tolist():
+            tenant = batch.tenants[row]
+            scored = self.engine.planner(tenant.choice).scored
+            assert scored is not None
+            if not scored.needs_queries:
                 continue
             begin = max(int(batch.computed[row]), tenant.prompt - scored.window, 0)
             end = min(int(batch.total[row]), tenant.prompt)
             if begin < end:
-                token = int(first_token[row] - batch.computed[row])
+                token = int(batch.first_token[row] - batch.computed[row])
                 seen.append(
                     Observation(
                         tenant=tenant,
@@ -206,100 +186,98 @@ class StepPlanner:
                 )
         return seen
 
-    @staticmethod
-    def _compresses(tenant: Tenant) -> bool:
-        return bool(tenant.planner.private_pages(np.array([tenant.prompt]))[0])
+    def _packings(self, batch: Batch, private: Numbers) -> list[Packing]:
+        """The requests whose prompt's last token is computed in this step, by policy."""
+        ends = (batch.computed < batch.prompt) & (batch.prompt <= batch.total)
+        rows = np.flatnonzero(ends & (private > 0))
+        choices = np.unique(batch.choice[rows]).tolist()
+        return [self._packing(batch, rows[batch.choice[rows] == one], private) for one in choices]
 
-    def _packing(self, batch: Batch, planner: Planner, rows: Numbers) -> Packing | None:
-        """The requests among ``rows`` whose prompt's last token is computed in this step."""
-        if planner.scored is None:
-            return None
-        prompts = batch.prompt[rows]
-        ends = (batch.computed[rows] < prompts) & (prompts <= batch.total[rows])
-        rows = rows[ends & (planner.private_pages(prompts) > 0)]
-        if not len(rows):
-            return None
+    def _packing(self, batch: Batch, rows: Numbers, private: Numbers) -> Packing:
         tenants = [batch.tenants[row] for row in rows]
-        size = self.page_size
-        prompt = batch.prompt[rows]
-        private = np.array([tenant.private for tenant in tenants], np.int64)
-        assert (private == planner.private_pages(prompt)).all(), "a prompt has no private pages"
-        keep, width = private * size, int(private.max()) * size
+        planner = self.engine.planner(tenants[0].choice)
+        assert planner.scored is not None
+        held = [tenant.private for tenant in tenants]
+        assert held == private[rows].tolist(), "a prompt has not the private pages it should have"
+        size, prompt = self.page_size, batch.prompt[rows]
+        keep = private[rows] * size
+        width = int(keep.max())
         at = batch.rows[self._tensor(rows)]
         column = torch.arange(int(prompt.max()), device=self.req_to_token.device)
-        slots = self.req_to_token[at[:, None], column].long()
         packed = np.flatnonzero((np.arange(width)[None] < keep[:, None]).ravel())
         index = self._tensor(packed)
-        if self.metrics is not None:
-            self.metrics.count_packed(str(planner.settings.policy), prompt, keep + prompt % size)
+        if self.engine.metrics is not None:
+            self.engine.metrics.count_packed(
+                str(planner.settings.policy), prompt, keep + prompt % size
+            )
         return Packing(
             scored=planner.scored,
             protect=planner.settings.protect,
             tenants=tenants,
-            slots=slots,
+            slots=self.req_to_token[at[:, None], column].long(),
             lengths=self._tensor(prompt),
             keep=self._tensor(keep),
             width=width,
-            targets=self._tokens_of(self.router.pages[at][:, : width // size]).flatten()[index],
+            targets=self._tokens_of(self.engine.router.pages[at, : width // size]).flatten()[
+                index
+            ],
             packed=index,
         )
 
-    def _whole(self, batch: Batch, parts: list[tuple[Planner, Segments]]) -> Whole:
-        """Sequences for the stock kernel, over the segments of every policy."""
-        parts = [(planner, part) for planner, part in parts if len(part.row)]
-        tables = [self._table(batch, planner, part) for planner, part in parts]
-        width = max(table.shape[1] for table in tables)
-        pages = torch.cat(
-            [torch.nn.functional.pad(table, (0, width - table.shape[1])) for table in tables]
-        )
-        lengths = np.concatenate([part.visible for _, part in parts])
-        queries = np.concatenate([part.queries for _, part in parts])
-        tokens = np.concatenate([_flat(part) for _, part in parts])
-        in_order = len(tokens) == (batch.total - batch.computed).sum() and (
-            (np.diff(tokens) == 1).all()
-        )
+    def _whole(self, batch: Batch, segments: Segments) -> Whole:
+        """Sequences for the stock kernel."""
+        tokens = _flat(segments)
+        in_order = len(tokens) == batch.queries and bool((np.diff(tokens) == 1).all())
         return Whole(
             tokens=None if in_order else self._tensor(tokens),
-            slots=self._tokens_of(pages),
-            lengths=self._tensor(lengths),
-            queries=self._tensor(queries),
-            longest_run=int(queries.max()),
+            slots=self._tokens_of(self._table(batch, segments)),
+            lengths=self._tensor(segments.visible),
+            queries=self._tensor(segments.queries),
+            longest_run=int(segments.queries.max()),
         )
 
-    def _selected(self, batch: Batch, planner: Planner, segments: Segments) -> Selected:
+    def _selected(self, batch: Batch, segments: Segments) -> Selected:
+        """segments: of one choice."""
+        planner = self.engine.planner(int(segments.choice[0]))
         assert planner.selector is not None
         pages = segments.pages
         keep = np.minimum(planner.keep, pages)
         return Selected(
             selector=planner.selector,
             tokens=self._tensor(segments.token),
-            page_table=self._table(batch, planner, segments),
+            page_table=self._table(batch, segments),
             pages=self._tensor(pages, torch.int32),
             keep=self._tensor(keep, torch.int32),
             lengths=self._tensor(segments.visible, torch.int32),
             width=int(keep.max()),
         )
 
-    def _table(self, batch: Batch, planner: Planner, segments: Segments) -> Tensor:
+    def _table(self, batch: Batch, segments: Segments) -> Tensor:
         """Pages that each segment sees, in order, as the pool numbers them. -> [n, P] int32
 
         What stands in a request's row for pages it no longer has is skipped, never read.
         """
-        device, size = self.req_to_token.device, self.page_size
+        device, size, pages = self.req_to_token.device, self.page_size, self.engine.router.pages
         row = batch.rows[self._tensor(segments.row)][:, None]
         column = torch.arange(int(segments.pages.max()), device=device)[None]
         kept, first = self._tensor(segments.kept)[:, None], self._tensor(segments.first)[:, None]
-        held = self._tensor(np.append(planner.held, 0))
-        page = torch.where(
-            column < kept,
-            held[column.clamp(max=len(held) - 1)],
-            column - kept + first,
-        )
-        token = (page * size).clamp(max=self.req_to_token.shape[1] - 1)
-        pages = self.req_to_token[row, token] // size
         packed = self._tensor(segments.packed)[:, None] >= 0
-        private = self.router.pages[row, column.clamp(max=self.router.pages.shape[1] - 1)]
-        return torch.where(packed & (column < kept), private, pages)
+        page = torch.where(column < kept, self._held(segments, column), column - kept + first)
+        token = (page * size).clamp(max=self.req_to_token.shape[1] - 1)
+        private = pages[row, column.clamp(max=pages.shape[1] - 1)]
+        return torch.where(
+            packed & (column < kept), private, self.req_to_token[row, token] // size
+        )
+
+    def _held(self, segments: Segments, column: Tensor) -> Tensor:
+        """The pages that each segment's policy never evicts, in order; 0 behind. -> [n, P]"""
+        held = {one: self.engine.planner(one).held for one in np.unique(segments.choice).tolist()}
+        width = max(map(len, held.values())) + 1
+        table = np.zeros((max(held) + 1, width), np.int64)
+        for one, pages in held.items():
+            table[one, : len(pages)] = pages
+        chosen = self._tensor(table)[self._tensor(segments.choice)[:, None]]  # [n, 1, width]
+        return chosen[:, 0].gather(1, column.clamp(max=width - 1).expand(len(segments.row), -1))
 
     def _tokens_of(self, pages: Tensor) -> Tensor:
         """pages [n, P] -> their tokens' slots [n, P * S] int64"""

@@ -22,7 +22,7 @@ def evict(result: None, batch: Any) -> None:
         done = tenant.freed[-1][1] if tenant.freed else 0
         processed = req.prefix_len if batch.forward_mode.is_extend() else req.kv.kv_committed_len
         row = batch.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
-        for first, last in tenant.planner.evictable(processed):
+        for first, last in engine.planner(tenant.choice).evictable(processed):
             begin, end = max(first * size, done), last * size
             if begin < end:
                 batch.token_to_kv_pool_allocator.free(row[begin:end].long())

@@ -53,7 +53,7 @@ class Environment:
             ) from error
 
     def pip(self, *arguments: str, advice: str, also: Sequence[str] = (), of: str = "") -> None:
-        """`pip install`, also what is too long to print, `of` something; errors end in `advice`."""
+        """`pip install`, also the requirements `of` something; SetupError ends in `advice`."""
         command = [*self._pip, "install", "--progress-bar=off", "-qq", *arguments, *also]
         more = f", and {len(also)} requirements of {of}" if also else ""
         say(f"pip install {shlex.join(arguments)}{more}")

@@ -38,12 +38,37 @@ REQUIREMENTS = [
     "openai==2.8.0",
     "xgrammar==0.2.7",
     "uvicorn>=0.51",
-    *"""
-    IPython aiohttp dill einops fastapi gguf huggingface_hub interegular jsonschema loguru msgspec
-    numpy orjson packaging partial_json_parser pillow prometheus-client psutil pybase64 pydantic
-    python-multipart pyzmq requests safetensors sentencepiece setproctitle soundfile tqdm uvloop
-    xxhash zstandard
-    """.split(),
+    "IPython",
+    "aiohttp",
+    "dill",
+    "einops",
+    "fastapi",
+    "gguf",
+    "huggingface_hub",
+    "interegular",
+    "jsonschema",
+    "loguru",
+    "msgspec",
+    "numpy",
+    "orjson",
+    "packaging",
+    "partial_json_parser",
+    "pillow",
+    "prometheus-client",
+    "psutil",
+    "pybase64",
+    "pydantic",
+    "python-multipart",
+    "pyzmq",
+    "requests",
+    "safetensors",
+    "sentencepiece",
+    "setproctitle",
+    "soundfile",
+    "tqdm",
+    "uvloop",
+    "xxhash",
+    "zstandard",
 ]
 # Requires a torch of its own choice.
 QUANTISATION = "compressed-tensors==0.18.0"
@@ -73,7 +98,7 @@ def main() -> None:
     env = Environment(parser.parse_args().venv.absolute())
     started = time.monotonic()
 
-    require_python("SGLang runs here with wheels")
+    require_python("SGLang has wheels")
     env.create()
     install_torch(env)
     # torch is named again in every call, or a requirement of another package could replace it.

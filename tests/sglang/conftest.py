@@ -65,7 +65,9 @@ class Engine:
         ranks = scheduling.SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0)
         scheduling.publish(arguments, role="scheduler", ranks=ranks)
         self.scheduler = scheduling.Scheduler(arguments, ports)
-        self.scheduler.output_streamer.send_to_detokenizer.send_output = lambda *args, **kwargs: None
+        self.scheduler.output_streamer.send_to_detokenizer.send_output = lambda *args, **kwargs: (
+            None
+        )
         self.scheduler.ingest_requests = self._ingest
         self.requests: dict[str, Any] = {}
         self.steps: list[Callable[[], None]] = []
