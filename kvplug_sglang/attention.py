@@ -68,10 +68,10 @@ class PlannedAttention:
             assert mode.is_extend(), f"kvplug does not know the forward mode {mode.name}"
             computed = np.array(forward_batch.extend_prefix_lens_cpu, np.int64)
         rids = forward_batch.rids
-        if rids is None:  # no scheduler: each row its own request, whose single queries decode
+        if rids is None:  # no scheduler: each row is a request of its own
             choice = self.engine.choice(self.engine.offer.settings)
-            prompts = np.where(total - computed == 1, computed, total).tolist()
-            tenants = [Tenant(choice, prompt) for prompt in prompts]
+            prompts = computed if mode.is_decode() else total
+            tenants = [Tenant(choice, prompt) for prompt in prompts.tolist()]
         else:
             tenants = self.engine.router.of(rids)
         return Batch(forward_batch.req_pool_indices.long(), computed, total, tenants)

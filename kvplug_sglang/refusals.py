@@ -40,7 +40,6 @@ FEATURES = {
     "enable_two_batch_overlap": (
         "two-batch overlap splits a batch after it was planned; drop --enable-two-batch-overlap"
     ),
-    "enable_dp_attention": "data-parallel attention was never run; drop --enable-dp-attention",
     "enable_deterministic_inference": (
         "deterministic inference needs kernels of its own; drop --enable-deterministic-inference"
     ),
@@ -53,6 +52,7 @@ FEATURES = {
 SPLITS = {
     "dcp_size": "context parallelism splits a request's pages over ranks; drop --dcp-size",
     "attn_cp_size": "context parallelism splits a request's pages over ranks; drop --attn-cp-size",
+    "attn_dp_size": "data-parallel attention was never run; drop --attn-dp-size",
     "pp_size": "pipeline parallelism was never run; use --tp-size",
 }
 
@@ -97,7 +97,7 @@ def refusals(view: Any, model: Any, given: object) -> Iterator[str]:
         if getattr(view, name):
             yield reason
     for name, reason in SPLITS.items():
-        if getattr(view, name) > 1:
+        if (getattr(view, name) or 1) > 1:
             yield reason
     if view.disaggregation_mode != "null":
         yield (

@@ -31,6 +31,13 @@ os.environ.update(
 sys.path.insert(0, str(SHIMS))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What an engine warns about is its own business; what we warn about stays an error."""
+    for item in items:
+        if item.get_closest_marker("engine"):
+            item.add_marker(pytest.mark.filterwarnings("default", "error:::kvplug"))
+
+
 class Engine:
     """An SGLang scheduler and what a test asks of it. Greedy, fp32, page size 16, chunk 256."""
 
@@ -184,6 +191,13 @@ def start(model: Path, policy: str | None = None, **options: Any) -> Iterator[En
 def engine() -> Callable[..., contextlib.AbstractContextManager[Engine]]:
     """Start an engine: ``with engine(model, "dense") as stock: ...``"""
     return start
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    folder = ROOT / ".models" / "smollm2"
+    assert folder.exists(), "SmolLM2 is not built; run `make models`"
+    return folder
 
 
 @pytest.fixture(scope="session")
