@@ -43,11 +43,13 @@ def settle(result: None, server_args: Any) -> None:
 
 def serve(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
     """Around ``Scheduler.__init__``, in each rank's process: hooks before it, checks behind."""
+    from kvplug_sglang import doctor, hooks
+    from kvplug_sglang.settings import Engine
+
     if not compat.selected(server_args):
+        Engine.current = None
         original(self, server_args, *args, **kwargs)
         return
-    from kvplug_sglang import doctor, hooks
-
     try:
         hooks.enter(server_args)
         original(self, server_args, *args, **kwargs)

@@ -7,6 +7,7 @@ idle pools (``doctor.canary``); a server that fails either stops.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import pkgutil
@@ -78,15 +79,28 @@ def register() -> None:
 def place(hooks: tuple[Hook, ...]) -> None:
     """Wrap SGLang's functions in this process, now. Twice is once."""
     for hook in hooks:
-        if not any(found is hook.ours for found in _wrapped_by(_lookup(hook)[1])):
-            _registry()._apply_target(hook.target, [(_kind(hook), hook.ours, None)])
+        if not _placed(hook, _lookup(hook)[1]):
+            _registry()._apply_target(hook.target, [(_kind(hook), _while_serving(hook), None)])
+
+
+def _while_serving(hook: Hook) -> Callable[..., Any]:
+    """Ours, which steps aside in a process that went on to serve without kvplug."""
+    from kvplug_sglang.settings import Engine
+
+    @functools.wraps(hook.ours)
+    def ours(*args: Any, **kwargs: Any) -> Any:
+        if Engine.current is not None:
+            return hook.ours(*args, **kwargs)
+        return args[0](*args[1:], **kwargs) if hook.kind == "around" else None
+
+    return ours
 
 
 def verify(hooks: tuple[Hook, ...]) -> None:
     """Raises RuntimeError that names the hook unless each one is in place and fits."""
     for hook in hooks:
         _, function = _lookup(hook)
-        if not any(found is hook.ours for found in _wrapped_by(function)):
+        if not _placed(hook, function):
             raise RuntimeError(broken(hook.target, "kvplug's hook on it did not take"))
         names = tuple(inspect.signature(_innermost(function)).parameters)
         if names[: len(hook.parameters)] != hook.parameters:
@@ -125,11 +139,15 @@ def _innermost(function: Any) -> Any:
     return list(_chain(function))[-1]
 
 
-def _wrapped_by(function: Any) -> Iterator[Any]:
-    """The hooks that SGLang's wrappers around a function call."""
-    for each in _chain(function):
-        for cell in getattr(each, "__closure__", None) or ():
-            yield cell.cell_contents
+def _placed(hook: Hook, function: Any) -> bool:
+    """Whether one of SGLang's wrappers around a function calls ours."""
+    cells = (
+        cell for each in _chain(function) for cell in getattr(each, "__closure__", None) or ()
+    )
+    called = [cell.cell_contents for cell in cells]
+    return any(
+        each is hook.ours or getattr(each, "__wrapped__", None) is hook.ours for each in called
+    )
 
 
 def _registry() -> Any:

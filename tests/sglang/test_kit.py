@@ -29,7 +29,8 @@ def test_the_kit_is_green(interpreted):
     policies = [DENSE, SELECTED, STREAMED, BOTH]
     done = subprocess.run(
         [sys.executable, str(KIT), *policies],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "01"[interpreted]},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path),
+             "TRITON_INTERPRET": str(int(interpreted))},
         capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
