@@ -1,6 +1,6 @@
 """Real schedulers in this process: pool, tree, backend and test share it, so a test looks inside.
 
-One process serves one scheduler at a time; what needs a whole server starts one (``server.py``).
+One process serves one scheduler at a time; ``sglang_server.py`` starts whole servers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ os.environ.update(
     OMP_NUM_THREADS="1",
     HF_HUB_OFFLINE="1",
 )
-sys.path.insert(0, str(SHIMS))
+sys.path[:0] = [str(SHIMS), str(Path(__file__).parent)]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
