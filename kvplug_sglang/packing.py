@@ -40,6 +40,17 @@ def admit(result: None, self: Any, *args: Any, **kwargs: Any) -> None:
         self.skip_radix_cache_insert = True
 
 
+def refuse_beams(original: Any, self: Any, req: Any, recv_req: Any) -> str | None:
+    """Around a beam search's own checks: its message to the client, None for none."""
+    if Engine.serving().dense:
+        error: str | None = original(self, req, recv_req)
+        return error
+    return (
+        "kvplug: beam search hands rows of the pool, which a policy may have rewritten, from one "
+        "beam to another; drop beam_width"
+    )
+
+
 def evicts_by_position(req: Any) -> bool:
     """Whether a request may lose pages before it ends, by position alone."""
     planner = Engine.serving().planner(req.kvplug_choice)
@@ -175,6 +186,12 @@ def release(result: None, self: Any, req: Any, *, checkpointed: bool) -> None:
 
 HOOKS = (
     Hook("sglang.srt.managers.schedule_batch.Req.__init__", "after", admit, ("self", "rid")),
+    Hook(
+        "sglang.srt.beam_search.coordinator.BeamCoordinator.validate_and_init",
+        "around",
+        refuse_beams,
+        ("self", "req", "recv_req"),
+    ),
     Hook("sglang.srt.mem_cache.allocation.alloc_for_extend", "after", allocate, ("batch",)),
     Hook(f"{TREE}.checkpoint", "around", checkpoint, ("self", "req", "up_to")),
     Hook(f"{TREE}.on_release", "after", release, ("self", "req", "checkpointed")),

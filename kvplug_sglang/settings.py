@@ -88,17 +88,20 @@ class Engine:
             self.planners.know(list(self.choices))
         return self.choices[settings]
 
+    @property
+    def dense(self) -> bool:
+        """Whether every request is served as SGLang would."""
+        return self.offer.settings.policy.is_dense and not self.offer.mixed
+
     def planner(self, choice: int) -> Planner:
         return self.planners.planners[choice]
 
     def choose(self, sampling_params: Any, in_session: bool) -> int:
         """What a request asked for, as a choice. Raises ValueError that says what it may."""
-        dense = self.offer.settings.policy.is_dense and not self.offer.mixed
-        if not dense and (in_session or (sampling_params.beam_width or 1) > 1):
+        if in_session and not self.dense:
             raise ValueError(
-                "kvplug: sessions and beam search hand rows of the pool from one request to "
-                "another, which a policy may have rewritten; send the whole prompt, which the "
-                "prefix cache serves, and no beam_width"
+                "kvplug: a session hands its row of the pool, which a policy may have rewritten, "
+                "to the next turn; send the whole prompt, which the prefix cache serves"
             )
         custom = sampling_params.custom_params
         asked = custom.get(NAME) if isinstance(custom, dict) else None

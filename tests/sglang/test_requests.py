@@ -78,10 +78,11 @@ def test_what_a_request_may_not_ask_for_is_refused_alone(
         assert sum(server.free) == 16384
 
 
-def test_sessions_and_beams_are_refused(engine, random_llama, prompts):
+def test_beams_are_refused(engine, random_llama, prompts):
     [prompt] = prompts(40, seed=11)
     with engine(random_llama(), "snapkv(budget=64)", page_size=1) as server:
-        rid = server.send(prompt, 4, beam_width=2)
+        server.send(prompt, 4, beam_width=2)
         server.drain()
-        reason = server.requests[rid].finished_reason.to_json()
-        assert "beam search hand rows of the pool" in reason["message"]
+        message = server.sent[-1].finished_reasons[0]["message"]
+        assert "beam search hands rows of the pool" in message
+        assert sum(server.free) == 16384
