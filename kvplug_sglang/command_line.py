@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from typing import Any
 
 from kvplug_sglang import NAME, compat
 from kvplug_sglang.settings import FLAG, given, remember
+
+log = logging.getLogger("sglang.kvplug")
 
 
 def add_flag(result: None, parser: argparse.ArgumentParser) -> None:
@@ -38,7 +41,10 @@ def settle(result: None, server_args: Any) -> None:
     if compat.selected(server_args):
         from kvplug_sglang.refusals import refuse
 
-        compat.declare(server_args, refuse(server_args, given()))
+        decisions = refuse(server_args, given())
+        if "page_size" in decisions:
+            log.info("kvplug: --page-size %d, as the policy selects pages", decisions["page_size"])
+        compat.declare(server_args, decisions)
 
 
 def serve(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:

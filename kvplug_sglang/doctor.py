@@ -22,6 +22,13 @@ def examine(scheduler: Any) -> None:
     compat.verify_bindings(scheduler)
     engine.scheduler = scheduler
     canary(scheduler.tree_cache, engine)
+    eviction = engine.offer.settings.policy.eviction
+    if eviction is not None:
+        log.warning(
+            "kvplug: a request that %s will take pages from is private: it neither uses nor fills "
+            "the prefix cache",
+            eviction.name,
+        )
     if engine.metrics is not None:
         log.info("kvplug serves %s (%d hooks verified)", engine.offer, len(hooks.HOOKS))
 

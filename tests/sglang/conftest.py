@@ -72,9 +72,10 @@ class Engine:
         ranks = scheduling.SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0)
         scheduling.publish(arguments, role="scheduler", ranks=ranks)
         self.scheduler = scheduling.Scheduler(arguments, ports)
-        self.scheduler.output_streamer.send_to_detokenizer.send_output = lambda *args, **kwargs: (
-            None
-        )
+        self.sent: list[Any] = []
+        """What the detokenizer would have been sent."""
+        sender = self.scheduler.output_streamer.send_to_detokenizer
+        sender.send_output = lambda output, *args, **kwargs: self.sent.append(output)
         self.scheduler.ingest_requests = self._ingest
         self.requests: dict[str, Any] = {}
         self.steps: list[Callable[[], None]] = []

@@ -10,7 +10,7 @@ import pytest
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 REQUESTS = 520
-POOL = 3072
+POOL = 2048
 OFFER = {
     "policy": "snapkv(budget=64, window=16)",
     "allow": ["quest", "keydiff", "knorm"],
@@ -35,19 +35,24 @@ def conversations(source):
 
     shared = [tokens(count) for count in (280, 150, 70)]
     found = []
-    for number in range(64):
+    for number in range(48):
         start = source.choice([*shared, []])
         if number % 4 == 3:
             start = source.choice(found)[0]  # whose answer would follow; here, what a user adds
         prompt = (start + tokens(source.randrange(1, 200)))[:900]
-        found.append((prompt, source.randrange(1, 40), source.choice(CHOICES)))
+        length = source.choice([1, source.randrange(2, 24), source.randrange(2, 24), 100])
+        found.append((prompt, length, source.choice(CHOICES)))
     return found
 
 
 def test_answers_and_slots_after_a_soak(engine, random_llama):
     source = random.Random(19)
     distinct = conversations(source)
-    options = {"max_total_tokens": POOL, "schedule_conservativeness": 0.05}
+    options = {
+        "max_total_tokens": POOL,
+        "max_running_requests": 24,
+        "schedule_conservativeness": 0.02,
+    }
     with engine(random_llama(), json.dumps(OFFER), **options) as server:
         alone = []
         for prompt, tokens, policy in distinct:
