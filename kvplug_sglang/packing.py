@@ -23,6 +23,7 @@ from kvplug_sglang.settings import Engine
 
 log = logging.getLogger("sglang.kvplug")
 
+FOREVER = 1 << 30
 TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
 
 
@@ -56,7 +57,8 @@ def evicts_by_position(req: Any) -> bool:
     planner = Engine.serving().planner(req.kvplug_choice)
     if planner.eviction is None:
         return False
-    most = len(req.origin_input_ids) + req.sampling_params.max_new_tokens
+    longest_answer = req.sampling_params.max_new_tokens or FOREVER  # SGLang settles it later
+    most = len(req.origin_input_ids) + longest_answer
     return bool(planner.evictable(most))
 
 

@@ -95,6 +95,7 @@ def test_windowed_layers_beside_an_eviction(resolve, tmp_path):
 def test_what_is_left_open_is_decided(resolve):
     from sglang.srt.arg_groups.model_override_base import resolved_view
 
+    assert resolved_view(resolve("")).page_size == 32, "the default policy selects"
     quest = resolved_view(resolve("quest(budget=64)"))
     assert quest.page_size == 32
     assert quest.cuda_graph_config.decode.backend == "disabled"

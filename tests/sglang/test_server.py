@@ -15,14 +15,14 @@ OFFER = json.dumps(
     {
         "policy": "snapkv(budget=64, window=16)",
         "allow": ["quest", "keydiff", "knorm"],
-        "max_budget": 128,
+        "max_budget": 4096,
     }
 )
 
 
 @pytest.fixture(scope="module")
 def mixed(prompts):
-    """Eight requests: mixed policies and budgets, duplicates, a shared prefix, one of a token."""
+    """Mixed policies and budgets, duplicates, a shared prefix, one token, budgets for all."""
     base, *rest = prompts(300, 521, 700, 333, 61, 730, 100, seed=7)
     return [
         (rest[0], 12),
@@ -33,6 +33,8 @@ def mixed(prompts):
         (rest[4], 12, "dense"),
         (rest[5], 12, {"policy": "knorm(budget=48)", "min_context": 64}),
         ([5], 12),
+        (rest[4], 12, "quest(budget=4096, dense_layers=0)"),
+        (rest[4], 12, "keydiff(budget=4096)"),
     ]
 
 
@@ -54,6 +56,7 @@ def test_tensor_parallel_mixed_policies_answer_as_alone(random_llama, tmp_path, 
             alone.append(server.ask(*request)["output_ids"])
         server.forget()
         assert server.ask_all(mixed) == alone
+        assert alone[5] == alone[8] == alone[9], "with the whole cache as budget, dense"
         again = server.ask(mixed[0][0] + [7, 8, 9], 4)
         assert again["meta_info"]["cached_tokens"] == 496, "the whole pages below P - W"
         assert server.metric("kvplug_packed_prompts_total") >= 11
@@ -71,6 +74,8 @@ def test_tensor_parallel_mixed_policies_answer_as_alone(random_llama, tmp_path, 
         rids = [one.send(*request) for request in mixed]
         one.drain()
         assert [one.output(rid) for rid in rids] == alone
+    with start(model) as stock:
+        assert stock.generate([mixed[5][0]], 12) == [alone[5]]
 
 
 def test_a_hook_that_is_gone_stops_the_server(random_llama, tmp_path):
