@@ -55,6 +55,36 @@ def test_a_dense_request_beside_compressed_ones_equals_stock(engine, random_llam
 
 
 @pytest.mark.parametrize(
+    "policy",
+    [
+        "snapkv(budget=64, window=16)",
+        "streaming_llm(window=128) + quest(budget=64, dense_layers=0)",
+    ],
+)
+def test_decoding_in_the_steps_of_others_prefill(engine, random_llama, prompts, policy):
+    """--enable-mixed-chunk: a request's answer does not depend on what shares its steps."""
+    batch = prompts(600, 300, 64, 700, 33, seed=22)
+    answers = []
+    for mixed in (False, True):
+        with engine(random_llama(), policy, enable_mixed_chunk=mixed) as server:
+            rids, modes, waiting = [], set(), list(batch)
+
+            def one_by_one(server=server, rids=rids, modes=modes, waiting=waiting):
+                scheduler = server.scheduler
+                if waiting and len(scheduler.running_batch.reqs) >= len(rids):
+                    rids.append(server.send(waiting.pop(0), 30))
+                if scheduler.last_batch:
+                    modes.add(scheduler.last_batch.forward_mode.is_mixed())
+
+            server.steps.append(one_by_one)
+            server.drain()
+            assert modes == {False, mixed}
+            answers.append([server.output(rid) for rid in rids])
+    assert len(answers[0]) == len(batch)
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
     "policy, message",
     [
         ("streaming_llm", "does not allow streaming_llm"),
