@@ -61,10 +61,8 @@ def test_tensor_parallel_mixed_policies_answer_as_alone(random_llama, tmp_path, 
         assert again["meta_info"]["cached_tokens"] == 496, "the whole pages below P - W"
         assert server.metric("kvplug_packed_prompts_total") >= 11
         assert server.metric("kvplug_decode_queries_total") > 0
-        used = server.metric("sglang:kv_available_tokens") + server.metric(
-            "sglang:kv_evictable_tokens"
-        )
-        assert used == 8192
+        server.wait_for(lambda: server.metric("sglang:kv_available_tokens")
+                        + server.metric("sglang:kv_evictable_tokens") == 8192)  # fmt: skip
         refused = server.ask(mixed[0][0], 4, "streaming_llm")["meta_info"]["finish_reason"]
         assert refused["type"] == "abort"
         assert "does not allow streaming_llm" in refused["message"]
