@@ -21,7 +21,9 @@ def examine(scheduler: Any) -> None:
     hooks.verify()
     compat.verify_bindings(scheduler)
     engine.scheduler = scheduler
+    counters, engine.metrics = engine.metrics, None  # nobody asked for the canary
     canary(scheduler.tree_cache, engine)
+    engine.metrics = counters
     eviction = engine.offer.settings.policy.eviction
     if eviction is not None:
         log.warning(

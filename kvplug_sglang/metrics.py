@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import Counter
 
-from kvplug import StepReads
+from kvplug import Refused, StepReads
 
 
 @cache
@@ -20,7 +20,9 @@ def _counters() -> tuple[Counter, ...]:
         Counter("kvplug_packed_prompts", "Prompts that were compressed.", ["policy"]),
         Counter("kvplug_kept_tokens", "Tokens that a KV head kept of them.", ["policy"]),
         Counter("kvplug_dropped_tokens", "Tokens that a KV head dropped of them.", ["policy"]),
+        Counter("kvplug_returned_blocks", "Pages that living requests gave back.", ["policy"]),
         Counter("kvplug_whole_prompts", "Prompts that were not compressed for want of room."),
+        Counter("kvplug_refused_requests", "Requests refused at admission.", ["reason"]),
     )
 
 
@@ -30,7 +32,7 @@ class Metrics:
     def __init__(self) -> None:
         self.queries, self.cached, self.read = _counters()[:3]
         self.packed, self.kept, self.dropped = _counters()[3:6]
-        self.whole = _counters()[6]
+        self.returned, self.whole, self.refused = _counters()[6:]
 
     def count(self, policy: str, reads: StepReads) -> None:
         if reads.queries:
@@ -45,6 +47,14 @@ class Metrics:
         self.packed.labels(policy).inc(len(prompt))
         self.kept.labels(policy).inc(float(keep.sum()))
         self.dropped.labels(policy).inc(float((prompt - keep).sum()))
+
+    def count_returned(self, policy: str, pages: int) -> None:
+        """A request gave back so many pages, less those it holds in their place."""
+        self.returned.labels(policy).inc(pages)
+
+    def count_refused(self, error: ValueError) -> None:
+        reason = error.reason if isinstance(error, Refused) else "unreadable"
+        self.refused.labels(reason).inc()
 
     def count_whole(self) -> None:
         self.whole.inc()

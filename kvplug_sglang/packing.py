@@ -35,6 +35,8 @@ def admit(result: None, self: Any, *args: Any, **kwargs: Any) -> None:
     except ValueError as error:
         self.kvplug_choice = engine.choice(Settings())
         self.set_finish_with_abort(str(error))
+        if engine.metrics is not None:
+            engine.metrics.count_refused(error)
         return
     if evicts_by_position(self):
         # Holes would be shared, or what they leave be locked: SGLang's tree keeps whole prefixes.
@@ -158,8 +160,8 @@ def checkpoint(original: Any, self: Any, req: Any, *, up_to: int, **kwargs: Any)
 def swap(tree: Any, req: Any, tenant: Tenant) -> None:
     """[prompt's whole pages | rest] -> [nothing | private slots | rest], in the request's row."""
     assert tenant.slots is not None and not tenant.swapped
-    size = Engine.serving().page_size
-    kv, end = req.kv, tenant.prompt // size * size
+    engine = Engine.serving()
+    kv, end = req.kv, tenant.prompt // engine.page_size * engine.page_size
     begin = end - len(tenant.slots)
     if kv.cache_protected_len < end:  # the tree took less, or nothing (--disable-radix-cache)
         tree.free_kv_row(kv, [(kv.cache_protected_len, end)])
@@ -172,7 +174,8 @@ def swap(tree: Any, req: Any, tenant: Tenant) -> None:
     req.last_node = tree.root_node_handle(req.extra_key)
     tenant.swapped, tenant.shared = True, not req.skip_radix_cache_insert
     req.skip_radix_cache_insert = True
-    Engine.serving().admit_again()
+    engine.returned(tenant.choice, begin // engine.page_size)
+    engine.admit_again()
 
 
 def release(result: None, self: Any, req: Any, *, checkpointed: bool) -> None:

@@ -107,6 +107,11 @@ class Engine:
         asked = custom.get(NAME) if isinstance(custom, dict) else None
         return self.choice(self.offer.settings_for(asked))
 
+    def returned(self, choice: int, pages: int) -> None:
+        """A request that lives on gave back pages, less those it holds in their place."""
+        if self.metrics is not None:
+            self.metrics.count_returned(str(self.planner(choice).settings.policy), pages)
+
     def admit_again(self) -> None:
         """Memory came free while requests ran on, which SGLang only expects when one ends."""
         if self.scheduler is not None:

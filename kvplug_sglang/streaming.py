@@ -28,6 +28,7 @@ def evict(result: None, batch: Any) -> None:
                 batch.token_to_kv_pool_allocator.free(row[begin:end].long())
                 row[begin:end] = 0  # SGLang's dummy slot
                 tenant.freed.append((begin, end))
+                engine.returned(tenant.choice, (end - begin) // size)
 
 
 def free_row(original: Any, self: Any, kv: Any, ranges: list[tuple[int, int]]) -> None:

@@ -134,6 +134,11 @@ def test_three_times_as_many_requests_decode_at_once(engine, random_llama, promp
     assert dense < 8, "more would not fit"
     with engine(random_llama(), "snapkv(budget=512)", **fixed) as planned:
         compressed = running_at_once(planned, batch, 32)
+        from prometheus_client import REGISTRY
+
+        label = {"policy": str(planned.backend.engine.offer.settings.policy)}
+        returned = REGISTRY.get_sample_value("kvplug_returned_blocks_total", label)
+        assert returned == 17 * (2100 // 16 - 512 // 16), "each prompt's pages less its own"
     assert compressed >= 3 * dense > 0, f"{compressed} at once, {dense} dense"
 
 

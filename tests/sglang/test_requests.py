@@ -85,19 +85,26 @@ def test_decoding_in_the_steps_of_others_prefill(engine, random_llama, prompts, 
 
 
 @pytest.mark.parametrize(
-    "policy, message",
+    "policy, message, counted",
     [
-        ("streaming_llm", "does not allow streaming_llm"),
-        ({"budget": 4096}, "at most 128 tokens here"),
-        ({"polcy": "dense"}, "Did you mean 'policy'"),
-        ("quest(bugdet=64)", "Did you mean 'budget'"),
+        ("streaming_llm", "does not allow streaming_llm", "not allowed"),
+        ({"budget": 4096}, "at most 128 tokens here", "over max_budget"),
+        ({"polcy": "dense"}, "Did you mean 'policy'", "unreadable"),
+        ("quest(bugdet=64)", "Did you mean 'budget'", "unreadable"),
     ],
 )
 def test_what_a_request_may_not_ask_for_is_refused_alone(
-    engine, random_llama, prompts, policy, message
+    engine, random_llama, prompts, policy, message, counted
 ):
+    from prometheus_client import REGISTRY
+
+    def refused():
+        name, reason = "kvplug_refused_requests_total", {"reason": counted}
+        return REGISTRY.get_sample_value(name, reason) or 0.0
+
     [prompt] = prompts(300, seed=10)
     with engine(random_llama(), json.dumps(OFFER)) as server:
+        before = refused()
         [expected] = server.generate([prompt], 8)
         good, bad = server.send(prompt, 8), server.send(prompt, 8, policy)
         server.drain()
@@ -105,6 +112,7 @@ def test_what_a_request_may_not_ask_for_is_refused_alone(
         reason = server.requests[bad].finished_reason.to_json()
         assert reason["type"] == "abort"
         assert message in reason["message"]
+        assert refused() == before + 1
         assert sum(server.free) == 16384
 
 
