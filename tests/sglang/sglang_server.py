@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -58,13 +58,6 @@ class Server:
                 return
             time.sleep(0.2)
         raise TimeoutError("the server never became idle")
-
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 30.0) -> None:
-        """SGLang's gauges lag behind its replies."""
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, "it never came true"
-            time.sleep(0.5)
 
     def metric(self, name: str) -> float:
         """The sum of a metric over its labels."""
