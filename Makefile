@@ -4,9 +4,11 @@
 PYTHON ?= python3
 VENV := .venvs/vllm
 BIN := $(VENV)/bin
+SGLANG_VENV := .venvs/sglang
 MODELS := .models
 # Two processes of one thread each; a file's tests share what they build.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST_SGLANG := OMP_NUM_THREADS=1 $(SGLANG_VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 export XDG_CACHE_HOME := $(CURDIR)/.cache
 export PIP_CACHE_DIR := $(CURDIR)/.cache/pip
@@ -19,23 +21,28 @@ export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: demo test test-fast test-interpreted test-engine lint format setup models bench gpu clean
+.PHONY: demo test test-fast test-interpreted test-engine test-sglang lint format setup \
+	setup-sglang models bench gpu clean
 .NOTPARALLEL:
 
 demo: setup models
 	$(BIN)/kvplug demo --engine vllm
 
-test: lint test-fast test-interpreted test-engine
+test: lint test-fast test-interpreted test-engine test-sglang
 
 test-fast: setup
-	$(PYTEST) -m "not engine and not gpu"
+	$(PYTEST) -m "not engine and not gpu" --ignore tests/sglang
 
 # The Triton kernels on the CPU, by Triton's own interpreter.
 test-interpreted: setup
 	TRITON_INTERPRET=1 $(PYTEST) -m "not gpu" tests/kernels
 
 test-engine: setup models
-	$(PYTEST) -m "engine and not gpu"
+	$(PYTEST) -m "engine and not gpu" --ignore tests/sglang
+
+# In an environment of its own: the two engines want different versions of the same packages.
+test-sglang: setup-sglang setup models
+	$(PYTEST_SGLANG) -m "not gpu" tests/sglang
 
 lint: setup
 	$(BIN)/ruff check
@@ -55,12 +62,13 @@ gpu:
 	PYTHONPATH=kernels:. $(PYTHON) -m kvplug_kernels.gpu_suite --out results/gpu
 
 setup: $(VENV)/.ready
+setup-sglang: $(SGLANG_VENV)/.ready
 models: $(MODELS)/.ready
 
-$(VENV)/.ready: pyproject.toml tools/setup_vllm_cpu.py
+.venvs/%/.ready: pyproject.toml tools/environment.py tools/setup_%_cpu.py
 	@command -v $(PYTHON) >/dev/null || { \
 	  echo "there is no $(PYTHON); name a Python 3.11 to 3.13: make setup PYTHON=..." >&2; exit 1; }
-	$(PYTHON) tools/setup_vllm_cpu.py --venv $(VENV)
+	$(PYTHON) tools/setup_$*_cpu.py --venv .venvs/$*
 	@touch $@
 
 $(MODELS)/.ready: $(wildcard evals/kvplug_evals/models/*.py) | $(VENV)/.ready

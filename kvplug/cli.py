@@ -74,6 +74,11 @@ def doctor(
     ] = None,
 ) -> None:
     """Check versions, hooks (by using them) and, with a model, what would be refused."""
+    if find_spec("vllm") is None and find_spec("sglang") is not None:
+        raise SystemExit(
+            "doctor examines vLLM; an SGLang server examines itself when it starts: "
+            "python -m sglang.launch_server --model-path MODEL --attention-backend kvplug"
+        )
     if find_spec("vllm") is None:
         raise SystemExit(
             "no engine is installed here; install one with: pip install 'kvplug[vllm]'"

@@ -70,15 +70,17 @@ def test_the_cpu_setup_installs_versions_the_project_admits():
     requirements = pytest.importorskip("packaging.requirements")
     pins = {
         node.targets[0].id: node.value.value.partition("==")[2]
-        for node in ast.parse((ROOT / "tools/setup_vllm_cpu.py").read_text()).body
+        for name in ("environment", "setup_vllm_cpu", "setup_sglang_cpu")
+        for node in ast.parse((ROOT / f"tools/{name}.py").read_text()).body
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
     }
+    extras = PROJECT["project"]["optional-dependencies"]
     asked = {
         r.name: r.specifier
-        for line in PROJECT["project"]["dependencies"]
-        + PROJECT["project"]["optional-dependencies"]["vllm"]
+        for line in PROJECT["project"]["dependencies"] + extras["vllm"] + extras["sglang"]
         for r in [requirements.Requirement(line)]
     }
     assert pins["VLLM"] in asked["vllm"]
+    assert pins["SGLANG"] in asked["sglang"]
     assert pins["TORCH"] in asked["torch"]
     assert asked["vllm"] == specifiers.SpecifierSet(">=0.32,<0.33"), "every minor needs its tests"

@@ -1,0 +1,246 @@
+"""A mixin that puts a policy between SGLang and its own stock attention backend.
+
+``init_forward_metadata`` plans once per step on the host; the forward methods run once per layer
+on the device. What a policy leaves untouched goes through the stock path as it came. Selected
+reads go through the stock kernel too: token slot s of KV head h is slot s * H + h of a cache with
+one KV head, and each (request, KV head) a sequence of its own with fewer slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from torch import Tensor
+
+from kvplug import PromptKV, choose_pages, keep_tokens
+from kvplug_kernels.virtual_heads import virtual_heads
+from kvplug_sglang import compat
+from kvplug_sglang.cache import Digests
+from kvplug_sglang.router import Tenant
+from kvplug_sglang.settings import Engine
+from kvplug_sglang.step import Batch, Packing, Selected, StepPlan, StepPlanner, Whole
+
+
+class PlannedAttention:
+    """Before a stock AttentionBackend in the bases, which brings ``attend``."""
+
+    needs_cpu_seq_lens = True  # plans are made from lengths, on the host
+    req_to_token_pool: Any
+    token_to_kv_pool: Any
+    attend: Callable[..., None]
+    """(layer, query [N, Hq, D], keys, values [slots, H, D], sequences, out [N, Hq, D])"""
+
+    def __init__(self, runner: Any) -> None:
+        super().__init__(runner)  # type: ignore[call-arg]
+        self.engine = Engine.of(runner)
+        pool = self.token_to_kv_pool
+        self.layers = range(pool.start_layer, pool.start_layer + pool.layer_num)
+        req_to_token = self.req_to_token_pool.req_to_token
+        self.engine.router.serve(len(req_to_token), req_to_token.device)
+        self.steps = StepPlanner(self.engine, req_to_token, self.layers)
+        self.digests = Digests.of(self.engine, pool)
+        self.plan: StepPlan | None = None
+        self.selected_queries = 0
+        """Queries that went through a selection here, over all layers, for tests."""
+        self.packed_prompts = 0
+        self.planned_steps = 0
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        super().init_forward_metadata(forward_batch)  # type: ignore[misc]
+        batch = self._batch(forward_batch)
+        self.plan = None if batch is None else self.steps.plan(batch)
+        self.planned_steps += self.plan is not None and self.plan.every is not None
+
+    def _batch(self, forward_batch: Any) -> Batch | None:
+        """None for a batch of no request (a dummy run) and for an idle one."""
+        mode = forward_batch.forward_mode
+        if mode.is_idle() or not forward_batch.batch_size:
+            return None
+        total = forward_batch.seq_lens_cpu.numpy().astype(np.int64)
+        if mode.is_decode():
+            computed = total - 1
+        else:
+            assert mode.is_extend(), f"kvplug does not know the forward mode {mode.name}"
+            computed = np.array(forward_batch.extend_prefix_lens_cpu, np.int64)
+        rids = forward_batch.rids
+        if rids is None:  # no scheduler: each row is a request of its own
+            choice = self.engine.choice(self.engine.offer.settings)
+            prompts = computed if mode.is_decode() else total
+            tenants = [Tenant(choice, prompt) for prompt in prompts.tolist()]
+        else:
+            tenants = self.engine.router.of(rids)
+        return Batch(forward_batch.req_pool_indices.long(), computed, total, tenants)
+
+    def forward_decode(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any,
+        save_kv_cache: bool = True, **more: Any,
+    ) -> Tensor:  # fmt: skip
+        stock = super().forward_decode  # type: ignore[misc]
+        return self._forward(stock, q, k, v, layer, forward_batch, save_kv_cache, more)
+
+    def forward_extend(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any,
+        save_kv_cache: bool = True, **more: Any,
+    ) -> Tensor:  # fmt: skip
+        stock = super().forward_extend  # type: ignore[misc]
+        return self._forward(stock, q, k, v, layer, forward_batch, save_kv_cache, more)
+
+    def _forward(
+        self, stock: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, layer: Any,
+        forward_batch: Any, save: bool, more: dict[str, Any],
+    ) -> Tensor:  # fmt: skip
+        plan = self.plan
+        if not _planned(layer):
+            return stock(q, k, v, layer, forward_batch, save, **more)
+        query = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        if plan is None or plan.every is None:
+            output = stock(q, k, v, layer, forward_batch, save, **more)
+            self._written(layer, forward_batch.out_cache_loc)
+            if plan is not None:
+                self._compress(layer, query, plan)
+            return output
+        _refuse_extras(layer, more)
+        if save and k is not None:
+            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc.for_batch(forward_batch), k, v)
+        self._written(layer, forward_batch.out_cache_loc)
+        self._compress(layer, query, plan)
+        output = query.new_empty(*query.shape[:2], layer.v_head_dim)
+        chosen = self._selecting(layer, plan)
+        if not chosen:
+            self._whole(layer, query, plan.every, output)
+        else:
+            # A layer may read all that another policy of the batch selects from.
+            every = len(chosen) < len(plan.selected)
+            if every:
+                self._whole(layer, query, plan.every, output)
+            elif plan.rest is not None:
+                self._whole(layer, query, plan.rest, output)
+            for step, budget in chosen:
+                self._selected(layer, query, step, budget, output)
+        return output.flatten(1)
+
+    @property
+    def _kv(self) -> Callable[[int], tuple[Tensor, Tensor]]:
+        return self.token_to_kv_pool.get_kv_buffer
+
+    def _written(self, layer: Any, slots: Tensor) -> None:
+        """Keys stand at ``slots``, whoever wrote them: by the backend or fused into RoPE."""
+        if self.digests is not None:
+            keys, _ = self._kv(layer.layer_id)
+            self.digests.update(layer.layer_id, keys[slots], slots)
+
+    def _compress(self, layer: Any, query: Tensor, plan: StepPlan) -> None:
+        for seen in plan.observations:
+            window = seen.tenant.window.get(layer.layer_id)
+            if window is None:
+                window = query.new_zeros(seen.window, *query.shape[1:])  # [W, Hq, D]
+            picked = query[seen.tokens]
+            window[seen.offset : seen.offset + len(picked)] = picked
+            seen.tenant.window[layer.layer_id] = window
+        for packing in plan.packings:
+            self._pack(layer, packing)
+
+    def _pack(self, layer: Any, packing: Packing) -> None:
+        """Copy what each KV head keeps of the prompts' whole pages into their private slots."""
+        if layer.layer_id == self.layers[0]:
+            self.packed_prompts += len(packing.tenants)
+        cached_keys, cached_values = self._kv(layer.layer_id)
+        keys, values = cached_keys[packing.slots], cached_values[packing.slots]  # [J, T, H, D]
+        queries = None
+        if packing.scored.needs_queries:
+            windows = [tenant.window.pop(layer.layer_id) for tenant in packing.tenants]
+            queries = torch.stack(windows).unflatten(2, (layer.tp_k_head_num, -1))
+        prompt = PromptKV(
+            keys=keys,
+            values=values,
+            queries=queries,
+            lengths=packing.lengths,
+            scale=layer.scaling,
+            first_head=compat.first_kv_head(layer),
+            page_size=self.engine.page_size,
+        )
+        tokens = keep_tokens(packing.scored, prompt, packing.keep, packing.width, packing.protect)
+        index = tokens.transpose(1, 2)[..., None]  # [J, K, H, 1]
+        self.token_to_kv_pool.set_kv_buffer(
+            layer,
+            KVWriteLoc(packing.targets),
+            keys.gather(1, index.expand(-1, -1, -1, keys.shape[3])).flatten(0, 1)[packing.packed],
+            values.gather(1, index.expand(-1, -1, -1, values.shape[3])).flatten(0, 1)[
+                packing.packed
+            ],
+        )
+        self._written(layer, packing.targets)
+
+    def _selecting(self, layer: Any, plan: StepPlan) -> list[tuple[Selected, int]]:
+        """The plan's selections that this layer makes, each with the layer's budget."""
+        found = [(step, step.selector.layer_budget(layer.layer_id)) for step in plan.selected]
+        return [(step, budget) for step, budget in found if budget is not None]
+
+    def _whole(self, layer: Any, query: Tensor, whole: Whole, output: Tensor) -> None:
+        keys, values = self._kv(layer.layer_id)
+        if whole.tokens is None:
+            self.attend(layer, query, keys, values, whole, output)
+            return
+        out = output.new_empty(len(whole.tokens), *output.shape[1:])
+        self.attend(layer, query[whole.tokens], keys, values, whole, out)
+        output.index_copy_(0, whole.tokens, out)
+
+    def _selected(
+        self, layer: Any, query: Tensor, step: Selected, budget: int, output: Tensor
+    ) -> None:
+        assert self.digests is not None or step.selector.digest is None
+        size, heads = self.engine.page_size, layer.tp_k_head_num
+        queries = len(step.tokens)
+        self.selected_queries += queries
+        picked = query[step.tokens].view(queries, heads, -1, layer.qk_head_dim)  # [Q, H, G, D]
+        keep = step.keep.clamp(max=step.selector.pages(size, budget))
+        digest = None if self.digests is None else self.digests.of_layer(layer.layer_id)
+        chosen, counts = choose_pages(
+            step.selector, picked, digest, step.page_table, step.pages, keep,
+            width=step.width, scale=layer.scaling,
+        )  # fmt: skip
+        # The token at offset o of a chosen page: (page * S + o) * H + h.
+        pages, lengths = virtual_heads(
+            step.page_table, chosen, counts, step.lengths, size, size * heads, 1
+        )
+        offset = torch.arange(size, device=pages.device) * heads
+        sequences = Whole(
+            tokens=None,
+            slots=(pages.long()[:, :, None] + offset).flatten(1),
+            lengths=lengths.long(),
+            queries=torch.ones_like(lengths, dtype=torch.int64),
+            longest_run=1,
+        )
+        keys, values = self._kv(layer.layer_id)
+        out = output.new_empty(queries * heads, picked.shape[2], layer.v_head_dim)
+        self.attend(
+            layer,
+            picked.flatten(0, 1),
+            keys.view(-1, 1, keys.shape[2]),
+            values.view(-1, 1, values.shape[2]),
+            sequences,
+            out,
+        )
+        output.index_copy_(0, step.tokens, out.view(queries, *output.shape[1:]))
+
+
+def _planned(layer: Any) -> bool:
+    """Windowed and cross-attention layers stay on the stock path."""
+    windowed = layer.sliding_window_size is not None and layer.sliding_window_size > -1
+    return not (
+        windowed or layer.is_cross_attention or layer.attn_type is not AttentionType.DECODER
+    )
+
+
+def _refuse_extras(layer: Any, more: dict[str, Any]) -> None:
+    given = [name for name, value in more.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"kvplug does not know the model's attention arguments {given}; serve this model with "
+            "the policy 'dense'"
+        )

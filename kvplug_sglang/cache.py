@@ -1,0 +1,52 @@
+"""Where a policy meets the pool: digests beside the pages, and what leaves the pool early."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvplug import Digest, digest_bytes
+from kvplug_sglang.settings import Engine
+
+
+class Digests:
+    """What each page says of its keys, for every layer; page for page beside SGLang's pool."""
+
+    def __init__(self, digest: Digest, pool: Any, page_size: int) -> None:
+        self.digest = digest
+        self.page_size = page_size
+        self.first_layer = pool.start_layer
+        pages = (pool.size + page_size) // page_size  # page 0 takes what padding writes
+        shape = (pool.layer_num, pages, pool.head_num, digest.rows, pool.head_dim)
+        self.rows = torch.zeros(shape, dtype=pool.dtype, device=pool.device)
+
+    @classmethod
+    def of(cls, engine: Engine, pool: Any) -> Digests | None:
+        """None where no request may ask for a selection that reads digests."""
+        digest = engine.offer.digest
+        return None if digest is None else cls(digest, pool, engine.page_size)
+
+    def of_layer(self, layer: int) -> Tensor:
+        """[N, H, rows, D]"""
+        return self.rows[layer - self.first_layer]
+
+    def update(self, layer: int, keys: Tensor, slots: Tensor) -> None:
+        """keys [tokens, H, D] that were written at slots [tokens]."""
+        self.digest.update(self.of_layer(layer), keys, slots.long(), self.page_size)
+
+
+def token_bytes(original: Any, self: Any, kvc: Any, num_layers: int) -> int:
+    """Around ``DefaultPoolConfigurator._compute_cell_size``: a token's share of its digests."""
+    size: int = original(self, kvc, num_layers)
+    engine = Engine.current
+    if engine is None or engine.offer.digest is None or kvc.is_draft_worker:
+        return size
+    from sglang.srt.runtime_context import get_parallel
+
+    model = kvc.model_config
+    heads = model.get_num_kv_heads(get_parallel().attn_tp_size)
+    item = torch.empty(0, dtype=kvc.kv_cache_dtype).element_size()
+    page = digest_bytes(engine.offer.digest.rows, heads, model.head_dim, item)
+    return size + -(-page * num_layers // engine.page_size)

@@ -1,0 +1,85 @@
+"""What every SGLang process carries, selected or not: the flag, and two places to look for it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from typing import Any
+
+from kvplug_sglang import NAME, compat
+from kvplug_sglang.settings import FLAG, given, remember
+
+log = logging.getLogger("sglang.kvplug")
+
+
+def add_flag(result: None, parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        FLAG,
+        type=str,
+        default=None,
+        help="Policy line of --attention-backend kvplug, such as 'snapkv(budget=1024) + "
+        "quest(budget=512)', or a JSON object of its settings. Also: KVPLUG_POLICY.",
+    )
+
+
+def read_flag(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around ``ServerArgs.from_cli_args``: the flag is no field of SGLang's arguments."""
+    namespace = kwargs.get("args", args[-1])
+    line = getattr(namespace, "kvplug_policy", None)
+    if line is not None:
+        server_args = original(*args, **kwargs)
+        if not compat.selected(server_args):
+            raise ValueError(f"{FLAG} needs --attention-backend {NAME}; add it, or drop the flag")
+        remember(line)
+        return server_args
+    return original(*args, **kwargs)
+
+
+def settle(result: None, server_args: Any) -> None:
+    """While SGLang resolves its arguments: refuse what would be wrong, choose what is open."""
+    if compat.selected(server_args):
+        from kvplug_sglang.refusals import refuse
+
+        decisions = refuse(server_args, given())
+        if "page_size" in decisions:
+            log.info("kvplug: --page-size %d, as the policy selects pages", decisions["page_size"])
+        compat.declare(server_args, decisions)
+
+
+def serve(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """Around ``Scheduler.__init__``, in each rank's process: hooks before it, checks behind."""
+    from kvplug_sglang import doctor, hooks
+    from kvplug_sglang.settings import Engine
+
+    if not compat.selected(server_args):
+        Engine.current = None
+        original(self, server_args, *args, **kwargs)
+        return
+    try:
+        hooks.enter(server_args)
+        original(self, server_args, *args, **kwargs)
+        doctor.examine(self)
+    except RuntimeError as error:
+        # SGLang's launcher takes a scheduler that exits for dead, and stops the server.
+        sys.exit(str(error))
+
+
+HOOKS = (
+    compat.Hook("sglang.srt.server_args.ServerArgs.add_cli_args", "after", add_flag, ("parser",)),
+    compat.Hook(
+        "sglang.srt.server_args.ServerArgs.from_cli_args", "around", read_flag, ("cls", "args")
+    ),
+    compat.Hook(
+        "sglang.srt.arg_groups.attention_hook.handle_attention_backend_compatibility",
+        "after",
+        settle,
+        ("server_args",),
+    ),
+    compat.Hook(
+        "sglang.srt.managers.scheduler.Scheduler.__init__",
+        "around",
+        serve,
+        ("self", "server_args", "port_args"),
+    ),
+)

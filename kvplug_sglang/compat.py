@@ -1,0 +1,276 @@
+"""Everything that leans on what SGLang does not promise: versions, hooks, private calls.
+
+Written for SGLang 0.5.23. A hook that did not take would be a server that runs without the policy
+it was asked for, so every one is looked up again once it is placed (``verify``) and used on the
+idle pools (``doctor.canary``); a server that fails either stops.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import pkgutil
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from kvplug_sglang import NAME
+
+FIRST, END = (0, 5, 23), (0, 6)
+"""SGLang versions [first, end) that kvplug was tested with."""
+
+log = logging.getLogger("sglang.kvplug")
+
+
+def supported() -> bool:
+    """Whether this SGLang is one that kvplug knows; beside another it must do nothing at all."""
+    return FIRST <= _version() < END
+
+
+def _version() -> tuple[int, ...]:
+    import sglang
+
+    release = re.match(r"\d+(\.\d+)*", sglang.__version__)
+    return tuple(map(int, release[0].split("."))) if release else ()
+
+
+def warn_unsupported() -> None:
+    """Say why ``--attention-backend kvplug`` is an unknown name here."""
+    import sglang
+
+    log.warning(
+        "kvplug knows SGLang 0.5.23, this is %s: it stays inactive. Install sglang==0.5.23, or a "
+        "kvplug that knows this one.",
+        sglang.__version__,
+    )
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One function of SGLang's that ours stands before, behind or around."""
+
+    target: str
+    kind: str
+    """before, after or around, as ``sglang.srt.plugins.hook_registry.HookType`` means them."""
+    ours: Callable[..., Any]
+    parameters: tuple[str, ...]
+    """Names that the function's parameters begin with: what ours was written against."""
+
+
+def register() -> None:
+    """The backend's name and flag, in every process; the rest waits until kvplug is selected."""
+    from sglang.srt.arg_groups import choices
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+    from kvplug_sglang import command_line
+    from kvplug_sglang.backend import build
+
+    if NAME in choices.ATTENTION_BACKEND_CHOICES:
+        return
+    for hook in command_line.HOOKS:
+        _registry().register(hook.target, hook.ours, _kind(hook))
+    register_attention_backend(NAME)(build)
+    # Last: SGLang swallows what a plugin raises, and then this name must be unknown.
+    choices.add_attention_backend_choices([NAME])
+
+
+def place(hooks: tuple[Hook, ...]) -> None:
+    """Wrap SGLang's functions in this process, now. Twice is once."""
+    for hook in hooks:
+        if not _placed(hook, _lookup(hook)[1]):
+            _registry()._apply_target(hook.target, [(_kind(hook), _while_serving(hook), None)])
+
+
+def _while_serving(hook: Hook) -> Callable[..., Any]:
+    """Ours, which steps aside in a process that went on to serve without kvplug."""
+    from kvplug_sglang.settings import Engine
+
+    @functools.wraps(hook.ours)
+    def ours(*args: Any, **kwargs: Any) -> Any:
+        if Engine.current is not None:
+            return hook.ours(*args, **kwargs)
+        return args[0](*args[1:], **kwargs) if hook.kind == "around" else None
+
+    return ours
+
+
+def verify(hooks: tuple[Hook, ...]) -> None:
+    """Raises RuntimeError that names the hook unless each one is in place and fits."""
+    for hook in hooks:
+        _, function = _lookup(hook)
+        if not _placed(hook, function):
+            raise RuntimeError(broken(hook.target, "kvplug's hook on it did not take"))
+        names = tuple(inspect.signature(_innermost(function)).parameters)
+        if names[: len(hook.parameters)] != hook.parameters:
+            raise RuntimeError(
+                broken(hook.target, f"it takes {names}, kvplug wants {hook.parameters}")
+            )
+
+
+def _lookup(hook: Hook) -> tuple[Any, Callable[..., Any]]:
+    owner, _, name = hook.target.rpartition(".")
+    try:
+        found = pkgutil.resolve_name(owner)
+        function = inspect.getattr_static(found, name)
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(broken(hook.target, f"it is gone ({error})")) from None
+    return found, getattr(function, "__func__", function)
+
+
+def broken(target: str, why: str) -> str:
+    """What to tell a user whose SGLang is not the one that a hook was written for."""
+    import sglang
+
+    return (
+        f"kvplug cannot serve with SGLang {sglang.__version__}: {target}: {why}. Install "
+        "sglang==0.5.23, or start without --attention-backend kvplug"
+    )
+
+
+def _chain(function: Any) -> Iterator[Any]:
+    while function is not None:
+        yield function
+        function = getattr(function, "__wrapped__", None)
+
+
+def _innermost(function: Any) -> Any:
+    return list(_chain(function))[-1]
+
+
+def _placed(hook: Hook, function: Any) -> bool:
+    """Whether one of SGLang's wrappers around a function calls ours."""
+    cells = (
+        cell for each in _chain(function) for cell in getattr(each, "__closure__", None) or ()
+    )
+    called = [cell.cell_contents for cell in cells]
+    return any(
+        each is hook.ours or getattr(each, "__wrapped__", None) is hook.ours for each in called
+    )
+
+
+def _registry() -> Any:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    return HookRegistry
+
+
+def _kind(hook: Hook) -> Any:
+    from sglang.srt.plugins.hook_registry import HookType
+
+    return HookType(hook.kind)
+
+
+def selected(server_args: Any) -> bool:
+    """Whether a server was asked for kvplug, for prefill, decode or both."""
+    from sglang.srt.arg_groups.model_override_base import attention_backends_of, resolved_view
+
+    return NAME in attention_backends_of(resolved_view(server_args))
+
+
+def first_kv_head(layer: Any) -> int:
+    """Number of this rank's first KV head of a layer, counted through the whole model."""
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    ranks, rank = parallel.attn_tp_size, parallel.attn_tp_rank
+    return (layer.layer_id * ranks + rank) * layer.tp_k_head_num
+
+
+def declare(server_args: Any, decisions: dict[str, Any]) -> None:
+    """Decide what the user left open, in the way SGLang's own handlers do."""
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    if decisions:
+        declare_resolution(server_args, NAME, **decisions)
+
+
+def page_size(server_args: Any) -> int:
+    """As SGLang resolved it."""
+    from sglang.srt.arg_groups.model_override_base import resolved_view
+
+    return int(resolved_view(server_args).page_size)
+
+
+def rank() -> int:
+    """Of this process, over all that serve the model."""
+    from sglang.srt.runtime_context import get_parallel
+
+    return int(get_parallel().tp_rank)
+
+
+def verify_bindings(scheduler: Any) -> None:
+    """That the scheduler at hand goes through what was hooked, and counts as the hooks suppose.
+    Raises RuntimeError.
+    """
+    from sglang.srt.managers import schedule_batch
+    from sglang.srt.managers.scheduler_components.pool_stats_observer import kv_private_tokens
+    from sglang.srt.mem_cache import allocation
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+    if schedule_batch.alloc_for_extend is not allocation.alloc_for_extend:
+        raise RuntimeError(broken("allocation.alloc_for_extend", "its caller has another one"))
+    tree = type(scheduler.tree_cache)
+    for name in ("checkpoint", "on_release", "swa_reprefill_tail_tokens", "free_kv_row"):
+        if getattr(tree, name) is not getattr(UnifiedRadixCache, name):
+            raise RuntimeError(broken(f"UnifiedRadixCache.{name}", f"{tree} has its own"))
+    record = schedule_batch.ReqKvInfo(kv_allocated_len=100, cache_protected_len=60)
+    if kv_private_tokens(record, 1) != 40:
+        raise RuntimeError(broken("kv_private_tokens", "it is not allocated less protected"))
+
+
+def resolved(server_args: Any) -> tuple[Any, Any]:
+    """The arguments as far as SGLang has resolved them, and the model's configuration."""
+    from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
+
+    return resolved_view(server_args), model_config_of(server_args)
+
+
+def attention_backends(view: Any) -> tuple[str, str]:
+    """For prefill and for decode."""
+    from sglang.srt.arg_groups.model_override_base import attention_backends_of
+
+    prefill, decode = attention_backends_of(view)
+    return prefill, decode
+
+
+def without_cuda_graphs(view: Any) -> dict[str, Any]:
+    """Plans are made on the host and differ in shape from step to step."""
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+
+    config = view.cuda_graph_config
+    for phase in (Phase.DECODE, Phase.PREFILL):
+        config = with_phase(config, phase, backend=Backend.DISABLED)
+    return {"cuda_graph_config": config}
+
+
+def uses_mla(model: Any) -> bool:
+    from sglang.srt.configs.model_config import AttentionArch
+
+    return model.attention_arch is AttentionArch.MLA
+
+
+def windowed(model: Any) -> bool:
+    """Whether some layers see a window, or chunks, of the context."""
+    return bool(model.is_hybrid_swa or model.sliding_window_size or model.attention_chunk_size)
+
+
+def special_layers(model: Any) -> Iterator[str]:
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+    from sglang.srt.configs.model_config import is_minimax_sparse
+
+    if is_minimax_sparse(model.hf_config):
+        yield "the model selects its own pages, with an index that was trained for it"
+    if model.is_encoder_decoder:
+        yield "the model has an encoder, whose keys stand before the prompt's"
+    if mambaish_config(model) is not None:
+        yield "the model mixes attention with recurrent (Mamba-like) layers"
+    if not model.is_generation:
+        yield "the model does not generate"
+
+
+def head_major_cache() -> bool:
+    from sglang.srt.environ import envs
+
+    return bool(envs.SGLANG_USE_HND_KVCACHE.get())

@@ -1,0 +1,94 @@
+"""Whether kvplug works in the scheduler that was just built, found out by doing."""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from kvplug import Settings, parse
+from kvplug_sglang import compat, hooks, packing
+from kvplug_sglang.settings import Engine
+
+log = logging.getLogger("sglang.kvplug")
+
+
+def examine(scheduler: Any) -> None:
+    """Raises RuntimeError that says which hook failed and what to do."""
+    engine = Engine.serving()
+    hooks.verify()
+    compat.verify_bindings(scheduler)
+    engine.scheduler = scheduler
+    counters, engine.metrics = engine.metrics, None  # nobody asked for the canary
+    canary(scheduler.tree_cache, engine)
+    engine.metrics = counters
+    eviction = engine.offer.settings.policy.eviction
+    if eviction is not None:
+        log.warning(
+            "kvplug: a request that %s will take pages from is private: it neither uses nor fills "
+            "the prefix cache",
+            eviction.name,
+        )
+    if engine.metrics is not None:
+        log.info("kvplug serves %s (%d hooks verified)", engine.offer, len(hooks.HOOKS))
+
+
+def canary(tree: Any, engine: Engine) -> None:
+    """Lead a request of four pages through the idle pools, keep one, and count every slot."""
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.mem_cache.common import release_kv_cache
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    size, tokens = engine.page_size, 4 * engine.page_size
+    allocator, rows = tree.token_to_kv_pool_allocator, tree.req_to_token_pool
+    untouched = counts(tree)
+    parameters = SamplingParams(max_new_tokens=1)
+    parameters.normalize(None)
+    request = Req("canary", "", array("q", range(1, tokens + 1)), parameters, extra_key="canary")
+    policy = parse(f"knorm(budget={size}, sinks=0)")
+    request.kvplug_choice = engine.choice(Settings(policy=policy))
+    request.init_next_round_input(tree)
+    request.lock = tree.lock(request.last_node)
+    rows.alloc([request])
+    request.extend_end = tokens
+    slots = allocator.alloc(tokens)
+    rows.write((request.kv.req_pool_idx, slice(0, tokens)), slots.int())
+    request.kv.kv_allocated_len = request.kv.kv_committed_len = tokens
+
+    packing.allocate(None, SimpleNamespace(
+        reqs=[request], tree_cache=tree, token_to_kv_pool_allocator=allocator,
+    ))  # fmt: skip
+    tree.checkpoint(request, up_to=tokens)
+    kept = tokens if tree.supports_prefix_sharing() else 0
+    expect("checkpoint", counts(tree), untouched.after(used=kept + size, evictable=kept))
+    release_kv_cache(request, tree, checkpoint=True)
+    expect("on_release", counts(tree), untouched.after(used=kept, evictable=kept))
+    tree.reset()
+    allocator.clear()
+    expect("reset", counts(tree), untouched)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Slots of the pool."""
+
+    available: int
+    evictable: int
+    protected: int
+
+    def after(self, used: int, evictable: int) -> Counts:
+        return Counts(self.available - used, self.evictable + evictable, self.protected)
+
+
+def counts(tree: Any) -> Counts:
+    available = tree.token_to_kv_pool_allocator.available_size()
+    return Counts(available, tree.evictable_size(), tree.protected_size())
+
+
+def expect(step: str, found: Counts, wanted: Counts) -> None:
+    if found != wanted:
+        raise RuntimeError(
+            compat.broken(f"UnifiedRadixCache.{step}", f"slots are {found}, not {wanted}")
+        )

@@ -1,0 +1,138 @@
+"""What would be wrong, refused at start with the reason and the nearest thing that works."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from kvplug import Composition, Offer, PositionalEviction, ScoredEviction, Selector, read_offer
+from kvplug_sglang import NAME, compat
+
+PAGE_SIZE = 32
+"""With a digest of two keys a page, 1/32 of the pool."""
+
+FEATURES = {
+    "speculative_algorithm": (
+        "speculative decoding: rejected drafts would have been evicted or selected for; drop "
+        "--speculative-algorithm"
+    ),
+    "enable_unified_memory": (
+        "unified memory renumbers slots behind the policy's back; drop --enable-unified-memory"
+    ),
+    "enable_streaming_session": (
+        "a session hands a request's row, which may be compressed, to the next turn; drop "
+        "--enable-streaming-session (the prefix cache serves the next turn)"
+    ),
+    "enable_session_radix_cache": (
+        "a session keeps what a request inserted, and a compressed one inserts its prompt alone; "
+        "drop --enable-session-radix-cache"
+    ),
+    "enable_hierarchical_cache": (
+        "HiCache moves pages to the host without their digests; drop --enable-hierarchical-cache"
+    ),
+    "enable_lmcache": "LMCache moves pages without their digests; drop --enable-lmcache",
+    "enable_unified_cache_external_linker": (
+        "an external cache moves pages without their digests; drop "
+        "--enable-unified-cache-external-linker"
+    ),
+    "enable_hisparse": "HiSparse selects pages itself; drop --enable-hisparse",
+    "enable_pdmux": "PD multiplexing splits a step between streams; drop --enable-pdmux",
+    "enable_two_batch_overlap": (
+        "two-batch overlap splits a batch after it was planned; drop --enable-two-batch-overlap"
+    ),
+    "enable_deterministic_inference": (
+        "deterministic inference needs kernels of its own; drop --enable-deterministic-inference"
+    ),
+    "dllm_algorithm": "diffusion models rewrite what they decoded; drop --dllm-algorithm",
+    "radix_cache_backend": (
+        "another prefix cache would not know which requests are compressed; drop "
+        "--radix-cache-backend"
+    ),
+}
+SPLITS = {
+    "dcp_size": "context parallelism splits a request's pages over ranks; drop --dcp-size",
+    "attn_cp_size": "context parallelism splits a request's pages over ranks; drop --attn-cp-size",
+    "attn_dp_size": "data-parallel attention was never run; drop --attn-dp-size",
+    "pp_size": "pipeline parallelism was never run; use --tp-size",
+}
+
+
+def refuse(server_args: Any, given: object) -> dict[str, Any]:
+    """What is left for kvplug to decide of SGLang's arguments. Raises ValueError with every
+    reason why kvplug cannot serve them right."""
+    view, model = compat.resolved(server_args)
+    reasons = list(refusals(view, model, given))
+    if reasons:
+        raise ValueError("kvplug cannot serve this configuration:\n- " + "\n- ".join(reasons))
+    decisions = compat.without_cuda_graphs(view)
+    if view.page_size is None and read_offer(given, environ={}).digest is not None:
+        decisions["page_size"] = PAGE_SIZE
+    return decisions
+
+
+def refusals(view: Any, model: Any, given: object) -> Iterator[str]:
+    """The reasons, each saying what to do instead. A bad policy line is one of them."""
+    try:
+        offer = read_offer(given, environ={})
+    except ValueError as error:
+        yield str(error)
+        return
+    backends = compat.attention_backends(view)
+    if set(backends) != {NAME}:
+        yield (
+            f"the attention backends are {' for prefill and '.join(backends)} for decode: kvplug "
+            "compresses while it prefills and reads while it decodes; give --attention-backend "
+            "kvplug alone. It wraps Triton on GPUs; FlashInfer, whose plan fixes lengths on the "
+            "host, cannot be wrapped yet"
+        )
+    if compat.uses_mla(model):
+        yield (
+            "the model uses multi-head latent attention (MLA), whose cache has no keys to score; "
+            "serve it without --attention-backend kvplug (the engine has its own sparse paths)"
+        )
+    if offer.settings.policy.is_dense and not offer.mixed:
+        return
+    yield from unsupported(offer)
+    for name, reason in FEATURES.items():
+        if getattr(view, name):
+            yield reason
+    for name, reason in SPLITS.items():
+        if (getattr(view, name) or 1) > 1:
+            yield reason
+    if view.disaggregation_mode != "null":
+        yield (
+            "prefill-decode disaggregation sends whole rows between servers; drop "
+            "--disaggregation-mode, or use the policy 'dense'"
+        )
+    if view.kv_cache_dtype not in ("auto", "bf16", "bfloat16", "float16", "float32"):
+        yield (
+            f"a quantised KV cache ({view.kv_cache_dtype}) has no digests yet; use "
+            "--kv-cache-dtype auto, or the policy 'dense'"
+        )
+    if compat.head_major_cache():
+        yield "the cache's layout is head-major; unset SGLANG_USE_HND_KVCACHE"
+    for what in compat.special_layers(model):
+        yield f"{what}, which was never run; use the policy 'dense'"
+    evicts = offer.max_tokens or offer.settings.policy.eviction
+    if evicts and compat.windowed(model):
+        yield (
+            "the model has windowed layers, which read a request's row as it was before it was "
+            "compressed; use a policy that only selects, such as quest"
+        )
+
+
+def unsupported(offer: Offer) -> Iterator[str]:
+    """Policies of a kind that this adapter does not know how to carry out."""
+    policy: Composition = offer.settings.policy
+    if not policy.uniform:
+        yield (
+            f"{policy} gives layers budgets of their own, and one of SGLang's slots spans all "
+            f"layers, so none would be freed; use {policy.scored}"
+        )
+        return
+    for part in policy:
+        if not isinstance(part, (PositionalEviction, ScoredEviction, Selector)):
+            yield (
+                f"{part.name} is a policy of the stage {part.stage.value!r} that the SGLang "
+                "adapter cannot carry out; subclass PositionalEviction, ScoredEviction or Selector"
+            )

@@ -1,0 +1,73 @@
+"""The requests that hold memory, by their ids: where a batch's rows find their policy.
+
+Attributes of a ForwardBatch do not survive SGLang's copies of it, its ``rids`` do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Tenant:
+    """A request that holds a row of the pool."""
+
+    choice: int
+    """The number of its settings."""
+    prompt: int
+    """Tokens of the original prompt, also after a retraction."""
+    private: int = 0
+    """Pages that hold, or will hold, what the prompt keeps; 0 while it has none."""
+    slots: Tensor | None = None
+    """The private pages' slots, in order, until they stand in the request's row. [K] int64"""
+    swapped: bool = False
+    shared: bool = True
+    """Whether SGLang would have inserted the request into its tree."""
+    row: int = -1
+    """Of the pool."""
+    evicts: bool = False
+    """Whether it may lose pages by position alone."""
+    freed: list[tuple[int, int]] = field(default_factory=list)
+    """Token ranges that returned to the pool while the request lived on."""
+    window: dict[int, Tensor] = field(default_factory=dict)
+    """By layer, the queries of the prompt's last tokens. [W, Hq, D]"""
+
+
+class Router:
+    def __init__(self) -> None:
+        self.tenants: dict[str, Tenant] = {}
+        self.pages = torch.zeros(1, 1, dtype=torch.int32)
+        """Private pages of the request in each row of the pool. [rows, width]"""
+
+    def serve(self, rows: int, device: torch.device) -> None:
+        """Make room for a pool of so many rows."""
+        self.pages = torch.zeros(rows, 1, dtype=torch.int32, device=device)
+
+    def enter(self, rid: str, tenant: Tenant) -> None:
+        self.tenants[rid] = tenant
+
+    def in_row(self, row: int) -> Tenant | None:
+        """Who holds a row of the pool."""
+        return next((t for t in self.tenants.values() if t.row == row), None)
+
+    def leave(self, rid: str) -> Tenant | None:
+        return self.tenants.pop(rid, None)
+
+    def of(self, rids: Sequence[str]) -> list[Tenant]:
+        """The batch's requests, in order. A row without its state would read garbage."""
+        missing = [rid for rid in rids if rid not in self.tenants]
+        assert not missing, f"requests {missing} run without a policy"
+        return [self.tenants[rid] for rid in rids]
+
+    def settle(self, row: int, pages: Tensor) -> None:
+        """Note where a request's private pages are."""
+        width = self.pages.shape[1]
+        if len(pages) > width:
+            grown = self.pages.new_zeros(len(self.pages), len(pages))
+            grown[:, :width] = self.pages
+            self.pages = grown
+        self.pages[row, : len(pages)] = pages.to(self.pages.dtype)

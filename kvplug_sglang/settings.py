@@ -1,0 +1,118 @@
+"""The settings of the engine that this process serves."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from kvplug import BatchPlanner, Offer, Planner, Settings, read_offer
+from kvplug.config import ENVIRONMENT
+from kvplug_sglang import NAME
+from kvplug_sglang.router import Router
+
+if TYPE_CHECKING:
+    from kvplug_sglang.metrics import Metrics
+
+FLAG = "--kvplug-policy"
+
+
+def given(environ: Mapping[str, str] | None = None) -> object:
+    """What the flag or KVPLUG_POLICY says: a policy line, or a JSON object of settings.
+
+    The flag reaches the scheduler processes as KVPLUG_POLICY. Raises ValueError.
+    """
+    text = (os.environ if environ is None else environ).get(ENVIRONMENT, "").strip()
+    if not text:
+        return None
+    if not text.startswith("{"):
+        return {"policy": text}
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f'{FLAG} takes a policy line or a JSON object such as {{"policy": '
+            f'"snapkv(budget=1024)", "min_context": 4096}}, got {text!r}: {error}'
+        ) from None
+
+
+def remember(flag: str) -> None:
+    """Hand the flag to the processes that this one starts."""
+    os.environ[ENVIRONMENT] = flag
+
+
+class Engine:
+    """What the hooks and the backend of one scheduler process share."""
+
+    current: ClassVar[Engine | None] = None
+
+    def __init__(self, offer: Offer, page_size: int, metrics: Metrics | None) -> None:
+        self.offer = offer
+        self.page_size = page_size
+        self.metrics = metrics
+        self.router = Router()
+        self.scheduler: Any = None
+        self.choices: dict[Settings, int] = {}
+        """What requests chose so far, each with its number."""
+        self.planners = BatchPlanner(page_size)
+
+    @classmethod
+    def enter(cls, page_size: int, rank: int = 0) -> Engine:
+        """Start anew: a process serves one engine at a time."""
+        # Prometheus chooses how to store numbers when it is imported: never in SGLang's launcher.
+        from kvplug_sglang.metrics import Metrics
+
+        offer = read_offer(given(), environ={})
+        cls.current = cls(offer, page_size, Metrics() if rank == 0 else None)
+        return cls.current
+
+    @classmethod
+    def of(cls, runner: Any) -> Engine:
+        """The engine that a model runner belongs to; one of its own where no scheduler runs."""
+        engine = cls.current
+        if engine is None or engine.page_size != runner.page_size:
+            engine = cls.enter(runner.page_size)
+        return engine
+
+    @classmethod
+    def serving(cls) -> Engine:
+        """The engine of this process, which hooks are only placed for."""
+        assert cls.current is not None
+        return cls.current
+
+    def choice(self, settings: Settings) -> int:
+        """The number of some settings, by which ``planners`` knows them."""
+        if settings not in self.choices:
+            self.choices[settings] = len(self.choices)
+            self.planners.know(list(self.choices))
+        return self.choices[settings]
+
+    @property
+    def dense(self) -> bool:
+        """Whether every request is served as SGLang would."""
+        return self.offer.settings.policy.is_dense and not self.offer.mixed
+
+    def planner(self, choice: int) -> Planner:
+        return self.planners.planners[choice]
+
+    def choose(self, sampling_params: Any, in_session: bool) -> int:
+        """What a request asked for, as a choice. Raises ValueError that says what it may."""
+        if in_session and not self.dense:
+            raise ValueError(
+                "kvplug: a session hands its row of the pool, which a policy may have rewritten, "
+                "to the next turn; send the whole prompt, which the prefix cache serves"
+            )
+        custom = sampling_params.custom_params
+        asked = custom.get(NAME) if isinstance(custom, dict) else None
+        return self.choice(self.offer.settings_for(asked))
+
+    def returned(self, choice: int, pages: int) -> None:
+        """A request that lives on gave back pages, less those it holds in their place."""
+        if self.metrics is not None:
+            self.metrics.count_returned(str(self.planner(choice).settings.policy), pages)
+
+    def admit_again(self) -> None:
+        """Memory came free while requests ran on, which SGLang only expects when one ends."""
+        if self.scheduler is not None:
+            self.scheduler.running_batch.batch_is_full = False

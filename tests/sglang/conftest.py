@@ -1,0 +1,229 @@
+"""Real schedulers in this process: pool, tree, backend and test share it, so a test looks inside.
+
+One process serves one scheduler at a time; ``sglang_server.py`` starts whole servers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import random
+import sys
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHIMS = Path(__file__).parent / "shims"
+
+os.environ.update(
+    SGLANG_USE_CPU_ENGINE="1",
+    # After every step: available + evictable + protected + owned == total.
+    SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY="1",
+    SGLANG_CHECK_KV_PAGE_INVARIANTS="1",
+    OMP_NUM_THREADS="1",
+    HF_HUB_OFFLINE="1",
+)
+sys.path[:0] = [str(SHIMS), str(Path(__file__).parent)]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What an engine warns about is its own business; what we warn about stays an error."""
+    for item in items:
+        if item.get_closest_marker("engine"):
+            item.add_marker(pytest.mark.filterwarnings("default", "error:::kvplug"))
+
+
+class Engine:
+    """An SGLang scheduler and what a test asks of it. Greedy, fp32, page size 16, chunk 256."""
+
+    def __init__(self, model: Path, policy: str | None, **options: Any) -> None:
+        import sglang.srt.managers.scheduler as scheduling
+        from sglang.srt.plugins import load_plugins
+        from sglang.srt.server_args import PortArgs, ServerArgs
+
+        load_plugins()
+        os.environ.pop("KVPLUG_POLICY", None)
+        if policy is not None:
+            os.environ["KVPLUG_POLICY"] = policy
+            options = {"attention_backend": "kvplug", **options}
+        arguments = ServerArgs(
+            model_path=str(model),
+            **{
+                "device": "cpu",
+                "attention_backend": "torch_native",
+                "dtype": "float32",
+                "page_size": 16,
+                "chunked_prefill_size": 256,
+                "max_total_tokens": 16384,
+                "max_running_requests": 16,
+                "mem_fraction_static": 0.5,
+                "skip_tokenizer_init": True,
+                "random_seed": 0,
+                **options,
+            },
+        )
+        arguments.resolve_once()
+        ports = PortArgs.init_new(arguments)
+        ranks = scheduling.SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0)
+        scheduling.publish(arguments, role="scheduler", ranks=ranks)
+        self.scheduler = scheduling.Scheduler(arguments, ports)
+        self.sent: list[Any] = []
+        """What the detokenizer would have been sent."""
+        sender = self.scheduler.output_streamer.send_to_detokenizer
+        sender.send_output = lambda output, *args, **kwargs: self.sent.append(output)
+        self.scheduler.ingest_requests = self._ingest
+        self.requests: dict[str, Any] = {}
+        self.steps: list[Callable[[], None]] = []
+        """Called once per pass of the event loop."""
+        self._inbox: list[Any] = []
+        self._served = 0
+        add = self.scheduler._add_request_to_queue
+
+        def remember(request: Any, *args: Any, **kwargs: Any) -> None:
+            self.requests[request.rid] = request
+            add(request, *args, **kwargs)
+
+        self.scheduler._add_request_to_queue = remember
+
+    @property
+    def backend(self) -> Any:
+        return self.scheduler.tp_worker.model_runner.attn_backend
+
+    @property
+    def tree(self) -> Any:
+        return self.scheduler.tree_cache
+
+    @property
+    def allocator(self) -> Any:
+        return self.scheduler.token_to_kv_pool_allocator
+
+    @property
+    def free(self) -> tuple[int, int]:
+        """Slots that are available and that are evictable."""
+        return self.allocator.available_size(), self.tree.evictable_size()
+
+    def send(
+        self, prompt: list[int], tokens: int = 16, policy: Any = None, **sampling: Any
+    ) -> str:
+        """Queue a request -> its id."""
+        from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+        from sglang.srt.sampling.sampling_params import SamplingParams
+
+        if policy is not None:
+            sampling["custom_params"] = {"kvplug": policy}
+        parameters = SamplingParams(
+            **{"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True, **sampling}
+        )
+        parameters.normalize(None)
+        rid = f"request-{self._served}"
+        self._served += 1
+        self._inbox.append(
+            TokenizedGenerateReqInput(
+                rid=rid, input_text=None, input_ids=array("q", prompt), input_embeds=None,
+                mm_inputs=None, token_type_ids=None, sampling_params=parameters,
+                return_logprob=False, logprob_start_len=-1, top_logprobs_num=0,
+                token_ids_logprob=None, stream=False,
+            )
+        )  # fmt: skip
+        return rid
+
+    def abort(self, rid: str) -> None:
+        from sglang.srt.managers.io_struct import AbortReq
+
+        self._inbox.append(AbortReq(rid=rid))
+
+    def drain(self) -> None:
+        """Serve what was sent until nothing runs any more."""
+        self.scheduler.gracefully_exit = False
+        self.scheduler.run_event_loop()
+
+    def _ingest(self, *args: Any, **kwargs: Any) -> list[Any]:
+        for step in self.steps:
+            step()
+        inbox, self._inbox = self._inbox, []
+        self.scheduler.process_input_requests(inbox)
+        self.scheduler.gracefully_exit = not inbox and self.scheduler.is_fully_idle()
+        return inbox
+
+    def generate(
+        self, prompts: list[list[int]], tokens: int = 16, policy: Any = None, **sampling: Any
+    ) -> list[list[int]]:
+        """All prompts at once -> output tokens each."""
+        rids = [self.send(prompt, tokens, policy, **sampling) for prompt in prompts]
+        self.drain()
+        return [self.output(rid) for rid in rids]
+
+    def output(self, rid: str) -> list[int]:
+        return list(self.requests[rid].output_ids)
+
+    def cached(self, rid: str) -> int:
+        return self.requests[rid].cached_tokens
+
+    def forget(self) -> None:
+        """Empty the prefix cache."""
+        self.tree.reset()
+        self.scheduler.req_to_token_pool.clear()
+        self.allocator.clear()
+
+
+@contextlib.contextmanager
+def start(model: Path, policy: str | None = None, **options: Any) -> Iterator[Engine]:
+    from sglang.srt.distributed.parallel_state import (
+        destroy_distributed_environment,
+        destroy_model_parallel,
+    )
+
+    engine = Engine(model, policy, **options)
+    try:
+        yield engine
+    finally:
+        del engine
+        destroy_model_parallel()
+        destroy_distributed_environment()
+        gc.collect()
+
+
+@pytest.fixture(scope="session")
+def engine() -> Callable[..., contextlib.AbstractContextManager[Engine]]:
+    """Start an engine: ``with engine(model, "dense") as stock: ...``"""
+    return start
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    folder = ROOT / ".models" / "smollm2"
+    assert folder.exists(), "SmolLM2 is not built; run `make models`"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A tiny random Llama of the given shape, built once a session."""
+    from kvplug_evals.models.random_llama import build_random_llama
+
+    built: dict[tuple[Any, ...], Path] = {}
+
+    def build(**shape: Any) -> Path:
+        key = tuple(sorted(shape.items()))
+        if key not in built:
+            built[key] = tmp_path_factory.mktemp("model") / "llama"
+            build_random_llama(built[key], **shape)
+        return built[key]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def prompts() -> Callable[..., list[list[int]]]:
+    """Random prompts of the given lengths."""
+
+    def make(*lengths: int, vocab: int = 512, seed: int = 0) -> list[list[int]]:
+        source = random.Random(seed)
+        return [[source.randrange(vocab) for _ in range(length)] for length in lengths]
+
+    return make

@@ -1,0 +1,126 @@
+"""Each request by its own policy and budget, in one batch."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+
+OFFER = {
+    "policy": "snapkv(budget=64, window=16)",
+    "allow": ["quest", "keydiff", "knorm", "random"],
+    "max_budget": 128,
+}
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_mixed_requests_answer_as_alone(engine, random_llama, prompts, page_size):
+    base, *rest = prompts(300, 521, 700, 333, 61, 730, 100, seed=8)
+    mixed = [
+        (rest[0], 12),
+        (rest[0], 12),
+        (rest[1], 12, {"budget": 32}),
+        (base + rest[2], 12, "quest(budget=64, dense_layers=0)"),
+        (base + rest[3], 12, "keydiff(budget=128) + quest(budget=48, dense_layers=1)"),
+        (rest[4], 12, "dense"),
+        (rest[5], 12, {"policy": "random(budget=48)", "min_context": 64, "protect": 8}),
+        ([5], 12),
+    ]
+    with engine(random_llama(), json.dumps(OFFER), page_size=page_size) as server:
+        alone = []
+        for request in mixed:
+            server.forget()
+            rid = server.send(*request)
+            server.drain()
+            alone.append(server.output(rid))
+        server.forget()
+        rids = [server.send(*request) for request in mixed]
+        server.drain()
+        assert [server.output(rid) for rid in rids] == alone
+        assert len(set(map(tuple, alone))) == 7, "two are the same request, no others agree"
+        assert sum(server.free) == 16384
+        shared = server.cached(rids[4])
+        assert shared in (0, 300 // page_size * page_size), "uncompressed pages are everyone's"
+
+
+def test_a_dense_request_beside_compressed_ones_equals_stock(engine, random_llama, prompts):
+    batch = prompts(600, 420, seed=9)
+    with engine(random_llama()) as stock:
+        expected = stock.generate(batch, 12)
+    with engine(random_llama(), json.dumps(OFFER)) as server:
+        server.generate(batch, 12)
+        assert server.generate(batch, 12, "dense") == expected
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "snapkv(budget=64, window=16)",
+        "streaming_llm(window=128) + quest(budget=64, dense_layers=0)",
+    ],
+)
+def test_decoding_in_the_steps_of_others_prefill(engine, random_llama, prompts, policy):
+    """--enable-mixed-chunk: a request's answer does not depend on what shares its steps."""
+    batch = prompts(600, 300, 64, 700, 33, seed=22)
+    answers = []
+    for mixed in (False, True):
+        with engine(random_llama(), policy, enable_mixed_chunk=mixed) as server:
+            rids, modes, waiting = [], set(), list(batch)
+
+            def one_by_one(server=server, rids=rids, modes=modes, waiting=waiting):
+                scheduler = server.scheduler
+                if waiting and len(scheduler.running_batch.reqs) >= len(rids):
+                    rids.append(server.send(waiting.pop(0), 30))
+                if scheduler.last_batch:
+                    modes.add(scheduler.last_batch.forward_mode.is_mixed())
+
+            server.steps.append(one_by_one)
+            server.drain()
+            assert modes == {False, mixed}
+            answers.append([server.output(rid) for rid in rids])
+    assert len(answers[0]) == len(batch)
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    "policy, message, counted",
+    [
+        ("streaming_llm", "does not allow streaming_llm", "not allowed"),
+        ({"budget": 4096}, "at most 128 tokens here", "over max_budget"),
+        ({"polcy": "dense"}, "Did you mean 'policy'", "unreadable"),
+        ("quest(bugdet=64)", "Did you mean 'budget'", "unreadable"),
+    ],
+)
+def test_what_a_request_may_not_ask_for_is_refused_alone(
+    engine, random_llama, prompts, policy, message, counted
+):
+    from prometheus_client import REGISTRY
+
+    def refused():
+        name, reason = "kvplug_refused_requests_total", {"reason": counted}
+        return REGISTRY.get_sample_value(name, reason) or 0.0
+
+    [prompt] = prompts(300, seed=10)
+    with engine(random_llama(), json.dumps(OFFER)) as server:
+        before = refused()
+        [expected] = server.generate([prompt], 8)
+        good, bad = server.send(prompt, 8), server.send(prompt, 8, policy)
+        server.drain()
+        assert server.output(good) == expected
+        reason = server.requests[bad].finished_reason.to_json()
+        assert reason["type"] == "abort"
+        assert message in reason["message"]
+        assert refused() == before + 1
+        assert sum(server.free) == 16384
+
+
+def test_beams_are_refused(engine, random_llama, prompts):
+    [prompt] = prompts(40, seed=11)
+    with engine(random_llama(), "snapkv(budget=64)", page_size=1) as server:
+        server.send(prompt, 4, beam_width=2)
+        server.drain()
+        message = server.sent[-1].finished_reasons[0]["message"]
+        assert "beam search hands rows of the pool" in message
+        assert sum(server.free) == 16384

@@ -1,0 +1,78 @@
+"""Digests say what their pages hold, whoever wrote the keys, and are paid for in the pool."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize(
+    "policy",
+    ["quest(budget=64, dense_layers=0)", "snapkv(budget=96) + quest(budget=64, dense_layers=0)"],
+)
+def test_digests_are_their_pages_extremes(engine, random_llama, prompts, policy, page_size):
+    batch = prompts(500, 333, 40, 1, seed=16)
+    with engine(random_llama(), policy, page_size=page_size) as planned:
+        checked = []
+
+        def check():
+            """Of the pages of every row, while requests run."""
+            from kvplug_sglang.settings import Engine
+
+            backend = planned.backend
+            for request in planned.scheduler.running_batch.reqs:
+                tenant = Engine.serving().router.tenants.get(request.rid)
+                if tenant is None or len(request.output_ids) != 6:
+                    continue
+                # Under overlap the last allocated token may not be written yet.
+                filled = request.kv.kv_allocated_len - 2
+                row = backend.req_to_token_pool.req_to_token[request.kv.req_pool_idx, :filled]
+                row = row[request.kv.cache_protected_len if tenant.swapped else 0 :].long()
+                row = row[: len(row) // page_size * page_size].view(-1, page_size)
+                for layer in backend.layers:
+                    keys = backend.token_to_kv_pool.get_key_buffer(layer)[row]  # [P, S, H, D]
+                    digest = backend.digests.of_layer(layer)[row[:, 0] // page_size]
+                    assert torch.equal(digest[:, :, 0], keys.amin(1))
+                    assert torch.equal(digest[:, :, 1], keys.amax(1))
+                checked.append(request.rid)
+
+        planned.steps.append(check)
+        planned.generate(batch, 16)
+        assert len(set(checked)) == 4
+        assert planned.backend.selected_queries > 0
+
+
+def test_a_token_costs_its_share_of_the_digests(engine, random_llama):
+    from sglang.srt.model_executor.pool_configurator import DefaultPoolConfigurator
+
+    def bytes_per_token(planned):
+        configurator = planned.scheduler.tp_worker.model_runner.kv_cache_configurator
+        return DefaultPoolConfigurator(configurator)._cell_size
+
+    with engine(random_llama(), "snapkv(budget=64)", page_size=32) as plain:
+        pool = plain.allocator.get_kvcache()
+        alone = bytes_per_token(plain)
+        assert alone * (pool.size + 32) == sum(pool.get_kv_size_bytes())
+    with engine(random_llama(), "quest(budget=64)", page_size=None) as planned:
+        assert planned.scheduler.page_size == 32, "the default with a digest"
+        digests = planned.backend.digests.rows
+        assert bytes_per_token(planned) * 32 == alone * 32 + digests[:, 0].nbytes
+
+
+def test_selection_reads_what_it_says(engine, random_llama, prompts):
+    from prometheus_client import REGISTRY
+
+    def total(name):
+        return REGISTRY.get_sample_value(f"kvplug_{name}_total", {"policy": line}) or 0.0
+
+    line = "quest(budget=64, dense_layers=0)"
+    batch = prompts(496, 240, seed=17)
+    with engine(random_llama(), line) as planned:
+        before = total("read_tokens"), total("cached_tokens")
+        planned.generate(batch, 3)
+        read, cached = total("read_tokens") - before[0], total("cached_tokens") - before[1]
+        assert cached == 497 + 498 + 241 + 242
+        assert read == 2 * (49 + 50), "three full pages and what the last one holds"

@@ -1,0 +1,115 @@
+"""Whole servers, as users start them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import pytest
+from sglang_server import serve
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+OFFER = json.dumps(
+    {
+        "policy": "snapkv(budget=64, window=16)",
+        "allow": ["quest", "keydiff", "knorm"],
+        "max_budget": 4096,
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def mixed(prompts):
+    """Mixed policies and budgets, duplicates, a shared prefix, one token, budgets for all."""
+    base, *rest = prompts(300, 521, 700, 333, 61, 730, 100, seed=7)
+    return [
+        (rest[0], 12),
+        (rest[0], 12),
+        (rest[1], 12, {"budget": 32}),
+        (base + rest[2], 12, "quest(budget=64, dense_layers=0)"),
+        (base + rest[3], 12, "keydiff(budget=128) + quest(budget=48, dense_layers=1)"),
+        (rest[4], 12, "dense"),
+        (rest[5], 12, {"policy": "knorm(budget=48)", "min_context": 64}),
+        ([5], 12),
+        (rest[4], 12, "quest(budget=4096, dense_layers=0)"),
+        (rest[4], 12, "keydiff(budget=4096)"),
+    ]
+
+
+def test_tensor_parallel_mixed_policies_answer_as_alone(random_llama, tmp_path, mixed):
+    """TP 2, page size 16, chunk 256, overlap on; and the same as one rank, token for token."""
+    model = random_llama()
+    strict = {
+        "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+        "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
+        "SGLANG_CPU_OMP_THREADS_BIND": "0|1",
+    }
+    options = ["--attention-backend", "kvplug", "--kvplug-policy", OFFER, "--page-size", "16"]
+    with serve(
+        model, tmp_path, *options, "--tp-size", "2", "--enable-metrics", **strict
+    ) as server:
+        alone = []
+        for request in mixed:
+            server.forget()
+            alone.append(server.ask(*request)["output_ids"])
+        server.forget()
+        assert server.ask_all(mixed) == alone
+        assert alone[5] == alone[8] == alone[9], "with the whole cache as budget, dense"
+        again = server.ask(mixed[0][0] + [7, 8, 9], 4)
+        assert again["meta_info"]["cached_tokens"] == 496, "the whole pages below P - W"
+        assert server.metric("kvplug_packed_prompts_total") >= 11
+        assert server.metric("kvplug_decode_queries_total") > 0
+        refused = server.ask(mixed[0][0], 4, "streaming_llm")["meta_info"]["finish_reason"]
+        assert refused["type"] == "abort"
+        assert "does not allow streaming_llm" in refused["message"]
+        # SGLang's own checkers, strict while busy and when idle, end a server that loses a slot.
+        server.forget()
+        assert server.ask(*mixed[0])["output_ids"] == alone[0]
+        assert "leak" not in server.log.read_text()
+    from conftest import start
+
+    with start(model, OFFER) as one:
+        rids = [one.send(*request) for request in mixed]
+        one.drain()
+        assert [one.output(rid) for rid in rids] == alone
+    with start(model) as stock:
+        assert stock.generate([mixed[5][0]], 12) == [alone[5]]
+
+
+def test_a_hook_that_is_gone_stops_the_server(random_llama, tmp_path):
+    """SGLang without one of the functions that a hook stands around."""
+    (tmp_path / "sitecustomize.py").write_text(SABOTAGE)
+    options = ["--attention-backend", "kvplug", "--kvplug-policy", "snapkv(budget=64)"]
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    with (
+        pytest.raises(RuntimeError, match="the server did not start") as stopped,
+        serve(random_llama(), tmp_path, *options, PYTHONPATH=path),
+    ):
+        pass
+    log = str(stopped.value)
+    assert "kvplug cannot serve with SGLang 0.5.23" in log
+    assert "PrefillAdder._request_slot_reserve_for_req: it is gone" in log
+    assert "Install sglang==0.5.23, or start without --attention-backend kvplug" in log
+
+
+SABOTAGE = """
+import importlib.abc, importlib.machinery, sys
+
+NAME = "sglang.srt.managers.schedule_policy"
+
+class Sabotage(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != NAME:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        execute = spec.loader.exec_module
+        def without(module):
+            execute(module)
+            del module.PrefillAdder._request_slot_reserve_for_req
+        spec.loader.exec_module = without
+        return spec
+
+sys.meta_path.insert(0, Sabotage())
+"""
