@@ -92,6 +92,7 @@ def documents(
                     "source": source(task, data),
                     "conversation": conversation.id,
                     "number": number,
+                    "mode": mode,
                     "turn": ask.turn,
                     "context": context,
                     "history": json.dumps(said),
