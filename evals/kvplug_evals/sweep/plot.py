@@ -53,6 +53,8 @@ def _page(title: str, panels: Sequence[tuple[str, list[Line]]], file: Path) -> N
             axes.axhline(dense.means["fixed"], color="black", lw=1, ls="--", label="dense")
             axes.set_ylim(-0.04, 1.06)
             axes.spines[["top", "right"]].set_visible(False)
+        for axes in row[:2]:
+            axes.set_xlim(0, 110)
         for kind in families:
             some = [line for line in made if family(line.result.policy) == kind]
             style: dict[str, Any] = {
