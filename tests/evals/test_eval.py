@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("lm_eval")
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(2400)]
 
 ROOT = Path(__file__).parents[2]
 KVPLUG = [sys.executable, "-m", "kvplug_evals.cli", "eval"]
@@ -32,7 +32,7 @@ def start(*options: str) -> subprocess.Popen:
 
 def run(*options: str) -> str:
     process = start(*options)
-    said = process.communicate(timeout=600)[0]
+    said = process.communicate(timeout=1200)[0]
     assert process.returncode == 0, said
     return said
 
