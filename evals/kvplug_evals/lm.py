@@ -219,7 +219,8 @@ class KVPlugLM(LM):
     def _said(self, instance: Any) -> Iterator[str]:
         """The turns so far, in pieces that are the same in every turn."""
         for turn, part in enumerate(history(instance.doc)):
-            yield part["ask"]
+            yield part["question"]
+            yield part["cue"]
             if self.answers == "golden":
                 yield part["gold"]
             else:

@@ -10,6 +10,8 @@ from kvplug_evals.scbench.generators import Order
 from kvplug_evals.scbench.scorers import score
 from kvplug_evals.scbench.tasks import MAX_TURNS, MODES, asks, load, source, task_named
 
+SAID = ("question", "cue", "gold", "close")
+"""The pieces of an earlier turn, in their order."""
 COUNTS = ("tokens", "contexts", "turns")
 
 
@@ -107,7 +109,7 @@ def documents(
                 }
             )
             if mode == "multi-turn":
-                said.append({"ask": ask.question + ask.cue, "gold": ask.gold, "close": ask.close})
+                said.append({name: getattr(ask, name) for name in SAID})
     return {"test": datasets.Dataset.from_list(rows)}
 
 
@@ -122,7 +124,7 @@ def encoder(folder: str) -> Any:
 
 def text(doc: dict[str, Any]) -> str:
     """The whole prompt, as a plain lm-eval model gets it."""
-    said = "".join(part["ask"] + part["gold"] + part["close"] for part in history(doc))
+    said = "".join(part[name] for part in history(doc) for name in SAID)
     return f"{doc['context']}{said}{doc['question']}{doc['cue']}"
 
 
