@@ -232,6 +232,7 @@ def finish(out: Path, policy: str, some, mode: str = "multi-turn", seconds: floa
         "question": "aware",
         "model": "m",
         "suite": {"name": "mine"},
+        "command": "kvplug eval --suite mine",
     }
     environment = {
         "cpu": "two cores",
@@ -259,7 +260,7 @@ def out(tmp_path):
 
 def test_the_report_ranks_only_what_says_something(out):
     plots = draw(results(out), out)
-    text = write_report(out, "kvplug eval", plots).read_text()
+    text = write_report(out, plots).read_text()
     table = {}
     for line in text.split("\n"):
         if line.startswith("| `"):
@@ -271,6 +272,7 @@ def test_the_report_ranks_only_what_says_something(out):
     assert "[" not in table["`knorm`"].split("|")[3], "nothing is ranked without a signal"
     assert "0 / 2,000" in text
     assert "5 minutes of answering" in text
+    assert "    kvplug eval --suite mine\n" in text
     assert [plot.name for plot in plots] == ["mine-kvplug_recall-2048.png"]
     assert f"]({plots[0].name})" in text
     assert plots[0].read_bytes().startswith(b"\x89PNG")

@@ -128,7 +128,7 @@ def evaluate(
             run_sweep(settings, run, console)
         finally:
             if any(finished(directory / setting.name) for setting in settings):
-                file = write_report(directory, command, draw(results(directory), directory))
+                file = write_report(directory, draw(results(directory), directory))
                 console.print(f"[bold]saved[/]  {file}", soft_wrap=True)
     except KeyboardInterrupt:
         failed.print(f"stopped; {escape(command)} goes on from here", soft_wrap=True)

@@ -157,11 +157,11 @@ HEAD = (
 )
 
 
-def write_report(out: Path, command: str, plots: Sequence[Path]) -> Path:
+def write_report(out: Path, plots: Sequence[Path]) -> Path:
     """Raises ValueError if nothing is finished."""
     found = results(out)
     text = [f"# {', '.join(sorted({r.place[0] for r in found}))}: what policies cost in answers"]
-    text += ["", *_preface(found, command)]
+    text += ["", *_preface(found)]
     for plot in plots:
         text += ["", f"![{plot.stem}]({plot.name})"]
     for (suite, tokens, mode, question), task, made in tables(found):
@@ -175,7 +175,7 @@ def write_report(out: Path, command: str, plots: Sequence[Path]) -> Path:
     return file
 
 
-def _preface(found: Sequence[Result], command: str) -> list[str]:
+def _preface(found: Sequence[Result]) -> list[str]:
     first = found[0].environment
     seconds = sum(r.environment["seconds"] for r in found)
     versions = ", ".join(
@@ -184,7 +184,7 @@ def _preface(found: Sequence[Result], command: str) -> list[str]:
     models = ", ".join(sorted({r.config["model"] for r in found}))
     processes = ", ".join(sorted({r.environment["engine_processes"] for r in found}))
     return [
-        f"    {command}",
+        *(f"    {command}" for command in sorted({r.config["command"] for r in found})),
         "",
         f"Model {models}. {versions}, on {first['cpu']}, {first['threads']} thread, engine in "
         f"{processes} process. {len(found)} settings, {seconds / 60:.0f} minutes of answering "
