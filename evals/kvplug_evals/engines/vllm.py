@@ -23,6 +23,10 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from kvplug_evals.engines.interface import EngineError, EngineOptions, MiB, Reply, Request, Wave
 
 FORCED = "kvplug_forced"
+SETTLED = 3
+"""Output tokens after which a prompt's compression has freed what it frees."""
+STAY = 64
+"""Tokens that a request may decode beyond its answer while others are still submitted."""
 COUNTERS = [f"kvplug_{name}_total" for name in ("decode_queries", "cached_tokens", "read_tokens")]
 
 
@@ -98,40 +102,49 @@ class VLLMEngine:
     def run(
         self, requests: Sequence[Request], finished: Callable[[Reply], object] | None = None
     ) -> Wave:
+        """All requests stay until each has decoded a little, so that what they hold together is
+        seen: the first would otherwise be gone before the last is prefilled.
+        """
         before, started = self._counted(), time.monotonic()
-        running = {self._submit(request): _Running(request, started) for request in requests}
+        steps = (
+            sum(len(request.prompt) for request in requests) // self.options.max_num_batched_tokens
+        )
+        running = {
+            self._submit(request, STAY + steps): _Running(request, started) for request in requests
+        }
         replies: dict[str, Reply] = {}
-        peak, held, last = 0, [], 0
+        peak, held, settled = 0, [], False
         while self.engine.has_unfinished_requests():
             outputs, now = self.engine.step(), time.monotonic()
             blocks = self._held()
             peak = max(peak, blocks)
             for output in outputs:
                 state = running[output.request_id]
-                if state.done:
-                    continue
                 state.see(output, now)
-                if output.finished or self._stops(state):
-                    if not output.finished:
-                        self.engine.abort_request([output.request_id])
+                state.gone |= output.finished
+                if not state.done and (state.gone or self._complete(state)):
                     state.done = True
                     reply = self._reply(state)
                     replies[state.request.key] = reply
                     if finished is not None:
                         finished(reply)
             states = running.values()
-            # What a prompt's compression freed is seen a step after its end.
-            if all(len(s.tokens) >= 2 for s in states):
-                last = last or blocks
-                if not any(s.done for s in states):
+            if all(state.steps >= SETTLED for state in states):
+                if not any(state.gone for state in states):
                     held.append(blocks)
+                settled = True
+            if settled:
+                leaving = [n for n, state in running.items() if state.done and not state.gone]
+                self.engine.abort_request(leaving)
+                for name in leaving:
+                    running[name].gone = True
         after = self._counted()
         queries, cached, read = (b - a for a, b in zip(before, after, strict=True))
         return Wave(
             replies=[replies[request.key] for request in requests],
             seconds=time.monotonic() - started,
             peak_blocks=peak,
-            held_blocks=round(median(held)) if held else last or peak,
+            held_blocks=round(median(held)) if held else peak,
             queries=queries,
             cached=cached,
             read=read,
@@ -154,13 +167,13 @@ class VLLMEngine:
         with contextlib.suppress(OSError):
             self.counters.rmdir()
 
-    def _submit(self, request: Request) -> str:
+    def _submit(self, request: Request, stay: int) -> str:
         from vllm import SamplingParams
 
         self.requests += 1
         parameters = SamplingParams(
             temperature=0,
-            max_tokens=len(request.forced) + request.new_tokens,
+            max_tokens=len(request.forced) + request.new_tokens + stay,
             extra_args={FORCED: list(request.forced)},
             logprobs=0 if request.scored else None,
             detokenize=False,
@@ -174,11 +187,14 @@ class VLLMEngine:
         assert self.usage is not None
         return round(self.usage.share * self.blocks)
 
-    def _stops(self, state: _Running) -> bool:
-        if not state.request.until or len(state.free) == 0:
+    def _complete(self, state: _Running) -> bool:
+        request = state.request
+        if len(state.tokens) == len(request.forced) + request.new_tokens:
+            return True
+        if not request.until or not state.free:
             return False
         text = self.tokenizer.decode(state.free)
-        return any(stop in text for stop in state.request.until)
+        return any(stop in text for stop in request.until)
 
     def _reply(self, state: _Running) -> Reply:
         request = state.request
@@ -224,6 +240,10 @@ class _Running:
         self.first = self.last = 0.0
         self.cached = 0
         self.done = False
+        """Its answer is whole."""
+        self.gone = False
+        """The engine holds nothing of it any more."""
+        self.steps = 0
         self.tokens: list[int] = []
         self.scored: list[tuple[float, int]] = []
 
@@ -235,12 +255,16 @@ class _Running:
         completion = output.outputs[0]
         if not self.tokens and completion.token_ids:
             self.first = now
-        self.tokens, self.last = list(completion.token_ids), now
+        self.steps = len(completion.token_ids)
+        if self.done:
+            return
+        most = len(self.request.forced) + self.request.new_tokens
+        self.tokens, self.last = list(completion.token_ids[:most]), now
         self.cached = output.num_cached_tokens or self.cached
         if completion.logprobs:
             self.scored = [
                 (step[token].logprob, step[token].rank)
-                for token, step in zip(self.tokens, completion.logprobs, strict=True)
+                for token, step in zip(self.tokens, completion.logprobs, strict=False)
             ]
 
 
