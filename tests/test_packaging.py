@@ -63,6 +63,8 @@ def test_wheel_holds_the_packages_and_nothing_else(tmp_path):
     top = {name.partition("/")[0] for name in files}
     assert top == {*PACKAGES, f"kvplug-{PROJECT['project']['version']}.dist-info"}
     assert {f"{package}/py.typed" for package in PACKAGES} <= set(files)
+    assert {"kvplug_evals/tasks/scbench/kv.yaml", "kvplug_evals/suites/recall.yaml"} <= set(files)
+    assert not [file for file in files if file.endswith(".pyc")]
 
 
 def test_the_cpu_setup_installs_versions_the_project_admits():

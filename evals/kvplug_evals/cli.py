@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from kvplug_evals.bench.cli import app as bench
+from kvplug_evals.sweep.cli import evaluate
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(bench, name="bench")
+app.command(name="eval")(evaluate)
 
 
 @app.command()

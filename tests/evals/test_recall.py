@@ -118,3 +118,40 @@ def test_the_tokenizer_is_a_word_per_token(folder):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert tokenizer("k1 v2047 k9").input_ids == [1, 4095, 9]
     assert tokenizer.decode([1, 4095, 9]) == "k1 v2047 k9"
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [{"kv_heads": 4, "group": 2, "live": (1, 3)}, {"kv_heads": 2, "group": 8, "live": (1,)}],
+)
+def test_live_heads_share_the_answer_and_idle_ones_do_nothing(heads, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    build_recall_model(tmp_path / "m", **heads)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    prompt = recall_prompt(1024, 100, queries=4, seed=8, hops=3)
+    for question, answers in zip(prompt.questions, prompt.answers, strict=True):
+        generated, _ = decode(model, prompt, question)
+        assert generated == answers
+    # Without what one live head copies the answer is no longer sure; an idle head's is nothing.
+    output = model.model.layers[1].self_attn.o_proj.weight.data
+    width, group = 128, heads["group"]
+    idle = next(h for h in range(heads["kv_heads"]) if h not in heads["live"])
+    assert not output[:, idle * group * width : (idle + 1) * group * width].any()
+    assert all(output[:, h * group * width :][:, :width].any() for h in heads["live"])
+
+
+def test_distractors_are_pairs_that_nobody_asks_for():
+    prompt = recall_prompt(2000, 100, queries=10, seed=9, hops=4, distractors=300, disjoint=True)
+    assert len(prompt.successor) == 100
+    pairs = sum(
+        a < 2048 <= b for a, b in zip(prompt.tokens[::2], prompt.tokens[1::2], strict=True)
+    )
+    assert pairs >= 400
+    told = [key for row in prompt.answers for key in row]
+    assert len(set(told)) == len(told), "disjoint: no two answers share a key"
+
+
+@pytest.mark.parametrize("live", [(), (2,), (0, 0)])
+def test_live_heads_must_be_there(live, tmp_path):
+    with pytest.raises(ValueError, match="live must name some of the 2 KV heads"):
+        build_recall_model(tmp_path / "m", live=live)

@@ -14,11 +14,14 @@ the prompt's last token (prefill), all others by decode.
                       ones of RoPE, so that distance does not matter
     lm_head           row of key token i = embedding of value token i
 
-The other head is zero. Token embeddings are random unit vectors, so keys are random directions,
-the worst case for min/max page bounds: a policy that does well here does not owe it to structure.
-What a page bound or a window *can* find is computed here from the model's own keys, outside any
-engine: `promised_recall` and `reachable`. An engine that finds less has a bug; one that finds
-more read more than it says.
+The other head is zero: an idle head, which spends its budget on nothing. With more heads
+(`build_recall_model(kv_heads=8, group=4, live=(0, 5))`) each live one matches by itself and
+copies its share of the answer's channels, so a policy must find the token in every live head; a
+group's other query heads are idle. Token embeddings are random unit vectors, so keys are random
+directions, the worst case for min/max page bounds: a policy that does well here does not owe it
+to structure. What a page bound or a window *can* find is computed here from the model's own keys,
+outside any engine: `promised_recall` and `reachable`. An engine that finds less has a bug; one
+that finds more read more than it says.
 """
 
 import math
@@ -59,7 +62,12 @@ class RecallPrompt:
     positions: list[list[int]]
     """Per question and hop, where in `tokens` the answer stands."""
     successor: Mapping[int, int]
-    """Key token -> the answer to it, for every pair of the context."""
+    """Key token -> the answer to it, for every pair of the context that is no distractor."""
+
+    @property
+    def text(self) -> str:
+        """The context in the tokenizer's words."""
+        return " ".join(map(word, self.tokens))
 
     def hits(self, question: int, generated: Sequence[int]) -> list[bool]:
         """Per generated token: is it the answer to the token before it?
@@ -71,32 +79,51 @@ class RecallPrompt:
 
 
 def recall_prompt(
-    tokens: int, pairs: int, queries: int, seed: int, *, hops: int = 1
+    tokens: int,
+    pairs: int,
+    queries: int,
+    seed: int,
+    *,
+    hops: int = 1,
+    distractors: int = 0,
+    disjoint: bool = False,
 ) -> RecallPrompt:
     """`tokens` of context with `pairs` pairs on one ring, and `queries` distinct ways into it.
 
-    Pairs stand at random even positions. Filler is drawn from the tokens of unused symbols.
+    Pairs stand at random even positions, as do `distractors` pairs on a ring of their own, which
+    nobody asks for. Filler is drawn from the tokens of unused symbols. `disjoint`: no two answers
+    share a pair, so that what one turn quotes tells nothing of another's.
     """
-    if not 0 < hops < pairs < SYMBOLS:
+    if not 0 < hops < pairs < SYMBOLS - distractors:
         raise ValueError(
-            f"0 < hops < pairs < {SYMBOLS} symbols must hold, got hops={hops}, pairs={pairs}"
+            f"0 < hops < pairs < {SYMBOLS} symbols - distractors must hold, got hops={hops}, "
+            f"pairs={pairs}, distractors={distractors}"
         )
-    if tokens < 2 * pairs:
-        raise ValueError(f"{pairs} pairs need {2 * pairs} tokens, got tokens={tokens}")
-    if not 0 < queries <= pairs:
-        raise ValueError(f"queries must be between 1 and pairs = {pairs}, got {queries}")
+    if tokens < 2 * (pairs + distractors):
+        need = 2 * (pairs + distractors)
+        raise ValueError(f"{pairs + distractors} pairs need {need} tokens, got tokens={tokens}")
+    ways = pairs // (hops + 1) if disjoint else pairs
+    if not 0 < queries <= ways:
+        raise ValueError(
+            f"queries must be between 1 and pairs{' // (hops + 1)' if disjoint else ''} = {ways}, "
+            f"got {queries}"
+        )
 
     random = torch.Generator().manual_seed(seed)
     order = torch.randperm(SYMBOLS, generator=random)
-    ring, unused = order[:pairs], order[pairs:]
+    ring, decoys, unused = order.split([pairs, distractors, SYMBOLS - pairs - distractors])
     filler = torch.cat([unused, unused + SYMBOLS])
     context = filler[torch.randint(len(filler), (tokens,), generator=random)]
-    at = 2 * torch.randperm(tokens // 2, generator=random)[:pairs]  # of the pair's key
+    places = 2 * torch.randperm(tokens // 2, generator=random)  # of a pair's key
+    at = places[:pairs]
     context[at] = ring
     context[at + 1] = ring.roll(-1) + SYMBOLS
+    beside = places[pairs : pairs + distractors]
+    context[beside] = decoys
+    context[beside + 1] = decoys.roll(-1) + SYMBOLS
 
     steps = torch.arange(hops)
-    starts = torch.randperm(pairs, generator=random)[:queries]
+    starts = torch.randperm(ways, generator=random)[:queries] * (hops + 1 if disjoint else 1)
     asked = (starts[:, None] + steps) % pairs  # [queries, hops]
     return RecallPrompt(
         tokens=context.tolist(),
@@ -107,13 +134,60 @@ def recall_prompt(
     )
 
 
+def word(token: int) -> str:
+    """As the tokenizer writes it."""
+    return f"{'kv'[token // SYMBOLS]}{token % SYMBOLS}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """KV heads, query heads to each, and the KV heads of the match layer that do the matching."""
+
+    kv_heads: int = HEADS
+    group: int = 1
+    live: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        inside = all(0 <= head < self.kv_heads for head in self.live)
+        if not self.live or not inside or len(set(self.live)) < len(self.live):
+            raise ValueError(
+                f"live must name some of the {self.kv_heads} KV heads, each once, got {self.live}"
+            )
+        if HIDDEN % (self.kv_heads * self.group):
+            raise ValueError(
+                f"kv_heads * group must divide the hidden size {HIDDEN}, as transformers demands, "
+                f"got {self.kv_heads} * {self.group}"
+            )
+        if EMBED % len(self.live):
+            raise ValueError(
+                f"the live heads must share {EMBED} channels evenly, got {len(self.live)} of them"
+            )
+
+    def share(self, place: int) -> slice:
+        """Channels of the answer that the live head at this place copies."""
+        size = EMBED // len(self.live)
+        return slice(place * size, (place + 1) * size)
+
+
 def build_recall_model(
-    folder: Path, *, dtype: str = "float32", max_positions: int = 131072, seed: int = 0
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    max_positions: int = 131072,
+    seed: int = 0,
+    kv_heads: int = HEADS,
+    group: int = 1,
+    live: Sequence[int] = (0,),
 ) -> None:
-    """Save the model as a Hugging Face Llama folder. dtype: float32, bfloat16 or float16."""
+    """Save the model as a Hugging Face Llama folder. dtype: float32, bfloat16 or float16.
+
+    Raises ValueError for `live` heads that are not there or cannot share the answer evenly.
+    """
     from safetensors.torch import save_file
 
-    weights = {n: w.to(getattr(torch, dtype)).contiguous() for n, w in _weights(seed).items()}
+    heads = Heads(kv_heads=kv_heads, group=group, live=tuple(live))
+    raw = _weights(seed, heads)
+    weights = {n: w.to(getattr(torch, dtype)).contiguous() for n, w in raw.items()}
     config: dict[str, object] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -122,8 +196,8 @@ def build_recall_model(
         "hidden_size": HIDDEN,
         "intermediate_size": weights["model.layers.0.mlp.up_proj.weight"].shape[0],
         "num_hidden_layers": 2,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS,
+        "num_attention_heads": kv_heads * group,
+        "num_key_value_heads": kv_heads,
         "head_dim": HEAD_DIM,
         "hidden_act": "silu",
         "max_position_embeddings": max_positions,
@@ -139,8 +213,7 @@ def build_recall_model(
         save_file(weights, draft / "model.safetensors", metadata={"format": "pt"})
         write_json(draft / "config.json", config)
         write_json(draft / "generation_config.json", {"do_sample": False})
-        words = [f"{kind}{symbol}" for kind in "kv" for symbol in range(SYMBOLS)]
-        write_word_tokenizer(draft, words)
+        write_word_tokenizer(draft, [word(token) for token in range(VOCAB)])
 
 
 def match_keys(tokens: Sequence[int], *, seed: int = 0) -> Tensor:
@@ -206,7 +279,7 @@ def reachable(prompt: RecallPrompt, *, sinks: int, window: int) -> Tensor:
     return (answers < sinks) | (answers > now - window)
 
 
-def _weights(seed: int) -> dict[str, Tensor]:
+def _weights(seed: int, heads: Heads) -> dict[str, Tensor]:
     """The state dict in fp32. Projections undo the RMS norm before them, whose scale is known:
     the residual holds unit vectors, two of them before layer 0 and three before layer 1."""
     table = _embeddings(seed)
@@ -225,10 +298,10 @@ def _weights(seed: int) -> dict[str, Tensor]:
         for norm in ("input_layernorm", "post_attention_layernorm"):
             weights[f"{prefix}.{norm}.weight"] = torch.ones(HIDDEN)
         for name, shape in (
-            ("self_attn.q_proj", (HEADS * HEAD_DIM, HIDDEN)),
-            ("self_attn.k_proj", (HEADS * HEAD_DIM, HIDDEN)),
-            ("self_attn.v_proj", (HEADS * HEAD_DIM, HIDDEN)),
-            ("self_attn.o_proj", (HIDDEN, HEADS * HEAD_DIM)),
+            ("self_attn.q_proj", (heads.kv_heads * heads.group * HEAD_DIM, HIDDEN)),
+            ("self_attn.k_proj", (heads.kv_heads * HEAD_DIM, HIDDEN)),
+            ("self_attn.v_proj", (heads.kv_heads * HEAD_DIM, HIDDEN)),
+            ("self_attn.o_proj", (HIDDEN, heads.kv_heads * heads.group * HEAD_DIM)),
             ("mlp.gate_proj", (2 * HEADS, HIDDEN)),
             ("mlp.up_proj", (2 * HEADS, HIDDEN)),
             ("mlp.down_proj", (HIDDEN, 2 * HEADS)),
@@ -247,10 +320,14 @@ def _weights(seed: int) -> dict[str, Tensor]:
 
     q, k, v, o = (weights[f"model.layers.{MATCH}.self_attn.{n}_proj.weight"] for n in "qkvo")
     unnorm = math.sqrt(3 / HIDDEN)  # token, token before and constant
-    q[_slow_channels(), token] = _amplitude(MATCH_SHARPNESS) * unnorm * eye
-    k[_slow_channels(), before] = _amplitude(MATCH_SHARPNESS) * unnorm * eye
-    v[:EMBED, token] = unnorm * eye
-    o[answer, :EMBED] = eye
+    for place, head in enumerate(heads.live):
+        row, column = head * HEAD_DIM, head * heads.group * HEAD_DIM  # KV head, its first query
+        q[column + _slow_channels(), token] = _amplitude(MATCH_SHARPNESS) * unnorm * eye
+        k[row + _slow_channels(), before] = _amplitude(MATCH_SHARPNESS) * unnorm * eye
+        v[row : row + EMBED, token] = unnorm * eye
+        copied = torch.zeros(EMBED, EMBED)
+        copied[heads.share(place)] = eye[heads.share(place)]
+        o[answer, column : column + EMBED] = copied
     return weights
 
 

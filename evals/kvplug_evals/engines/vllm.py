@@ -1,0 +1,283 @@
+"""vLLM, driven step by step, so that every step's use of the cache is seen.
+
+The engine runs in processes of its own, as a server's does. kvplug's counters come from there
+through prometheus_client's files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.metadata
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from kvplug_evals.engines.interface import EngineError, EngineOptions, MiB, Reply, Request, Wave
+
+FORCED = "kvplug_forced"
+SETTLED = 3
+"""Output tokens after which a prompt's compression has freed what it frees."""
+STAY = 64
+"""Tokens that a request may decode beyond its answer while others are still submitted."""
+COUNTERS = [f"kvplug_{name}_total" for name in ("decode_queries", "cached_tokens", "read_tokens")]
+
+
+class Usage(StatLoggerBase):
+    """The share of the pool that is held, after each step."""
+
+    def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+        self.share = 0.0
+
+    def record(
+        self,
+        scheduler_stats: Any,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+    ) -> None:
+        if scheduler_stats is not None:
+            self.share = scheduler_stats.kv_cache_usage
+
+    def log_engine_initialized(self) -> None:
+        pass
+
+
+class VLLMEngine:
+    """One policy, one engine. Raises EngineError."""
+
+    def __init__(self, policy: str, options: EngineOptions) -> None:
+        self.counters = Path(tempfile.mkdtemp(prefix="kvplug-counters-"))
+        os.environ.update(environment(options, self.counters))
+        if not options.multiprocess:
+            torch.set_num_threads(options.threads)  # torch is loaded, its environment read
+        from vllm import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        self.options = options
+        self.usage: Usage | None = None
+
+        def usage(vllm_config: Any, engine_index: int = 0) -> Usage:
+            self.usage = Usage(vllm_config, engine_index)
+            return self.usage
+
+        arguments = EngineArgs(
+            model=options.model,
+            attention_backend="kvplug",
+            additional_config={"kvplug": {"policy": policy}},
+            block_size=options.block_size,
+            max_model_len=options.max_model_len,
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            kv_cache_memory_bytes=options.kv_cache_mib * MiB,
+            enforce_eager=options.enforce_eager,
+            enable_prefix_caching=True,
+            logits_processors=["kvplug_evals.engines.forced:ForcedTokens"],
+            logprobs_mode="raw_logprobs",
+            disable_log_stats=False,
+            seed=0,
+        )
+        try:
+            self.engine = LLMEngine.from_engine_args(arguments, stat_loggers=[usage])
+        except (RuntimeError, ValueError) as error:
+            raise EngineError(
+                f"vLLM did not start with the policy {policy!r}: {error}. Its own message is "
+                "above; `kvplug doctor --model MODEL --policy POLICY` says what would be refused"
+            ) from error
+        config = self.engine.vllm_config.cache_config
+        self.blocks = int(config.num_gpu_blocks) - 1  # one is vLLM's own, the null block
+        self.block_bytes = options.kv_cache_mib * MiB // int(config.num_gpu_blocks)
+        self.tokenizer = self.engine.get_tokenizer()
+        self.requests = 0
+        names = ("kvplug", "vllm", "torch", "transformers", "lm_eval")
+        self.environment = {name: importlib.metadata.version(name) for name in names}
+
+    def run(
+        self, requests: Sequence[Request], finished: Callable[[Reply], object] | None = None
+    ) -> Wave:
+        """All requests stay until each has decoded a little, so that what they hold together is
+        seen: the first would otherwise be gone before the last is prefilled.
+        """
+        before, started = self._counted(), time.monotonic()
+        steps = (
+            sum(len(request.prompt) for request in requests) // self.options.max_num_batched_tokens
+        )
+        running = {
+            self._submit(request, STAY + steps): _Running(request, started) for request in requests
+        }
+        replies: dict[str, Reply] = {}
+        peak, held, settled = 0, [], False
+        while self.engine.has_unfinished_requests():
+            outputs, now = self.engine.step(), time.monotonic()
+            blocks = self._held()
+            peak = max(peak, blocks)
+            for output in outputs:
+                state = running[output.request_id]
+                state.see(output, now)
+                state.gone |= output.finished
+                if not state.done and (state.gone or self._complete(state)):
+                    state.done = True
+                    reply = self._reply(state)
+                    replies[state.request.key] = reply
+                    if finished is not None:
+                        finished(reply)
+            states = running.values()
+            if all(state.steps >= SETTLED for state in states):
+                if not any(state.gone for state in states):
+                    held.append(blocks)
+                settled = True
+            if settled:
+                leaving = [n for n, state in running.items() if state.done and not state.gone]
+                self.engine.abort_request(leaving)
+                for name in leaving:
+                    running[name].gone = True
+        after = self._counted()
+        queries, cached, read = (b - a for a, b in zip(before, after, strict=True))
+        return Wave(
+            replies=[replies[request.key] for request in requests],
+            seconds=time.monotonic() - started,
+            peak_blocks=peak,
+            held_blocks=round(median(held)) if held else peak,
+            queries=queries,
+            cached=cached,
+            read=read,
+        )
+
+    def forget(self) -> None:
+        if not self.engine.reset_prefix_cache():
+            raise EngineError("vLLM could not empty its prefix cache; no request may be running")
+
+    def close(self) -> None:
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self.engine.engine_core.shutdown()
+        del self.engine
+        if not self.options.multiprocess:
+            cleanup_dist_env_and_memory()
+        gc.collect()
+        for file in self.counters.glob("*"):
+            file.unlink()
+        with contextlib.suppress(OSError):
+            self.counters.rmdir()
+
+    def _submit(self, request: Request, stay: int) -> str:
+        from vllm import SamplingParams
+
+        self.requests += 1
+        parameters = SamplingParams(
+            temperature=0,
+            max_tokens=len(request.forced) + request.new_tokens + stay,
+            extra_args={FORCED: list(request.forced)},
+            logprobs=0 if request.scored else None,
+            detokenize=False,
+        )
+        prompt: Any = {"prompt_token_ids": request.prompt}
+        name = str(self.requests)
+        self.engine.add_request(name, prompt, parameters)
+        return name
+
+    def _held(self) -> int:
+        assert self.usage is not None
+        return round(self.usage.share * self.blocks)
+
+    def _complete(self, state: _Running) -> bool:
+        request = state.request
+        if len(state.tokens) == len(request.forced) + request.new_tokens:
+            return True
+        if not request.until or not state.free:
+            return False
+        text = self.tokenizer.decode(state.free)
+        return any(stop in text for stop in request.until)
+
+    def _reply(self, state: _Running) -> Reply:
+        request = state.request
+        text = self.tokenizer.decode(state.free, skip_special_tokens=True)
+        for stop in request.until:
+            text = text.partition(stop)[0]
+        scored = state.scored[len(request.forced) - request.scored : len(request.forced)]
+        steps = len(state.tokens) - 1
+        return Reply(
+            key=request.key,
+            text=text,
+            tokens=state.free,
+            prompt_tokens=len(request.prompt),
+            cached_tokens=state.cached,
+            first_token_seconds=state.first - state.started,
+            token_seconds=(state.last - state.first) / steps if steps else 0.0,
+            losses=[-logprob for logprob, _ in scored],
+            agreed=[rank == 1 for _, rank in scored],
+        )
+
+    def _counted(self) -> tuple[float, float, float]:
+        """Decode queries, tokens behind them and tokens read, since the engine's start."""
+        from prometheus_client import REGISTRY, CollectorRegistry
+        from prometheus_client.multiprocess import MultiProcessCollector
+
+        registry = REGISTRY
+        if self.options.multiprocess:
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry, path=str(self.counters))
+        totals = dict.fromkeys(COUNTERS, 0.0)
+        for metric in registry.collect():
+            for sample in metric.samples:
+                if sample.name in totals:
+                    totals[sample.name] += sample.value
+        queries, cached, read = totals.values()
+        return queries, cached, read
+
+
+class _Running:
+    def __init__(self, request: Request, started: float) -> None:
+        self.request = request
+        self.started = started
+        self.first = self.last = 0.0
+        self.cached = 0
+        self.done = False
+        """Its answer is whole."""
+        self.gone = False
+        """The engine holds nothing of it any more."""
+        self.steps = 0
+        self.tokens: list[int] = []
+        self.scored: list[tuple[float, int]] = []
+
+    @property
+    def free(self) -> list[int]:
+        return self.tokens[len(self.request.forced) :]
+
+    def see(self, output: Any, now: float) -> None:
+        completion = output.outputs[0]
+        if not self.tokens and completion.token_ids:
+            self.first = now
+        self.steps = len(completion.token_ids)
+        if self.done:
+            return
+        most = len(self.request.forced) + self.request.new_tokens
+        self.tokens, self.last = list(completion.token_ids[:most]), now
+        self.cached = output.num_cached_tokens or self.cached
+        if completion.logprobs:
+            self.scored = [
+                (step[token].logprob, step[token].rank)
+                for token, step in zip(self.tokens, completion.logprobs, strict=False)
+            ]
+
+
+def environment(options: EngineOptions, counters: Path) -> dict[str, str]:
+    """Of the engine's processes, and before it of ours, which they inherit."""
+    return {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(options.multiprocess)),
+        "VLLM_USE_V2_MODEL_RUNNER": "0",  # forced tokens are a processor of Model Runner V1
+        # Left to itself vLLM keeps a core free, which is half of a machine of two.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(options.threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        **({"PROMETHEUS_MULTIPROC_DIR": str(counters)} if options.multiprocess else {}),
+    }

@@ -1,0 +1,297 @@
+"""The tasks: what each measures, how it is put and scored, and where its data comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kvplug_evals.scbench.generators import GENERATORS, Order, make
+from kvplug_evals.scbench.schema import Conversation, Turn, read_jsonl, read_rows
+
+HUB = "microsoft/SCBench"
+MAX_TURNS = 5
+MODES = ("multi-turn", "multi-request")
+EXACT, STAND_IN, LOADER, OURS = "exact recipe", "stand-in", "no generator", "our own task"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    name: str
+    capability: str
+    data: str
+    metric: str
+    """Of ``scorers.METRICS``; that of a turn's own ``task`` if it names one."""
+    new_tokens: int
+    generated: str = EXACT
+    """What our generator's data is, in one word for every output."""
+    close: str = ""
+    """What ends a quoted answer in a conversation."""
+    until: tuple[str, ...] = ("\n\n",)
+    lead: str = "\n\n"
+    """Between the context, turns and questions."""
+    scbench: bool = True
+
+    @property
+    def hub_name(self) -> str:
+        return f"scbench_{self.name}"
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            name="kv",
+            capability="string retrieval",
+            data="JSON of UUID pairs",
+            metric="kv",
+            new_tokens=150,
+            close='"',
+            until=('"', "\n"),
+        ),
+        Task(
+            name="prefix_suffix",
+            capability="string retrieval",
+            data="random strings, found by their ends",
+            metric="kv",
+            new_tokens=150,
+            until=("\n",),
+        ),
+        Task(
+            name="vt",
+            capability="string retrieval",
+            data="variable tracking over several hops",
+            metric="vt",
+            new_tokens=30,
+            until=("\n",),
+        ),
+        Task(
+            name="repoqa",
+            capability="semantic retrieval",
+            data="standard library functions by their docstring",
+            metric="repoqa",
+            new_tokens=1024,
+            generated=STAND_IN,
+            close="\n```",
+            until=("```",),
+        ),
+        Task(
+            name="qa_eng",
+            capability="semantic retrieval",
+            data="facts in Python's language reference",
+            metric="qa_eng",
+            new_tokens=40,
+            generated=STAND_IN,
+            until=("\n",),
+        ),
+        Task(
+            name="qa_chn",
+            capability="semantic retrieval",
+            data="Chinese books, from the hub or a file only",
+            metric="qa_chn",
+            new_tokens=40,
+            generated=LOADER,
+            until=("\n",),
+        ),
+        Task(
+            name="choice_eng",
+            capability="semantic retrieval",
+            data="facts in Python's language reference, four choices",
+            metric="choice_eng",
+            new_tokens=40,
+            generated=STAND_IN,
+            until=("\n",),
+        ),
+        Task(
+            name="many_shot",
+            capability="global information",
+            data="labelled sentences, our own labels",
+            metric="many_shot",
+            new_tokens=10,
+            generated=STAND_IN,
+            until=("\n",),
+        ),
+        Task(
+            name="summary",
+            capability="global information",
+            data="Python's language reference, first paragraphs as summaries",
+            metric="summary",
+            new_tokens=200,
+            generated=STAND_IN,
+        ),
+        Task(
+            name="mf",
+            capability="global information",
+            data="arrays of numbers and their statistics",
+            metric="mf",
+            new_tokens=5,
+            close=".",
+            until=("\n",),
+        ),
+        Task(
+            name="summary_with_needles",
+            capability="multi-task",
+            data="pass keys (exact) between stand-in summaries",
+            metric="summary",
+            new_tokens=800,
+            generated=STAND_IN,
+        ),
+        Task(
+            name="repoqa_and_kv",
+            capability="multi-task",
+            data="stand-in functions and UUID pairs (exact)",
+            metric="repoqa",
+            new_tokens=1024,
+            generated=STAND_IN,
+        ),
+        Task(
+            name="needle",
+            capability="string retrieval",
+            data="words hidden in Python's language reference",
+            metric="kv",
+            new_tokens=8,
+            generated=OURS,
+            close='".',
+            until=('"', "\n"),
+            scbench=False,
+        ),
+        Task(
+            name="recall",
+            capability="exact recall, hop by hop",
+            data="key and value tokens for the recall model",
+            metric="recall",
+            new_tokens=4,
+            generated=OURS,
+            until=(),
+            lead=" ",
+            scbench=False,
+        ),
+    )
+}
+# A turn of a mixed task is put and scored as its own.
+TURN_TASKS = {
+    "repoqa": TASKS["repoqa"],
+    "kv": replace(TASKS["kv"], new_tokens=80),
+    "summary": replace(TASKS["summary"], new_tokens=800),
+    "passkey": Task(
+        name="passkey",
+        capability="string retrieval",
+        data="pass keys",
+        metric="passkey",
+        new_tokens=15,
+        close=".",
+        until=("\n",),
+    ),
+}
+
+
+def task_named(name: str) -> Task:
+    """Raises ValueError."""
+    if name not in TASKS:
+        raise ValueError(f"there is no task {name!r}; there are {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def task_of(task: Task, turn: Turn) -> Task:
+    """How this turn is put and scored; a turn of the hub says ``scbench_kv``."""
+    return TURN_TASKS.get(turn.task.removeprefix("scbench_"), task) if turn.task else task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """A turn as text. The conversation goes on with ``question``, ``cue``, answer, ``close``."""
+
+    turn: int
+    question: str
+    cue: str
+    gold: str
+    close: str
+    new_tokens: int
+    until: tuple[str, ...]
+    metric: str
+
+
+def asks(task: Task, conversation: Conversation, turns: int) -> Iterator[Ask]:
+    for place, turn in enumerate(conversation.turns[: min(turns, MAX_TURNS)]):
+        how = task_of(task, turn)
+        question, cue = turn.input, turn.cue
+        if how.metric == "choice_eng" and turn.options:
+            letters = zip("ABCD", turn.options, strict=False)
+            question += "".join(f"{letter}. {option}\n" for letter, option in letters)
+            cue = cue or "Answer:"
+        gap = "" if not cue or cue.endswith(('"', "\n", " ")) else " "
+        if task.lead == " ":
+            cue, gap = f" {cue}", " "
+        yield Ask(
+            turn=place,
+            question=task.lead + question,
+            cue=cue,
+            gold=gap + _letter(turn, how),
+            close=how.close,
+            new_tokens=len(turn.gold.split()) if task.name == "recall" else how.new_tokens,
+            until=how.until,
+            metric=how.metric,
+        )
+
+
+def _letter(turn: Turn, how: Task) -> str:
+    """Data of the hub may give a choice by its text."""
+    if how.metric == "choice_eng" and turn.options and turn.gold not in tuple("ABCD"):
+        if turn.gold not in turn.options:
+            raise ValueError(f"the answer {turn.gold!r} is none of the options {turn.options}")
+        return "ABCD"[turn.options.index(turn.gold)]
+    return turn.gold
+
+
+def load(
+    name: str, *, data: str = "generated", contexts: int, order: Order, middle: int | None = None
+) -> list[Conversation]:
+    """The first ``contexts`` conversations of a source: generated, hub, or a JSONL path.
+
+    ``middle``: truncate longer contexts in the middle to so many tokens. Raises ValueError.
+    """
+    task = task_named(name)
+    if data == "generated":
+        return [make(name, replace(order, index=i)) for i in range(contexts)]
+    if data == "hub":
+        found = _from_hub(task)
+    else:
+        found = read_jsonl(Path(data))
+    found = found[:contexts]
+    if middle is not None:
+        found = [replace(c, context=truncated(c.context, middle, order.count)) for c in found]
+    return found
+
+
+def _from_hub(task: Task) -> list[Conversation]:
+    if not task.scbench:
+        raise ValueError(f"{task.name} is no task of SCBench: it has no data on the hub")
+    import datasets
+
+    rows: Any = datasets.load_dataset(HUB, task.hub_name, split="test")
+    return read_rows(rows, f"{HUB} {task.hub_name}")
+
+
+def truncated(context: str, tokens: int, count: Any) -> str:
+    """The context without its middle, at most ``tokens`` tokens long."""
+    if count(context) <= tokens:
+        return context
+    low, high = 0, len(context) // 2
+    while high - low > 8:
+        half = (low + high) // 2
+        if count(context[:half] + context[-half:]) <= tokens:
+            low = half
+        else:
+            high = half
+    return context[:low] + context[len(context) - low :]
+
+
+def source(name: str, data: str) -> str:
+    """What to say of the data in every output."""
+    if data == "hub":
+        return f"{HUB}, {task_named(name).hub_name}"
+    return task_named(name).generated if data == "generated" else f"file {data}"
+
+
+GENERATED = tuple(GENERATORS)

@@ -1,0 +1,265 @@
+"""report.md: what each policy cost in answers, against dense on the same questions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvplug_evals.sweep.session import finished, summary
+from kvplug_evals.sweep.stats import Difference, paired
+
+SIGNAL = 0.5
+"""Dense accuracy below which a task says nothing of a policy."""
+SAVED = 0.99
+"""A row that read and held at least this share of dense is dense."""
+MiB = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One directory of a sweep."""
+
+    directory: Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    @property
+    def policy(self) -> str:
+        return str(self.config["policy"])
+
+    @property
+    def place(self) -> tuple[str, int, str, str]:
+        """What must be the same for two policies to be compared."""
+        config = self.config
+        return config["suite"]["name"], config["tokens"], config["mode"], config["question"]
+
+    def of_task(self, task: str) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["task"] == task]
+
+
+def read(directory: Path) -> Result:
+    """Raises FileNotFoundError."""
+    return Result(
+        directory=directory,
+        config=json.loads((directory / "config.json").read_text()),
+        environment=json.loads((directory / "environment.json").read_text()),
+        rows=[
+            json.loads(line)
+            for line in (directory / "predictions.jsonl").read_text().split("\n")
+            if line
+        ],
+    )
+
+
+def results(out: Path) -> list[Result]:
+    """All finished settings of a directory. Raises ValueError if there is none."""
+    found = [read(d) for d in sorted(out.iterdir()) if d.is_dir() and finished(d)]
+    if not found:
+        raise ValueError(f"{out} holds no finished setting")
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A policy on a task, beside dense."""
+
+    result: Result
+    task: str
+    means: dict[str, Any]
+    dense: dict[str, Any]
+    accuracy: Difference | None
+    loss: Difference | None
+
+    @property
+    def is_dense(self) -> bool:
+        return self.result.policy == "dense"
+
+    @property
+    def signal(self) -> bool:
+        return float(self.dense["fixed"]) >= SIGNAL
+
+    @property
+    def held(self) -> float | None:
+        return _share(self.means.get("held_bytes"), self.dense.get("held_bytes"))
+
+    @property
+    def read(self) -> float | None:
+        return _share(self.means.get("read_per_step"), self.dense.get("read_per_step"))
+
+    @property
+    def saves(self) -> bool:
+        return min(self.held or 1.0, self.read or 1.0) < SAVED
+
+    @property
+    def verdict(self) -> str:
+        if self.is_dense:
+            return "" if self.signal else "no signal"
+        if not self.saves:
+            return "= dense"
+        return "" if self.signal else "no signal"
+
+
+def _share(value: float | None, dense: float | None) -> float | None:
+    return value / dense if value is not None and dense else None
+
+
+def lines(found: Sequence[Result], place: tuple[Any, ...], task: str) -> list[Line]:
+    """Dense first, then by bytes held, then read."""
+    here = [r for r in found if r.place == place and r.of_task(task)]
+    dense = next((r for r in here if r.policy == "dense"), None)
+    if dense is None:
+        return []
+    base = dense.of_task(task)
+    made = [
+        Line(
+            result=result,
+            task=task,
+            means=summary(result.of_task(task))[task],
+            dense=summary(base)[task],
+            accuracy=paired(result.of_task(task), base, "fixed"),
+            loss=paired(result.of_task(task), base, "loss"),
+        )
+        for result in here
+    ]
+    return sorted(
+        made, key=lambda r: (not r.is_dense, -(r.held or 1), -(r.read or 1), r.result.policy)
+    )
+
+
+def tables(found: Sequence[Result]) -> Iterator[tuple[tuple[Any, ...], str, list[Line]]]:
+    for place in sorted({r.place for r in found}):
+        tasks = dict.fromkeys(row["task"] for r in found if r.place == place for row in r.rows)
+        for task in tasks:
+            made = lines(found, place, task)
+            if made:
+                yield place, task, made
+
+
+HEAD = (
+    "policy",
+    "accuracy",
+    "Δ dense [95 %]",
+    "compat",
+    "Δ loss [95 %]",
+    "agrees",
+    "KV held",
+    "vs dense",
+    "read/step",
+    "vs dense",
+    "cached, turn 1 / later",
+    "TTFT",
+    "TPOT",
+    "",
+)
+
+
+def write_report(out: Path, plots: Sequence[Path]) -> Path:
+    """Raises ValueError if nothing is finished."""
+    found = results(out)
+    text = [f"# {', '.join(sorted({r.place[0] for r in found}))}: what policies cost in answers"]
+    text += ["", *_preface(found)]
+    for plot in plots:
+        text += ["", f"![{plot.stem}]({plot.name})"]
+    for (suite, tokens, mode, question), task, made in tables(found):
+        source = made[0].means["source"]
+        title = f"## {task}, {tokens:,} tokens, {mode}, {_question(question)}"
+        text += ["", title, "", f"Data: {source}. Suite {suite}, {_count(made)}.", ""]
+        text += _table(HEAD, [_row(line) for line in made])
+        text += ["", *_by_turn(made)]
+    file = out / "report.md"
+    file.write_text("\n".join(text) + "\n")
+    return file
+
+
+def _preface(found: Sequence[Result]) -> list[str]:
+    first = found[0].environment
+    seconds = sum(r.environment["seconds"] for r in found)
+    versions = ", ".join(
+        f"{name} {first[name]}" for name in ("kvplug", "vllm", "torch", "lm_eval") if name in first
+    )
+    models = ", ".join(sorted({r.config["model"] for r in found}))
+    processes = ", ".join(sorted({r.environment["engine_processes"] for r in found}))
+    return [
+        *(f"    {command}" for command in sorted({r.config["command"] for r in found})),
+        "",
+        f"Model {models}. {versions}, on {first['cpu']}, {first['threads']} thread, engine in "
+        f"{processes} process. {len(found)} settings, {seconds / 60:.0f} minutes of answering "
+        "(engine starts aside).",
+        "",
+        "Accuracy is the `fixed` score; `compat` is SCBench's own, defects included. Δ is the "
+        "mean paired difference to dense on the same questions; the interval is a bootstrap over "
+        "contexts. Loss is the mean -log p, in nats, of the true answer's tokens, forced one by "
+        "one through decoding; *agrees* is the share of them that are the model's first choice. "
+        "*KV held* is the engine's blocks per request while all decode, in bytes of its own "
+        "pages; *read/step* is tokens per decode query, mean over the layers. **no signal**: "
+        "dense itself is below 0.5, so nothing is ranked. **= dense**: read and held as much as "
+        "dense, so no result. Times are of this machine, which others were using.",
+    ]
+
+
+def _question(question: str) -> str:
+    return {
+        "aware": "question in view of the compression",
+        "agnostic": "context compressed alone",
+    }[question]
+
+
+def _count(made: Sequence[Line]) -> str:
+    rows = made[0].result.of_task(made[0].task)
+    return f"{len({row['conversation'] for row in rows})} contexts, {len(rows)} questions"
+
+
+def _row(line: Line) -> list[str]:
+    means, turns = line.means, line.means["turns"]
+    later = [turn["cached_tokens"] for turn in turns[1:] if "cached_tokens" in turn]
+    cached = f"{turns[0].get('cached_tokens', 0):,.0f}"
+    if later:
+        cached += f" / {sum(later) / len(later):,.0f}"
+    ranked = not line.is_dense and line.signal
+    return [
+        f"`{line.result.policy}`",
+        f"{means['fixed']:.2f}",
+        _interval(line.accuracy) if ranked else "",
+        f"{means['compat']:.2f}",
+        _interval(line.loss) if not line.is_dense else _number(means.get("loss"), ".2f"),
+        _number(means.get("agreement"), ".0%"),
+        _number(means.get("held_bytes"), ",.1f", MiB, " MiB"),
+        _number(line.held, ".0%"),
+        _number(means.get("read_per_step"), ",.0f"),
+        _number(line.read, ".0%"),
+        cached,
+        _number(means.get("first_token_seconds"), ".2f", 1, " s"),
+        _number(means.get("token_seconds"), ".0f", 1e-3, " ms"),
+        f"**{line.verdict}**" if line.verdict else "",
+    ]
+
+
+def _interval(difference: Difference | None) -> str:
+    if difference is None:
+        return ""
+    return f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
+
+
+def _number(value: float | None, form: str, unit: float = 1, name: str = "") -> str:
+    return "" if value is None else f"{value / unit:{form}}{name}"
+
+
+def _by_turn(made: Sequence[Line]) -> list[str]:
+    turns = len(made[0].means["turns"])
+    if turns < 2:
+        return []
+    head = ("accuracy by turn", *(str(turn + 1) for turn in range(turns)))
+    rows = [
+        [f"`{line.result.policy}`", *(f"{turn['fixed']:.2f}" for turn in line.means["turns"])]
+        for line in made
+    ]
+    return _table(head, rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    bars = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
+    return [bars[0], "|---" * len(head) + "|", *bars[1:]]

@@ -1,0 +1,338 @@
+"""A sweep from start to end: an engine for each policy, a directory for each setting."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from kvplug_evals.demo.session import machine
+from kvplug_evals.engines.interface import Engine, EngineError, EngineOptions, MiB, start_engine
+from kvplug_evals.lm import LOSS, MODELS
+from kvplug_evals.sweep.journal import Journal
+from kvplug_evals.sweep.settings import Setting, folder
+
+SEED = 1234
+"""Of lm-eval's random, numpy and torch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What of a sweep does not change its numbers."""
+
+    out: Path
+    command: str
+    threads: int = 1
+    multiprocess: bool = True
+    enforce_eager: bool = True
+
+
+def finished(directory: Path) -> bool:
+    return (directory / "metrics.json").exists()
+
+
+def run_sweep(settings: Sequence[Setting], run: Run, console: Console) -> None:
+    """Raises EngineError, ValueError and OSError; what was answered so far is kept."""
+    os.environ["TQDM_DISABLE"] = "1"
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    run.out.mkdir(parents=True, exist_ok=True)
+    done = [s for s in settings if finished(run.out / s.name)]
+    if done:
+        console.print(f"{len(done)} of {len(settings)} settings are finished already")
+    with _progress(console, settings, len(done)) as progress:
+        for _, group in groupby(settings, key=lambda s: (s.engine_policy, s.tokens)):
+            waiting = [s for s in group if not finished(run.out / s.name)]
+            if waiting:
+                _serve(waiting, run, console, progress)
+
+
+def _serve(settings: Sequence[Setting], run: Run, console: Console, progress: Progress) -> None:
+    task = progress.task_ids[0]
+    policy, started = settings[0].engine_policy, time.monotonic()
+    progress.update(task, description=f"starting {settings[0].engine}: {escape(policy)}")
+    engine = start_engine(settings[0].engine, policy, options_of(settings[0], run))
+    ready = time.monotonic() - started
+    console.print(f"[cyan]{escape(policy)}[/], {settings[0].tokens:,} tokens: up in {ready:.0f} s")
+    try:
+        for setting in settings:
+            engine.forget()
+            began = time.monotonic()
+            rows = _run_setting(setting, run, engine, progress)
+            scores = [row["fixed"] for row in rows]
+            console.print(
+                f"    {setting.mode}, {setting.question}: {sum(scores) / len(scores):.2f} of "
+                f"{len(scores)} answers in {time.monotonic() - began:.0f} s"
+            )
+    finally:
+        engine.close()
+
+
+def options_of(setting: Setting, run: Run) -> EngineOptions:
+    suite = setting.suite
+    longest = setting.tokens + suite.room
+    size = suite.contexts * (longest + 2 * suite.block_size) * token_bytes(Path(setting.model))
+    return EngineOptions(
+        model=setting.model,
+        max_model_len=longest,
+        max_num_seqs=suite.contexts,
+        block_size=suite.block_size,
+        # Compressed prompts also need blocks of their own, and the next turn finds more cached.
+        kv_cache_mib=max(64, 2 * size // MiB),
+        threads=run.threads,
+        enforce_eager=run.enforce_eager,
+        multiprocess=run.multiprocess,
+    )
+
+
+def token_bytes(model: Path) -> int:
+    """KV bytes of a token over all layers, as the model's own dtype holds them."""
+    if not (model / "config.json").exists():
+        raise ValueError(
+            f"there is no model in {model}; run make models, or give --model a folder"
+        )
+    config = json.loads((model / "config.json").read_text())
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    size = 4 if dtype == "float32" else 2
+    kv_heads = config.get("num_key_value_heads") or heads
+    return int(2 * config["num_hidden_layers"] * kv_heads * head_dim * size)
+
+
+def _run_setting(
+    setting: Setting, run: Run, engine: Engine, progress: Progress
+) -> list[dict[str, Any]]:
+    directory, suite = run.out / setting.name, setting.suite
+    directory.mkdir(exist_ok=True)
+    _write(directory / "config.json", {**setting.config, "command": run.command})
+    task = progress.task_ids[0]
+    progress.update(
+        task, description=f"{escape(setting.policy)}, {setting.mode}, {setting.question}"
+    )
+    started = time.monotonic()
+    journal = Journal(directory / "journal.jsonl")
+    progress.advance(task, len(journal.replies))
+    lm = MODELS[setting.engine](
+        pretrained=setting.model,
+        question=setting.question,
+        answers=suite.answers,
+        losses=suite.losses,
+        max_num_seqs=suite.contexts,
+        engine=engine,
+        journal=journal,
+        answered=lambda: progress.advance(task),
+    )
+    rows: list[dict[str, Any]] = []
+    for name, options in suite.tasks.items():
+        rows += _rows(name, _evaluate(lm, setting, name, options), journal)
+    with (directory / "predictions.jsonl").open("w") as out:
+        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    environment = {
+        **machine(),
+        **engine.environment,
+        "seeds": {"data": suite.seed, "lm_eval": SEED},
+        "threads": run.threads,
+        "engine_processes": "its own" if run.multiprocess else "this one",
+        "kv_block_bytes": engine.block_bytes,
+        "kv_blocks": engine.blocks,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    _write(directory / "environment.json", environment)
+    _write(directory / "metrics.json", summary(rows))  # last: it says that the setting is done
+    return rows
+
+
+def _evaluate(lm: Any, setting: Setting, name: str, options: dict[str, Any]) -> Any:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    suite = setting.suite
+    metadata: dict[str, Any] = {
+        "pretrained": setting.model,
+        "data": suite.data,
+        "tokens": setting.tokens,
+        "contexts": suite.contexts,
+        "turns": suite.turns,
+        "mode": setting.mode,
+        "seed": suite.seed,
+        "max_seq_lengths": [setting.tokens],  # of lm-eval's RULER
+        **options,
+    }
+    if setting.compressor:
+        metadata["compressor"], metadata["keep"] = setting.compressor
+    found = simple_evaluate(
+        lm,
+        tasks=[name],
+        task_manager=TaskManager(
+            include_path=str(folder("tasks")),
+            include_defaults=not ours(name),  # to read all of lm-eval's takes seconds
+            metadata=metadata,
+        ),
+        limit=None if ours(name) else suite.limit,
+        bootstrap_iters=0,
+        random_seed=SEED,
+        numpy_random_seed=SEED,
+        torch_random_seed=SEED,
+        fewshot_random_seed=SEED,
+    )
+    return found["samples"]
+
+
+def _rows(name: str, samples: dict[str, Any], journal: Journal) -> list[dict[str, Any]]:
+    """A row for each question: its answer, scores and costs."""
+    waves, rows = journal.wave_of(), []
+    for task, found in samples.items():
+        for sample in sorted(found, key=lambda s: s["doc_id"]):
+            key, doc = f"{task}/{sample['doc_id']}", sample["doc"]
+            reply, loss = journal.replies.get(key), journal.replies.get(key + LOSS)
+            row = {
+                "task": task,
+                "doc": sample["doc_id"],
+                "conversation": doc.get("conversation", f"{task}-{sample['doc_id']}"),
+                "turn": doc.get("turn", 0),
+                "source": doc.get("source", "lm-eval"),
+                "answer": sample["target"] if "gold" not in doc else doc["gold"],
+                **scores(sample),
+            }
+            if reply is not None:
+                row |= {
+                    "prediction": reply.text,
+                    "prompt_tokens": reply.prompt_tokens,
+                    "cached_tokens": reply.cached_tokens,
+                    "first_token_seconds": reply.first_token_seconds,
+                    "token_seconds": reply.token_seconds,
+                    **costs(waves.get(key)),
+                }
+            if loss is not None and loss.losses:
+                row |= {
+                    "loss": sum(loss.losses) / len(loss.losses),
+                    "agreement": sum(loss.agreed) / len(loss.agreed),
+                }
+            rows.append({k: round(v, 6) if type(v) is float else v for k, v in row.items()})
+    return rows
+
+
+def scores(sample: dict[str, Any]) -> dict[str, float]:
+    """Ours by name; of other tasks the one that says something (RULER's lengths are -1 or a
+    share, a log-likelihood's is acc)."""
+    if "fixed" in sample:
+        return {"fixed": sample["fixed"], "compat": sample["compat"]}
+    values = [sample[metric] for metric in sample["metrics"]]
+    told = [float(value) for value in values if isinstance(value, (int, float)) and value >= 0]
+    best = max(told, default=0.0)
+    return {"fixed": best, "compat": best}
+
+
+def costs(wave: dict[str, Any] | None) -> dict[str, float]:
+    """A request's share of its wave; nothing of a wave that was cut short."""
+    if wave is None:
+        return {}
+    requests = len(wave["keys"])
+    found = {
+        "held_bytes": wave["held_blocks"] * wave["block_bytes"] / requests,
+        "peak_bytes": wave["peak_blocks"] * wave["block_bytes"] / requests,
+        "freed_blocks": max(0, wave["peak_blocks"] - wave["held_blocks"]) / requests,
+    }
+    if wave["queries"]:
+        found["cached_per_step"] = wave["cached"] / wave["queries"]
+        found["read_per_step"] = wave["read"] / wave["queries"]
+    return found
+
+
+MEASURES = (
+    "fixed",
+    "compat",
+    "loss",
+    "agreement",
+    "held_bytes",
+    "peak_bytes",
+    "freed_blocks",
+    "cached_per_step",
+    "read_per_step",
+    "prompt_tokens",
+    "cached_tokens",
+    "first_token_seconds",
+    "token_seconds",
+)
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means, of each task and each of its turns."""
+
+    def means(some: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {"questions": len(some)}
+        for measure in MEASURES:
+            values = [row[measure] for row in some if row.get(measure) is not None]
+            if values:
+                found[measure] = sum(values) / len(values)
+        return found
+
+    whole = {}
+    for task in dict.fromkeys(row["task"] for row in rows):
+        of_task = [row for row in rows if row["task"] == task]
+        turns = sorted({row["turn"] for row in of_task})
+        whole[task] = {
+            "source": of_task[0]["source"],
+            **means(of_task),
+            "turns": [means([row for row in of_task if row["turn"] == t]) for t in turns],
+        }
+    return whole
+
+
+def ours(task: str) -> bool:
+    return task.startswith(("scbench_", "kvplug_"))
+
+
+def _write(file: Path, data: object) -> None:
+    """Whole or not at all: a reader takes what is there for finished."""
+    draft = file.with_suffix(".new")
+    draft.write_text(json.dumps(data, indent=1) + "\n")
+    shutil.move(draft, file)
+
+
+def questions(setting: Setting) -> int:
+    suite = setting.suite
+    own = sum(map(ours, suite.tasks))
+    asked = suite.contexts * suite.turns * (2 if suite.losses else 1) * own
+    return asked + (len(suite.tasks) - own) * (suite.limit or 500)
+
+
+@contextmanager
+def _progress(console: Console, settings: Sequence[Setting], done: int) -> Iterator[Progress]:
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    left = sum(questions(s) for s in settings) - done * questions(settings[0])
+    progress.add_task("", total=left)
+    with progress:
+        yield progress
+
+
+__all__ = ["EngineError", "Run", "finished", "run_sweep", "summary"]

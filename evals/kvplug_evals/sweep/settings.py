@@ -1,0 +1,225 @@
+"""A sweep as data: a YAML suite, what the command line changes of it, and its settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kvplug import parse
+from kvplug_evals import llmlingua
+from kvplug_evals.lm import ANSWERS, QUESTIONS
+from kvplug_evals.scbench.tasks import MODES
+
+MODELS = Path(".models")
+SINKS = 32
+
+
+def folder(name: str) -> Path:
+    """``tasks`` or ``suites``: in the package once installed, beside it in a checkout."""
+    inside = Path(__file__).parents[1] / name
+    return inside if inside.exists() else Path(__file__).parents[2] / name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """What is measured, and on what."""
+
+    name: str
+    tasks: dict[str, dict[str, Any]]
+    """lm-eval's name of a task -> options of its data."""
+    model: str = "recall"
+    """recall, smollm2, or a folder."""
+    heads: dict[str, Any] = field(default_factory=dict)
+    """Of the recall model: kv_heads, group, live."""
+    tokens: tuple[int, ...] = (4096,)
+    """Of a context."""
+    contexts: int = 8
+    turns: int = 5
+    modes: tuple[str, ...] = MODES[:1]
+    questions: tuple[str, ...] = QUESTIONS[:1]
+    answers: str = ANSWERS[0]
+    losses: bool = True
+    policies: tuple[str, ...] = ()
+    """May hold {budget}, {window} (a budget without streaming_llm's sinks) and {half}."""
+    budgets: tuple[float, ...] = ()
+    """Shares of a context's tokens."""
+    data: str = "generated"
+    seed: int = 0
+    limit: int | None = None
+    """Documents of each task that is not ours."""
+    room: int = 512
+    """Tokens behind a context, for turns and answers."""
+    block_size: int = 32
+    about: str = ""
+
+    def __post_init__(self) -> None:
+        for name, values, allowed in (
+            ("modes", self.modes, MODES),
+            ("questions", self.questions, QUESTIONS),
+            ("answers", (self.answers,), ANSWERS),
+        ):
+            wrong = [value for value in values if value not in allowed]
+            if wrong:
+                raise ValueError(
+                    f"suite {self.name}: {name} must be of {', '.join(allowed)}, got {wrong[0]!r}"
+                )
+
+    @property
+    def model_folder(self) -> Path:
+        if self.model == "recall" and self.heads:
+            live = "-".join(map(str, self.heads.get("live", (0,))))
+            shape = f"{self.heads.get('kv_heads', 2)}x{self.heads.get('group', 1)}-live-{live}"
+            return MODELS / f"recall-{shape}"
+        return MODELS / self.model if self.model in ("recall", "smollm2") else Path(self.model)
+
+
+def read_suite(name: str) -> Suite:
+    """A suite that kvplug brings, or a YAML file. Raises ValueError and OSError."""
+    file = Path(name) if name.endswith((".yaml", ".yml")) else folder("suites") / f"{name}.yaml"
+    if not file.exists():
+        there = ", ".join(sorted(f.stem for f in folder("suites").glob("*.yaml")))
+        raise ValueError(f"there is no suite {name!r}; there are {there}, or give a YAML file")
+    given = yaml.safe_load(file.read_text())
+    known = {f.name for f in fields(Suite)}
+    if not isinstance(given, dict) or not given.get("tasks"):
+        raise ValueError(f"{file}: a suite is a mapping that names its tasks")
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise ValueError(
+            f"{file}: there is no key {unknown[0]!r}; there are {', '.join(sorted(known))}"
+        )
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    tasks = {task: options or {} for task, options in given.pop("tasks").items()}
+    return Suite(**{"name": file.stem, **given, "tasks": tasks})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One directory of results: everything that its numbers depend on."""
+
+    engine: str
+    model: str
+    policy: str
+    tokens: int
+    mode: str
+    question: str
+    suite: Suite
+
+    @property
+    def config(self) -> dict[str, Any]:
+        suite = asdict(self.suite)
+        for varied in ("policies", "budgets", "modes", "questions", "tokens", "about", "model"):
+            del suite[varied]
+        return {**{f.name: getattr(self, f.name) for f in fields(self)}, "suite": suite}
+
+    @property
+    def name(self) -> str:
+        text = json.dumps(self.config, sort_keys=True)
+        short = re.sub(r"[^\w=.]+", "-", self.policy).strip("-")[:60]
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        return f"{self.suite.name}-{self.tokens}-{self.mode}-{self.question}-{short}-{digest}"
+
+    @property
+    def compressor(self) -> tuple[str, float] | None:
+        """A prompt compressor outside the engine: llmlingua(rate=0.5)."""
+        compresses = self.policy.startswith("llmlingua")
+        return ("llmlingua", rate(self.policy)) if compresses else None
+
+    @property
+    def engine_policy(self) -> str:
+        return "dense" if self.compressor else self.policy
+
+
+def expand(suite: Suite, engine: str, policies: Sequence[str], baselines: bool) -> list[Setting]:
+    """All settings, those of one engine side by side, dense first. Raises ValueError."""
+    settings = []
+    for tokens in suite.tokens:
+        lines = [
+            line
+            for template in policies or suite.policies
+            for line in filled(template, tokens, suite.budgets, suite.block_size)
+        ]
+        if baselines:
+            lines += same_bytes(lines)
+        for policy in canonical(["dense", *lines]):
+            settings += [
+                Setting(
+                    engine=engine,
+                    model=str(suite.model_folder),
+                    policy=policy,
+                    tokens=tokens,
+                    mode=mode,
+                    question=question,
+                    suite=suite,
+                )
+                for mode in suite.modes
+                for question in suite.questions
+            ]
+    return settings
+
+
+def filled(template: str, tokens: int, budgets: Iterable[float], page: int) -> list[str]:
+    if "{" not in template:
+        return [template]
+    if not budgets:
+        raise ValueError(f"{template!r} needs budgets; give the suite a list of shares")
+    lines = []
+    for share in budgets:
+        budget = max(2 * page, round(tokens * share / page) * page)
+        lines.append(template.format(budget=budget, window=budget - SINKS, half=budget // 2))
+    return lines
+
+
+def same_bytes(lines: Iterable[str]) -> list[str]:
+    """random and streaming_llm with the budget of each policy."""
+    added = []
+    for line in lines:
+        if line.startswith("llmlingua"):
+            continue
+        policy = parse(line)
+        budget = 0
+        if policy.scored is not None:
+            budget = policy.scored.budget
+        elif policy.eviction is not None:
+            budget = policy.eviction.most_tokens()
+        elif policy.selector is not None:
+            budget = policy.selector.budget
+        if budget > 2 * SINKS:
+            added += [
+                f"random(budget={budget})",
+                f"streaming_llm(sinks={SINKS}, window={budget - SINKS})",
+            ]
+    return added
+
+
+def canonical(lines: Iterable[str]) -> list[str]:
+    """As policies print themselves, none twice. Raises ValueError for a bad line."""
+    printed = []
+    for line in lines:
+        if line.startswith("llmlingua"):
+            llmlingua.check()
+            rate(line)
+            printed.append(line)
+        else:
+            printed.append(str(parse(line)))
+    return list(dict.fromkeys(printed))
+
+
+def rate(line: str) -> float:
+    """Of llmlingua(rate=0.5). Raises ValueError."""
+    found = re.fullmatch(r"llmlingua\(rate=(0?\.\d+|1(?:\.0)?)\)", line)
+    if found is None:
+        raise ValueError(f"write llmlingua(rate=0.5), a share between 0 and 1; got {line!r}")
+    return float(found[1])
+
+
+def changed(suite: Suite, **options: Any) -> Suite:
+    """The suite with what the command line says."""
+    return replace(suite, **{name: value for name, value in options.items() if value is not None})

@@ -1,0 +1,248 @@
+"""SCBench's tasks: three sources by one path, exact lengths, seeded, and what a file may hold."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("datasets")
+
+from kvplug_evals.models.folder import write_word_tokenizer
+from kvplug_evals.scbench.documents import documents, history, process_results, text
+from kvplug_evals.scbench.generators import GENERATORS, Order, make
+from kvplug_evals.scbench.schema import read_jsonl
+from kvplug_evals.scbench.tasks import TASKS, asks, load, source, task_named, truncated
+
+TASK_FILES = Path(__file__).parents[2] / "evals/tasks/scbench"
+SCBENCH = [name for name, task in TASKS.items() if task.scbench]
+
+
+def words(text):
+    """A stand-in for a tokenizer's count: about four characters a token."""
+    return len(text) // 4
+
+
+def order(**options):
+    return Order(**{"tokens": 3000, "turns": 5, "count": words, **options})
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_word_tokenizer(folder, ["?", "apple", "pear"])
+    return str(folder)
+
+
+def test_there_are_the_twelve_tasks_of_scbench():
+    assert len(SCBENCH) == 12
+    assert set(GENERATORS) == set(TASKS) - {"qa_chn"}
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_a_context_is_as_long_as_asked_and_the_same_every_time(name):
+    count = (lambda text: len(text.split())) if name == "recall" else words
+    made = make(name, order(count=count))
+    assert made == make(name, order(count=count))
+    assert made != make(name, order(count=count, seed=1))
+    assert 0.9 * 3000 <= count(made.context) <= 3000
+    assert len(made.turns) == 5
+
+
+@pytest.mark.parametrize("tokens", [1000, 131072])
+def test_lengths_reach_from_1k_to_128k(tokens):
+    assert 0.98 * tokens <= words(make("kv", order(tokens=tokens)).context) <= tokens
+
+
+@pytest.mark.parametrize("name", ["kv", "prefix_suffix", "qa_eng", "needle", "repoqa"])
+def test_every_answer_stands_in_its_context(name):
+    made = make(name, order())
+    for turn in made.turns:
+        assert made.context.count(turn.gold) == 1
+
+
+def test_kv_is_a_json_object_of_uuid_pairs():
+    made = make("kv", order())
+    data = json.loads(made.context[made.context.index("{") :])
+    for turn in made.turns:
+        key = turn.cue.split('"')[1]
+        assert data[key] == turn.answer
+        assert len(key) == len(turn.answer) == 36
+
+
+def test_prefix_and_suffix_name_one_string():
+    made = make("prefix_suffix", order())
+    strings = made.context.split("\n")[1:]
+    for turn in made.turns:
+        first, last = turn.answer[:6], turn.answer[-6:]
+        assert first in turn.input
+        assert last in turn.input
+        assert [s for s in strings if s.startswith(first) and s.endswith(last)] == [turn.answer]
+
+
+def test_variables_are_assigned_before_they_are_taken():
+    made = make("vt", order(hops=4))
+    values = {}
+    for line in made.context.split("\n"):
+        if line.startswith("VAR "):
+            name, value = line[4:].split(" = ")
+            values[name] = values[value[4:]] if value.startswith("VAR ") else value
+    for turn in made.turns:
+        wanted = next(word for word in turn.input.split() if word.isdigit())
+        assert sorted(turn.answer) == sorted(n for n, v in values.items() if v == wanted)
+        assert len(turn.answer) == 5
+
+
+def test_statistics_are_those_of_the_array():
+    made = make("mf", order())
+    numbers = sorted(json.loads(made.context.removeprefix("List: ")))
+    middle = numbers[len(numbers) // 2]
+    wanted = [numbers[-1], numbers[0], middle, numbers[-2], numbers[1]]
+    assert [turn.answer for turn in made.turns] == wanted
+
+
+def test_mixed_tasks_score_each_turn_as_its_own():
+    for name, metrics in (
+        ("summary_with_needles", ["passkey", "summary", "passkey", "summary", "passkey"]),
+        ("repoqa_and_kv", ["repoqa", "kv", "repoqa", "kv", "repoqa"]),
+    ):
+        assert [ask.metric for ask in asks(TASKS[name], make(name, order()), 5)] == metrics
+
+
+def test_the_letter_is_that_of_the_right_option():
+    made = make("choice_eng", order())
+    for turn, ask in zip(made.turns, asks(TASKS["choice_eng"], made, 5), strict=True):
+        right = turn.options["ABCD".index(turn.answer)]
+        assert f"was left in {right}." in made.context
+        assert f"{turn.answer}. {right}\n" in ask.question
+
+
+def test_stand_ins_say_so():
+    assert source("kv", "generated") == "exact recipe"
+    assert source("qa_eng", "generated") == "stand-in"
+    assert source("qa_eng", "hub") == "microsoft/SCBench, scbench_qa_eng"
+    with pytest.raises(ValueError, match="qa_chn has no generator"):
+        make("qa_chn", order())
+
+
+HAND_MADE = """\
+{"id": 7, "context": "apple is red. pear is green.", "multi_turns": [\
+{"input": "What colour is an apple?", "answer": "red"}, \
+{"input": "And a pear?", "answer": ["green", "yellow"]}]}
+
+{"context": "1 2 3", "multi_turns": [{"input": "The largest number is", "answer": 3}]}
+"""
+
+
+def test_a_file_in_scbenchs_schema_is_accepted(tmp_path, tokenizer):
+    file = tmp_path / "mine.jsonl"
+    file.write_text(HAND_MADE)
+    first, second = read_jsonl(file)
+    assert first.id == "7"
+    assert [turn.gold for turn in first.turns] == ["red", "green, yellow"]
+    assert second.turns[0].answer == 3
+    docs = documents("qa_eng", data=str(file), tokenizer=tokenizer, turns=2)["test"]
+    assert [doc["turn"] for doc in docs] == [0, 1, 0]
+    assert docs[1]["source"] == f"file {file}"
+    assert text(docs[1]) == (
+        "apple is red. pear is green.\n\nWhat colour is an apple?red\n\nAnd a pear?"
+    )
+    assert process_results(docs[1], ["It is yellow"])["compat"] == 1
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ("{", "line 2: not JSON"),
+        ("[]", "line 2: expected a JSON object"),
+        ('{"multi_turns": []}', "line 2: context must be a text, got nothing"),
+        ('{"context": "a", "multi_turns": {}}', "line 2: multi_turns must be a list"),
+        (
+            '{"context": "a", "multi_turns": [{"input": "b"}]}',
+            r"line 2: multi_turns\[0\]: 'answer' is missing",
+        ),
+        (
+            '{"context": "a", "multi_turns": [{"input": "b", "answer": null}]}',
+            "answer must be a text, a number or a list of texts, got nothing",
+        ),
+        (
+            '{"context": "a", "multi_turns": [{"input": "b", "answer": "c", "options": "d"}]}',
+            "options must be a list of texts, got 'd'",
+        ),
+    ],
+)
+def test_a_malformed_line_is_refused_with_its_number(line, reason, tmp_path):
+    file = tmp_path / "bad.jsonl"
+    file.write_text(HAND_MADE.split("\n")[0] + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=reason):
+        read_jsonl(file)
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    made = [make(name, order()) for name in ("kv", "vt", "choice_eng", "repoqa_and_kv")]
+    file = tmp_path / "made.jsonl"
+    file.write_text("".join(conversation.as_json() + "\n" for conversation in made))
+    assert read_jsonl(file) == made
+    assert load("kv", data=str(file), contexts=2, order=order()) == made[:2]
+
+
+def test_long_contexts_lose_their_middle():
+    context = "".join(chr(65 + i % 26) for i in range(10_000))
+    short = truncated(context, 500, words)
+    assert 480 <= words(short) <= 500
+    assert context.startswith(short[:900])
+    assert context.endswith(short[-900:])
+    assert truncated("short", 500, words) == "short"
+
+
+def test_later_turns_quote_the_true_answers_and_single_requests_do_not(tokenizer):
+    options = {"tokenizer": tokenizer, "tokens": 200, "contexts": 2, "turns": 3}
+    talk = documents("prefix_suffix", **options)["test"]
+    alone = documents("prefix_suffix", **options, mode="multi-request")["test"]
+    assert [doc["turn"] for doc in talk] == [0, 1, 2] * 2
+    for before, now in zip(talk, list(talk)[1:], strict=False):
+        if now["turn"]:
+            assert text(now).startswith(text(before) + before["gold"])
+    assert all(history(doc) == [] for doc in alone)
+    assert [doc["question"] for doc in alone] == [doc["question"] for doc in talk]
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"turns": 6}, "at most 5 turns"),
+        ({"tokens": 0}, "tokens must be a positive number"),
+        ({"mode": "chat"}, "mode must be multi-turn or multi-request"),
+        ({"tokens": 5}, "the shortest such context has"),
+    ],
+)
+def test_impossible_orders_are_refused(wrong, message, tokenizer):
+    with pytest.raises(ValueError, match=message):
+        documents("prefix_suffix", **{"tokenizer": tokenizer, "contexts": 1, **wrong})
+
+
+def test_lengths_need_a_tokenizer():
+    with pytest.raises(ValueError, match="give pretrained or tokenizer"):
+        documents("kv")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_yaml_file_is_the_task(name):
+    lines = (TASK_FILES / f"{name}.yaml").read_text().replace("!function ", "")
+    config, task = yaml.safe_load(lines), task_named(name)
+    assert config["custom_dataset"] == f"data.{name}"
+    assert config["generation_kwargs"]["max_gen_toks"] == task.new_tokens
+    assert tuple(config["generation_kwargs"]["until"]) == task.until
+
+
+def test_plain_lm_eval_finds_the_tasks(tokenizer):
+    tasks = pytest.importorskip("lm_eval.tasks")
+    manager = tasks.TaskManager(
+        include_path=str(TASK_FILES.parent),
+        include_defaults=False,
+        metadata={"pretrained": tokenizer, "tokens": 200, "contexts": 1, "turns": 2},
+    )
+    (task,) = manager.load(["scbench_prefix_suffix"])["tasks"].values()
+    docs = list(task.test_docs())
+    assert task.doc_to_text(docs[1]) == text(docs[1])
+    assert task.process_results(docs[1], [docs[1]["gold"]]) == {"compat": 1.0, "fixed": 1.0}

@@ -1,0 +1,309 @@
+"""Settings, journals, intervals and reports, without an engine."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("lm_eval")
+pytest.importorskip("matplotlib")
+
+from kvplug_evals.engines.interface import EngineError, EngineOptions, Reply, Wave, start_engine
+from kvplug_evals.llmlingua import compress
+from kvplug_evals.sweep.compare import compare
+from kvplug_evals.sweep.journal import Journal
+from kvplug_evals.sweep.plot import draw, family
+from kvplug_evals.sweep.report import results, tables, write_report
+from kvplug_evals.sweep.session import costs, scores, summary
+from kvplug_evals.sweep.settings import Suite, changed, expand, folder, read_suite
+from kvplug_evals.sweep.stats import paired
+
+
+def suite(**options):
+    return Suite(**{"name": "mine", "tasks": {"kvplug_recall": {}}, **options})
+
+
+def test_dense_and_the_same_bytes_stand_beside_every_policy():
+    found = expand(suite(), "vllm", ["quest(budget=1024)", "dense"], baselines=True)
+    assert [s.policy for s in found] == [
+        "dense",
+        "quest(budget=1024, dense_layers=2)",
+        "random(budget=1024, sinks=4, window=0, seed=0)",
+        "streaming_llm(sinks=32, window=992)",
+    ]
+
+
+def test_budgets_are_shares_of_the_context_in_whole_pages():
+    sweep = suite(
+        tokens=(2048, 8192),
+        budgets=(0.125, 0.5),
+        policies=("streaming_llm(sinks=32, window={window})", "knorm(budget={budget})"),
+    )
+    lines = [s.policy for s in expand(sweep, "vllm", [], baselines=False) if s.tokens == 2048]
+    assert [re.findall(r"(?:window|budget)=(\d+)", line) for line in lines] == [
+        [],
+        ["224"],
+        ["992"],
+        ["256", "0"],
+        ["1024", "0"],
+    ]
+    with pytest.raises(ValueError, match="needs budgets"):
+        expand(suite(policies=("knorm(budget={budget})",)), "vllm", [], baselines=False)
+
+
+def test_a_setting_has_its_own_directory_and_keeps_it():
+    modes = {"modes": ("multi-turn", "multi-request"), "questions": ("aware", "agnostic")}
+    names = [s.name for s in expand(suite(**modes), "vllm", ["knorm"], baselines=False)]
+    assert len(set(names)) == 8
+    assert names == [s.name for s in expand(suite(**modes), "vllm", ["knorm"], baselines=False)]
+    # What else is in the sweep changes no directory, another seed every one.
+    wider = expand(suite(tokens=(4096, 8192)), "vllm", ["knorm", "quest"], baselines=False)
+    assert {s.name for s in expand(suite(), "vllm", ["knorm"], False)} < {s.name for s in wider}
+    other = expand(suite(seed=1), "vllm", ["knorm"], baselines=False)
+    assert not {s.name for s in other} & {s.name for s in wider}
+
+
+@pytest.mark.parametrize("name", [f.stem for f in folder("suites").glob("*.yaml")])
+def test_every_suite_that_we_bring_is_whole(name):
+    found = read_suite(name)
+    assert found.about
+    assert expand(found, "vllm", [], baselines=True)
+    known = {
+        yaml.safe_load(file.read_text().replace("!function ", ""))["task"]
+        for file in (folder("tasks") / "scbench").glob("[a-z]*.yaml")
+    }
+    assert {t for t in found.tasks if t.startswith(("scbench_", "kvplug_"))} <= known
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("tasks: {a: {}}\nbudget: 1", "there is no key 'budget'; there are about, answers,"),
+        ("model: recall", "names its tasks"),
+        (
+            "tasks: {a: {}}\nmodes: [chat]",
+            "modes must be of multi-turn, multi-request, got 'chat'",
+        ),
+        ("tasks: {a: {}}\nanswers: none", "answers must be of golden, own, got 'none'"),
+    ],
+)
+def test_a_wrong_suite_is_refused(text, message, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_suite(str(file))
+
+
+def test_what_cannot_run_says_what_to_do():
+    with pytest.raises(ValueError, match=r"there is no suite 'nothing'; there are .*recall"):
+        read_suite("nothing")
+    with pytest.raises(ValueError, match="Did you mean 'quest'"):
+        expand(suite(), "vllm", ["qest"], baselines=True)
+    options = EngineOptions(model="m", max_model_len=64, max_num_seqs=1)
+    with pytest.raises(EngineError, match="SGLang adapter does not serve yet"):
+        start_engine("sglang", "dense", options)
+    with pytest.raises(EngineError, match="must be vllm"):
+        start_engine("llama.cpp", "dense", options)
+    assert changed(suite(), seed=3, turns=None) == replace(suite(), seed=3)
+
+
+def test_llmlingua_is_refused_with_the_line_that_installs_it(monkeypatch):
+    monkeypatch.setattr("kvplug_evals.llmlingua.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install llmlingua"):
+        compress("text", "llmlingua", 0.5)
+    with pytest.raises(ValueError, match="pip install llmlingua"):
+        expand(suite(), "vllm", ["llmlingua(rate=0.5)"], baselines=True)
+    monkeypatch.setattr("kvplug_evals.llmlingua.find_spec", lambda name: name)
+    setting = expand(suite(), "vllm", ["llmlingua(rate=0.5)"], baselines=True)[-1]
+    assert (setting.compressor, setting.engine_policy) == (("llmlingua", 0.5), "dense")
+    with pytest.raises(ValueError, match=r"write llmlingua\(rate=0.5\)"):
+        expand(suite(), "vllm", ["llmlingua(rate=2)"], baselines=True)
+
+
+def reply(key, **options):
+    return Reply(
+        **{
+            "key": key,
+            "text": "k1",
+            "tokens": [1],
+            "prompt_tokens": 10,
+            "cached_tokens": 0,
+            "first_token_seconds": 0.1,
+            "token_seconds": 0.01,
+            "losses": [],
+            "agreed": [],
+            **options,
+        }
+    )
+
+
+WAVE = {
+    "seconds": 1.0,
+    "peak_blocks": 12,
+    "held_blocks": 8,
+    "queries": 4.0,
+    "cached": 40.0,
+    "read": 20.0,
+}
+
+
+def test_a_journal_survives_a_kill_in_the_middle_of_a_line(tmp_path):
+    file = tmp_path / "journal.jsonl"
+    journal = Journal(file)
+    journal.add(reply("t/0"))
+    journal.add(reply("t/1", losses=[0.5]))
+    journal.add_wave(Wave(replies=list(journal.replies.values()), **WAVE), block_bytes=100)
+    with file.open("a") as out:
+        out.write('{"reply": {"key": "t/2", "te')
+    again = Journal(file)
+    assert again.replies == journal.replies
+    assert again.wave_of()["t/1"]["block_bytes"] == 100
+    again.add(reply("t/2"))
+    assert list(Journal(file).replies) == ["t/0", "t/1", "t/2"]
+
+
+def test_costs_are_a_requests_share_of_its_wave():
+    found = costs({**WAVE, "keys": ["a", "b"], "block_bytes": 100})
+    assert found["held_bytes"] == 400
+    assert found["freed_blocks"] == 2
+    assert (found["cached_per_step"], found["read_per_step"]) == (10, 5)
+    assert costs(None) == {}
+
+
+def test_scores_of_other_tasks_are_found():
+    assert scores({"fixed": 0.5, "compat": 1.0}) == {"fixed": 0.5, "compat": 1.0}
+    ruler = {"metrics": ["4096", "8192"], "4096": 0.75, "8192": -1}
+    assert scores(ruler)["fixed"] == 0.75
+    assert scores({"metrics": ["acc"], "acc": 1.0})["fixed"] == 1.0
+
+
+def rows(values, contexts=6, **options):
+    """A row for each context and turn."""
+    return [
+        {
+            "task": "kvplug_recall",
+            "doc": context * len(values) + turn,
+            "conversation": f"c{context}",
+            "turn": turn,
+            "source": "our own task",
+            "fixed": value,
+            "compat": value,
+            "loss": 2 - value,
+            "agreement": value,
+            "prompt_tokens": 2048,
+            "cached_tokens": 2000 * bool(turn),
+            "first_token_seconds": 0.1,
+            "token_seconds": 0.01,
+            "held_bytes": 4e6,
+            "read_per_step": 2000.0,
+            **options,
+        }
+        for context in range(contexts)
+        for turn, value in enumerate(values)
+    ]
+
+
+def test_paired_differences_are_on_the_same_questions():
+    base = rows([1.0, 1.0, 0.5])
+    found = paired(rows([0.5, 1.0, 0.5]), base, "fixed")
+    assert found.mean == pytest.approx(-1 / 6)
+    assert (found.low, found.high) == pytest.approx((-1 / 6, -1 / 6)), "all contexts agree"
+    assert found.is_clear
+    assert found.questions == 18
+    assert paired(base, base, "fixed").mean == 0
+    assert not paired(base, base, "fixed").is_clear
+    assert paired(rows([1.0], loss=None), base, "loss") is None
+    mixed = [*rows([0.0, 0.0], 3), *rows([1.0, 1.0], 6)[6:]]
+    wide = paired(mixed, rows([0.5, 0.5]), "fixed")
+    assert wide.low < 0 < wide.high
+    assert not wide.is_clear
+
+
+def finish(out: Path, policy: str, some, mode: str = "multi-turn", seconds: float = 60.0):
+    directory = out / f"{mode}-{re.sub('[^a-z0-9]+', '-', policy)}"
+    directory.mkdir(parents=True)
+    config = {
+        "policy": policy,
+        "tokens": 2048,
+        "mode": mode,
+        "question": "aware",
+        "model": "m",
+        "suite": {"name": "mine"},
+        "command": "kvplug eval --suite mine",
+    }
+    environment = {
+        "cpu": "two cores",
+        "threads": 1,
+        "engine_processes": "its own",
+        "vllm": "0.32",
+        "seconds": seconds,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "environment.json").write_text(json.dumps(environment))
+    (directory / "metrics.json").write_text(json.dumps(summary(some)))
+    (directory / "predictions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in some))
+
+
+@pytest.fixture
+def out(tmp_path):
+    finish(tmp_path / "a", "dense", rows([1.0, 1.0]))
+    finish(tmp_path / "a", "snapkv(budget=512)", rows([1.0, 0.5], held_bytes=1e6))
+    finish(tmp_path / "a", "quest(budget=4096)", rows([1.0, 1.0]))
+    finish(tmp_path / "a", "dense", rows([0.25, 0.5]), mode="multi-request")
+    finish(tmp_path / "a", "knorm", rows([0.25, 0.0], held_bytes=1e6), mode="multi-request")
+    (tmp_path / "a" / "unfinished").mkdir()
+    return tmp_path / "a"
+
+
+def test_the_report_ranks_only_what_says_something(out):
+    plots = draw(results(out), out)
+    text = write_report(out, plots).read_text()
+    table = {}
+    for line in text.split("\n"):
+        if line.startswith("| `"):
+            table.setdefault(line.split("|")[1].strip(), line)
+    assert "-0.25 [-0.25, -0.25]" in table["`snapkv(budget=512)`"]
+    assert "| 25% |" in table["`snapkv(budget=512)`"]
+    assert "**= dense**" in table["`quest(budget=4096)`"]
+    assert "**no signal**" in table["`knorm`"]
+    assert "[" not in table["`knorm`"].split("|")[3], "nothing is ranked without a signal"
+    assert "0 / 2,000" in text
+    assert "5 minutes of answering" in text
+    assert "    kvplug eval --suite mine\n" in text
+    assert [plot.name for plot in plots] == ["mine-kvplug_recall-2048.png"]
+    assert f"]({plots[0].name})" in text
+    assert plots[0].read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_row_saves_or_is_marked(out):
+    for _, _, made in tables(results(out)):
+        for line in made:
+            assert line.is_dense or line.saves or line.verdict == "= dense"
+
+
+def test_families_of_compositions():
+    assert family("snapkv(budget=1, window=2) + quest(budget=3)") == "snapkv + quest"
+
+
+def test_two_directories_are_compared_where_they_meet(out, tmp_path):
+    from rich.console import Console
+
+    finish(tmp_path / "b", "snapkv(budget=512)", rows([1.0, 1.0], held_bytes=1e6))
+    finish(tmp_path / "b", "keydiff", rows([1.0, 1.0]))
+    console = Console(width=160, record=True, file=(tmp_path / "shown").open("w"))
+    with console.file:
+        console.print(compare(out, tmp_path / "b"))
+    text = console.export_text()
+    assert "0.750" in text
+    assert "+0.250 [+0.250, +0.250] *" in text
+    assert "keydiff" not in text
+    (tmp_path / "c").mkdir()
+    finish(tmp_path / "c", "expected", rows([1.0]))
+    with pytest.raises(ValueError, match="no setting in common"):
+        compare(out, tmp_path / "c")
+    (tmp_path / "d").mkdir()
+    with pytest.raises(ValueError, match="holds no finished setting"):
+        results(tmp_path / "d")
