@@ -97,7 +97,7 @@ class PlannedAttention:
         plan = self.plan
         if not _planned(layer):
             return stock(q, k, v, layer, forward_batch, save, **more)
-        query = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         if plan is None or plan.every is None:
             output = stock(q, k, v, layer, forward_batch, save, **more)
             self._written(layer, forward_batch.out_cache_loc)

@@ -113,11 +113,10 @@ def refusals(view: Any, model: Any, given: object) -> Iterator[str]:
         yield "the cache's layout is head-major; unset SGLANG_USE_HND_KVCACHE"
     for what in compat.special_layers(model):
         yield f"{what}, which was never run; use the policy 'dense'"
-    evicts = offer.max_tokens or offer.settings.policy.eviction
-    if evicts and compat.windowed(model):
+    if compat.windowed(model):
         yield (
-            "the model has windowed layers, which read a request's row as it was before it was "
-            "compressed; use a policy that only selects, such as quest"
+            "the model has windowed layers, which would read a compressed request's row as it was "
+            "before, and beside which no selection was ever run; use the policy 'dense'"
         )
 
 

@@ -21,7 +21,7 @@ Numbers = NDArray[np.int64]
 
 @dataclass
 class Whole:
-    """Runs of queries that read all they see: n sequences for the stock kernel."""
+    """Runs of queries and what each reads: n sequences for the stock kernel."""
 
     tokens: Tensor | None
     """Rows of the flat queries, in the order of the sequences; None for all as they come."""

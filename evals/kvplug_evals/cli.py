@@ -20,7 +20,7 @@ app.command(name="eval")(evaluate)
 
 @app.command()
 def demo(
-    engine: Annotated[str, typer.Option(help="vllm; sglang is not built yet.")] = "vllm",
+    engine: Annotated[str, typer.Option(help="vllm; the demo does not know sglang yet.")] = "vllm",
     policy: Annotated[
         list[str] | None,
         typer.Option(help="A policy beside dense, such as 'quest(budget=512)'; may be repeated."),

@@ -118,7 +118,7 @@ def test_dense_comes_first_and_nothing_twice():
 
 
 def test_other_engines_are_refused():
-    with pytest.raises(ValueError, match="not built yet"):
+    with pytest.raises(ValueError, match="servers alone so far"):
         check_engine("sglang")
     with pytest.raises(ValueError, match="must be vllm"):
         check_engine("llama.cpp")

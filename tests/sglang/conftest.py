@@ -9,6 +9,7 @@ import contextlib
 import gc
 import os
 import random
+import socket
 import sys
 from array import array
 from collections.abc import Callable, Iterator
@@ -38,6 +39,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.filterwarnings("default", "error:::kvplug"))
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 class Engine:
     """An SGLang scheduler and what a test asks of it. Greedy, fp32, page size 16, chunk 256."""
 
@@ -64,6 +71,7 @@ class Engine:
                 "mem_fraction_static": 0.5,
                 "skip_tokenizer_init": True,
                 "random_seed": 0,
+                "nccl_port": free_port(),  # SGLang's own choice may be another test's too
                 **options,
             },
         )

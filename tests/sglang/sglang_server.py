@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from conftest import free_port
 
 STARTS_IN = 240.0
 """Seconds."""
@@ -72,16 +73,14 @@ def command(model: Path, port: int, *options: str) -> list[str]:
         "--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1", "--port", str(port),
         "--max-total-tokens", "8192", "--mem-fraction-static", "0.5", "--chunked-prefill-size",
         "256", "--max-running-requests", "16", "--skip-tokenizer-init", "--skip-server-warmup",
-        "--sleep-on-idle", *options,
+        "--sleep-on-idle", "--nccl-port", str(free_port()), *options,
     ]  # fmt: skip
 
 
 @contextlib.contextmanager
 def serve(model: Path, folder: Path, *options: str, **environment: str) -> Iterator[Server]:
     """A server that is ready; stopped with all its processes in the end."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     log = folder / f"server-{port}.log"
     with log.open("w") as out:
         process = subprocess.Popen(

@@ -84,12 +84,13 @@ def test_models_whose_cache_has_no_keys(resolve, tmp_path):
         resolve("dense", model=tmp_path)
 
 
-def test_windowed_layers_beside_an_eviction(resolve, tmp_path):
+@pytest.mark.parametrize("policy", ["knorm(budget=64)", "quest(budget=64)"])
+def test_windowed_layers(resolve, tmp_path, policy):
     from kvplug_evals.models.random_llama import build_random_gemma3
 
     build_random_gemma3(tmp_path / "gemma")
-    with pytest.raises(ValueError, match="use a policy that only selects, such as quest"):
-        resolve("knorm(budget=64)", model=tmp_path / "gemma")
+    with pytest.raises(ValueError, match="the model has windowed layers"):
+        resolve(policy, model=tmp_path / "gemma")
 
 
 def test_what_is_left_open_is_decided(resolve):

@@ -41,7 +41,7 @@ def policies(lines: Sequence[str]) -> list[str]:
 def check_engine(engine: str) -> None:
     """Raises ValueError that says what to do."""
     if engine == "sglang":
-        raise ValueError("kvplug's SGLang adapter is not built yet; use --engine vllm")
+        raise ValueError("the demo measures vLLM's servers alone so far; use --engine vllm")
     if engine != "vllm":
         raise ValueError(f"--engine must be vllm, got {engine!r}")
     if find_spec("vllm") is None:
