@@ -1,4 +1,4 @@
-"""MODEL JOBS RANKS OUT: the answers of each policy by an engine of so many tensor-parallel ranks.
+"""MODEL JOBS RANKS OUT: the answers of each server by an engine of so many tensor-parallel ranks.
 
 A process of its own: its workers are processes too.
 """
@@ -17,14 +17,12 @@ def main() -> None:
 
     model, jobs, ranks, out = sys.argv[1:]
     asked = json.loads(Path(jobs).read_text())
-    answers = {}
-    for policy in asked["policies"]:
+    answers = []
+    for server in asked["servers"]:
         llm = LLM(
             model,
             attention_backend="kvplug",
-            additional_config={
-                "kvplug": {"policy": policy, "shortcut": policy not in asked["forced"]}
-            },
+            additional_config={"kvplug": server["kvplug"]},
             tensor_parallel_size=int(ranks),
             distributed_executor_backend="mp",
             dtype="float32",
@@ -35,14 +33,22 @@ def main() -> None:
             kv_cache_memory_bytes=128 << 20,
             skip_tokenizer_init=True,
         )
+        requests = [(prompt, line) for line in server["asks"] for prompt in asked["prompts"]]
         outputs = llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in asked["prompts"]],
-            SamplingParams(
-                temperature=0, max_tokens=asked["tokens"], ignore_eos=True, detokenize=False
-            ),
+            [{"prompt_token_ids": prompt} for prompt, _ in requests],
+            [
+                SamplingParams(
+                    temperature=0,
+                    max_tokens=asked["tokens"],
+                    ignore_eos=True,
+                    detokenize=False,
+                    extra_args=None if line is None else {"kvplug": line},
+                )
+                for _, line in requests
+            ],
             use_tqdm=False,
         )
-        answers[policy] = [list(output.outputs[0].token_ids) for output in outputs]
+        answers.append([list(output.outputs[0].token_ids) for output in outputs])
         llm.llm_engine.engine_core.shutdown()
         del llm
         cleanup_dist_env_and_memory()
