@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from urllib.error import HTTPError
 
 import pytest
 from sglang_server import serve
@@ -61,9 +62,10 @@ def test_tensor_parallel_mixed_policies_answer_as_alone(random_llama, tmp_path, 
         assert again["meta_info"]["cached_tokens"] == 496, "the whole pages below P - W"
         assert server.metric("kvplug_packed_prompts_total") >= 11
         assert server.metric("kvplug_decode_queries_total") > 0
-        refused = server.ask(mixed[0][0], 4, "streaming_llm")["meta_info"]["finish_reason"]
-        assert refused["type"] == "abort"
-        assert "does not allow streaming_llm" in refused["message"]
+        with pytest.raises(HTTPError) as refused:
+            server.ask(mixed[0][0], 4, "streaming_llm")
+        assert refused.value.code == 400
+        assert "does not allow streaming_llm" in refused.value.read().decode()
         # SGLang's own checkers, strict while busy and when idle, end a server that loses a slot.
         server.forget()
         assert server.ask(*mixed[0])["output_ids"] == alone[0]
