@@ -10,6 +10,7 @@ import contextlib
 import gc
 import importlib.metadata
 import os
+import struct
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from kvplug_evals.engines.interface import EngineError, EngineOptions, MiB, Reply, Request, Wave
 
 FORCED = "kvplug_forced"
+READS = 20
 SETTLED = 3
 """Output tokens after which a prompt's compression has freed what it frees."""
 STAY = 64
@@ -225,12 +227,23 @@ class VLLMEngine:
             registry = CollectorRegistry()
             MultiProcessCollector(registry, path=str(self.counters))
         totals = dict.fromkeys(COUNTERS, 0.0)
-        for metric in registry.collect():
-            for sample in metric.samples:
-                if sample.name in totals:
-                    totals[sample.name] += sample.value
+        for sample in self._samples(registry):
+            if sample.name in totals:
+                totals[sample.name] += sample.value
         queries, cached, read = totals.values()
         return queries, cached, read
+
+    @staticmethod
+    def _samples(registry: Any) -> list[Any]:
+        """A worker may be adding a counter to the file that is read: then read it once more."""
+        for left in reversed(range(READS)):
+            try:
+                return [sample for metric in registry.collect() for sample in metric.samples]
+            except (RuntimeError, ValueError, struct.error):
+                if not left:
+                    raise
+                time.sleep(0.1)
+        raise AssertionError
 
 
 class _Running:
