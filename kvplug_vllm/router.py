@@ -60,6 +60,7 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
         if self.active:
             self.offer = offer_of(vllm_config)
             self.choices = [self.offer.settings]
+            self.numbers = {self.offer.settings: OWN}
             """Settings by the number that ``choice`` gives them; requests bring new ones."""
             self._of_engine.clear()  # a process serves one engine at a time
             self._of_engine[id(vllm_config)] = self
@@ -113,9 +114,10 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
 
     def _choice(self, params: Any) -> int:
         settings = self.offer.settings_for(asked_for(params))
-        if settings not in self.choices:
+        number = self.numbers.setdefault(settings, len(self.choices))
+        if number == len(self.choices):
             self.choices.append(settings)
-        return self.choices.index(settings)
+        return number
 
     def _stay(self, output: list[int]) -> int:
         """V1 names no request, but hands over the list that it appends the answer to."""
