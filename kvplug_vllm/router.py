@@ -60,8 +60,8 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
         if self.active:
             self.offer = offer_of(vllm_config)
             self.choices = [self.offer.settings]
-            self.numbers = {self.offer.settings: OWN}
             """Settings by the number that ``choice`` gives them; requests bring new ones."""
+            self.numbers = {self.offer.settings: OWN}
             self._of_engine.clear()  # a process serves one engine at a time
             self._of_engine[id(vllm_config)] = self
 
