@@ -6,10 +6,10 @@ through prometheus_client's files.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib.metadata
 import os
+import shutil
 import struct
 import tempfile
 import time
@@ -57,7 +57,10 @@ class VLLMEngine:
 
     def __init__(self, policy: str, options: EngineOptions) -> None:
         self.counters = Path(tempfile.mkdtemp(prefix="kvplug-counters-"))
-        os.environ.update(environment(options, self.counters))
+        ours = environment(options, self.counters)
+        self.outside = {name: os.environ.get(name) for name in ours}
+        """What the environment said before, to be put back."""
+        os.environ.update(ours)
         if not options.multiprocess:
             torch.set_num_threads(options.threads)  # torch is loaded, its environment read
         from vllm import EngineArgs
@@ -89,6 +92,7 @@ class VLLMEngine:
         try:
             self.engine = LLMEngine.from_engine_args(arguments, stat_loggers=[usage])
         except (RuntimeError, ValueError) as error:
+            self._leave_environment()
             raise EngineError(
                 f"vLLM did not start with the policy {policy!r}: {error}. Its own message is "
                 "above; `kvplug doctor --model MODEL --policy POLICY` says what would be refused"
@@ -164,10 +168,15 @@ class VLLMEngine:
         if not self.options.multiprocess:
             cleanup_dist_env_and_memory()
         gc.collect()
-        for file in self.counters.glob("*"):
-            file.unlink()
-        with contextlib.suppress(OSError):
-            self.counters.rmdir()
+        self._leave_environment()
+
+    def _leave_environment(self) -> None:
+        for name, before in self.outside.items():
+            if before is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = before
+        shutil.rmtree(self.counters, ignore_errors=True)
 
     def _submit(self, request: Request, stay: int) -> str:
         from vllm import SamplingParams
