@@ -57,6 +57,12 @@ class Segments:
         return self.stop - self.start
 
     @property
+    def flat(self) -> Positions:
+        """Rows of the step's flat queries that the segments hold, in their order."""
+        ends = np.cumsum(self.queries)
+        return np.arange(ends[-1]) - np.repeat(ends - self.queries - self.token, self.queries)
+
+    @property
     def visible(self) -> Positions:
         """Tokens that the last query of each segment sees: the length a kernel must be told."""
         return self.stop - (self.first - self.kept) * self.page_size

@@ -226,7 +226,7 @@ class StepPlanner:
 
     def _whole(self, batch: Batch, segments: Segments) -> Whole:
         """Sequences for the stock kernel."""
-        tokens = _flat(segments)
+        tokens = segments.flat
         in_order = len(tokens) == batch.queries and bool((np.diff(tokens) == 1).all())
         return Whole(
             tokens=None if in_order else self._tensor(tokens),
@@ -286,10 +286,3 @@ class StepPlanner:
 
     def _tensor(self, values: NDArray[Any], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.from_numpy(values).to(self.req_to_token.device, dtype, non_blocking=True)
-
-
-def _flat(segments: Segments) -> Numbers:
-    """Flat query rows of the segments, in their order."""
-    queries = segments.queries
-    ends = np.cumsum(queries)
-    return np.arange(ends[-1]) - np.repeat(ends - queries - segments.token, queries)

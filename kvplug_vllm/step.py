@@ -233,7 +233,7 @@ class PlannedBuilder:
             return
         queries = behind.queries
         segment = np.repeat(np.arange(len(queries)), queries)
-        tokens = self._flat(behind)
+        tokens = behind.flat
         position = tokens - behind.token[segment] + behind.start[segment]
         page = position // behind.page_size
         column = page + np.where(page >= behind.packed[segment], behind.kept[segment], 0)
@@ -344,13 +344,7 @@ class PlannedBuilder:
 
     def _tokens(self, segments: Segments) -> Tensor:
         """Flat query rows of the segments, in their order."""
-        return self._tensor("tokens", self._flat(segments), torch.int64)
-
-    @staticmethod
-    def _flat(segments: Segments) -> NDArray[np.int64]:
-        queries = segments.queries
-        ends = np.cumsum(queries)
-        return np.arange(ends[-1]) - np.repeat(ends - queries - segments.token, queries)
+        return self._tensor("tokens", segments.flat, torch.int64)
 
     def _table(self, common: Any, segments: Segments, name: str) -> Tensor:
         """Pages that each segment sees, in order, as the engine numbers them. -> [n, P] int32
