@@ -7,13 +7,19 @@
 This package knows no engine. ``kvplug_vllm`` and ``kvplug_sglang`` translate.
 """
 
-from kvplug.accounting import StepReads, byte_share, digest_bytes, step_reads
+from kvplug.accounting import (
+    StepReads,
+    byte_share,
+    digest_bytes,
+    reads_by_policy,
+    step_reads,
+)
 from kvplug.composition import Composition
 from kvplug.config import Settings, read_settings
-from kvplug.eviction import keep_tokens
+from kvplug.eviction import keep_tokens, window_queries
 from kvplug.grammar import parse
 from kvplug.offer import Offer, Refused, read_offer
-from kvplug.plan import BatchPlanner, Planner, Segments
+from kvplug.plan import BatchPlanner, Choices, Observed, Planner, Segments
 from kvplug.policy import (
     Action,
     Digest,
@@ -35,11 +41,13 @@ __version__ = "0.1.0"
 __all__ = [
     "Action",
     "BatchPlanner",
+    "Choices",
     "Composition",
     "Digest",
     "Evidence",
     "Granularity",
     "LayerBudgets",
+    "Observed",
     "Offer",
     "Planner",
     "Policy",
@@ -61,5 +69,7 @@ __all__ = [
     "policy_names",
     "read_offer",
     "read_settings",
+    "reads_by_policy",
     "step_reads",
+    "window_queries",
 ]

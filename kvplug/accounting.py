@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from kvplug.config import Settings
 from kvplug.plan import Planner, Segments
 
 
@@ -52,3 +54,14 @@ def step_reads(segments: Segments, planner: Planner, budgets: list[int | None]) 
         cached=float((decode.stop * decode.queries - triangle).sum()),
         read=float((decode.visible * decode.queries - triangle).sum()) - spared,
     )
+
+
+def reads_by_policy(
+    segments: Segments, planners: Sequence[Planner], layers: Iterable[int]
+) -> Iterator[tuple[Settings, StepReads]]:
+    """What each of a batch's settings cost in a step; layers: numbers of the planned ones."""
+    for choice, part in segments.by_choice().items():
+        planner = planners[choice]
+        selector = planner.selector
+        budgets = [selector.layer_budget(layer) if selector else None for layer in layers]
+        yield planner.settings, step_reads(part, planner, budgets)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kvplug.plan import Observed
 from kvplug.policy import PromptKV, ScoredEviction
 
 INFINITY = 0x7F800000  # the bits of an fp32: no score stands above them
@@ -64,3 +65,12 @@ def ordered(score: Tensor) -> Tensor:
     """fp32 without NaN -> int64 in the same order, infinities at plus and minus INFINITY."""
     bits = score.view(torch.int32).long()
     return torch.where(bits < 0, -(1 << 31) - bits, bits)  # a float is a sign and a magnitude
+
+
+def window_queries(seen: Observed, query: Tensor, window: Tensor | None) -> Tensor:
+    """A prompt's window with what a step computed of it. query [N, Hq, D] -> [W, Hq, D]"""
+    if window is None:
+        window = query.new_zeros(seen.window, *query.shape[1:])
+    picked = query[seen.tokens]
+    window[seen.offset : seen.offset + len(picked)] = picked
+    return window

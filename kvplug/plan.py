@@ -83,6 +83,26 @@ class Segments:
             **{name: getattr(self, name)[mask] for name in _PER_SEGMENT},
         )
 
+    def by_choice(self) -> dict[int, Segments]:
+        """The segments of each choice that occurs."""
+        found = np.unique(self.choice).tolist()
+        return {one: self.where(self.choice == one) for one in found}
+
+    def one_per_row(self, rows: int, selects: bool) -> Segments:
+        """A decode batch in a shape that depends on nothing but its size: a query for each of
+        ``rows`` rows, which reads nothing where the row has no segment. All select, or none.
+        """
+        fields = {name: np.zeros(rows, np.int64) for name in _PER_SEGMENT}
+        fields["packed"] -= 1
+        for name, values in fields.items():
+            values[self.row] = getattr(self, name)
+        index = np.arange(rows)
+        fields |= {"row": index, "token": index}
+        return Segments(
+            page_size=self.page_size,
+            **{**fields, "selects": np.full(rows, selects), "decodes": np.full(rows, True)},  # type: ignore[arg-type]
+        )
+
 
 class Planner:
     """Answers for one policy and one page size; holds no state of requests."""
@@ -184,6 +204,11 @@ class Planner:
         passes = (computed <= prompt) & (prompt < total)
         return np.flatnonzero(passes & (self.private_pages(prompt) > 0))
 
+    def selection(self, segments: Segments) -> Positions:
+        """Pages that each selecting query reads per KV head. -> [n]"""
+        short = segments.stop <= self.settings.min_context
+        return np.where(short, segments.pages, np.minimum(self.keep, segments.pages))
+
     def width(self, max_tokens: int) -> int:
         """The widest selection, in pages, of any request up to ``max_tokens``."""
         whole = -(-max(self.settings.min_context, 1) // self.page_size)
@@ -207,6 +232,34 @@ class Planner:
         first = self.first_pages(processed)
         last = (np.minimum(processed + in_flight, max_tokens) - 1) // self.page_size
         return int((np.searchsorted(self.held, first) + last - first + 1).max(initial=0))
+
+
+class Choices:
+    """The settings that requests chose so far, by number; the first is the server's own."""
+
+    def __init__(self, own: Settings) -> None:
+        self.settings = [own]
+        self._numbers = {own: 0}
+
+    def number(self, settings: Settings) -> int:
+        """The same for equal settings, as long as the server lives."""
+        number = self._numbers.setdefault(settings, len(self.settings))
+        if number == len(self.settings):
+            self.settings.append(settings)
+        return number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """Queries of a prompt's window that a step computes, wanted once the prompt has ended."""
+
+    row: int
+    """Of the batch."""
+    tokens: slice
+    """Rows of the step's flat queries."""
+    offset: int
+    """The first one's place in the window."""
+    window: int
 
 
 class BatchPlanner:
@@ -260,6 +313,31 @@ class BatchPlanner:
             rows = choice == one
             pages[rows] = self.planners[one].private_pages(prompt[rows])
         return pages
+
+    def observed(
+        self, choice: Positions, computed: Positions, total: Positions, prompt: Positions
+    ) -> list[Observed]:
+        """What the scores of the prompts that will be compressed ask for of this step. [B] each"""
+        scored = [planner.scored for planner in self.planners]
+        window = np.array([each.window if each and each.needs_queries else 0 for each in scored])[
+            choice
+        ]
+        if not window.any():
+            return []
+        begin = np.maximum(computed, np.maximum(prompt - window, 0))
+        end = np.minimum(total, prompt)
+        seen = (begin < end) & (window > 0) & (self.private_pages(choice, prompt) > 0)
+        queries = total - computed
+        token = np.cumsum(queries) - queries - computed
+        return [
+            Observed(
+                row=row,
+                tokens=slice(int(token[row] + begin[row]), int(token[row] + end[row])),
+                offset=int(begin[row] - prompt[row] + window[row]),
+                window=int(window[row]),
+            )
+            for row in np.flatnonzero(seen).tolist()
+        ]
 
     def compresses(
         self, choice: Positions, computed: Positions, total: Positions, prompt: Positions

@@ -17,7 +17,7 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch import Tensor
 
-from kvplug import PromptKV, choose_pages, keep_tokens
+from kvplug import PromptKV, choose_pages, keep_tokens, window_queries
 from kvplug_kernels.virtual_heads import virtual_heads
 from kvplug_sglang import compat
 from kvplug_sglang.cache import Digests
@@ -135,13 +135,9 @@ class PlannedAttention:
             self.digests.update(layer.layer_id, keys[slots], slots)
 
     def _compress(self, layer: Any, query: Tensor, plan: StepPlan) -> None:
-        for seen in plan.observations:
-            window = seen.tenant.window.get(layer.layer_id)
-            if window is None:
-                window = query.new_zeros(seen.window, *query.shape[1:])  # [W, Hq, D]
-            picked = query[seen.tokens]
-            window[seen.offset : seen.offset + len(picked)] = picked
-            seen.tenant.window[layer.layer_id] = window
+        for each in plan.observations:
+            window = each.tenant.window
+            window[layer.layer_id] = window_queries(each.seen, query, window.get(layer.layer_id))
         for packing in plan.packings:
             self._pack(layer, packing)
 

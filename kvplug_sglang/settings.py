@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from kvplug import BatchPlanner, Offer, Planner, Settings, read_offer
+from kvplug import BatchPlanner, Choices, Offer, Planner, Settings, read_offer
 from kvplug.config import ENVIRONMENT
 from kvplug_sglang import NAME
 from kvplug_sglang.router import Router
@@ -53,9 +53,9 @@ class Engine:
         self.metrics = metrics
         self.router = Router()
         self.scheduler: Any = None
-        self.choices: dict[Settings, int] = {}
-        """What requests chose so far, each with its number."""
+        self.choices = Choices(offer.settings)
         self.planners = BatchPlanner(page_size)
+        self.planners.know(self.choices.settings)
 
     @classmethod
     def enter(cls, page_size: int, rank: int = 0) -> Engine:
@@ -83,10 +83,9 @@ class Engine:
 
     def choice(self, settings: Settings) -> int:
         """The number of some settings, by which ``planners`` knows them."""
-        if settings not in self.choices:
-            self.choices[settings] = len(self.choices)
-            self.planners.know(list(self.choices))
-        return self.choices[settings]
+        number = self.choices.number(settings)
+        self.planners.know(self.choices.settings)
+        return number
 
     @property
     def dense(self) -> bool:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvplug import ScoredEviction, Segments, Selector, step_reads
+from kvplug import Observed, ScoredEviction, Segments, Selector, reads_by_policy
 from kvplug_sglang.router import Tenant
 from kvplug_sglang.settings import Engine
 
@@ -67,14 +67,8 @@ class Packing:
 
 @dataclass
 class Observation:
-    """Queries of a prompt's window, kept until it is packed."""
-
     tenant: Tenant
-    window: int
-    tokens: slice
-    """Rows of the flat queries."""
-    offset: int
-    """The first one's place in the window."""
+    seen: Observed
 
 
 @dataclass
@@ -106,12 +100,6 @@ class Batch:
     def choice(self) -> Numbers:
         return np.array([tenant.choice for tenant in self.tenants], np.int64)
 
-    @cached_property
-    def first_token(self) -> Numbers:
-        """Row of the flat queries where each request's begin. [B]"""
-        queries = self.total - self.computed
-        return np.cumsum(queries) - queries
-
     @property
     def queries(self) -> int:
         return int((self.total - self.computed).sum())
@@ -132,7 +120,7 @@ class StepPlanner:
         segments = planners.plan(batch.choice, batch.computed, batch.total, batch.prompt)
         self._count(segments)
         private = planners.private_pages(batch.choice, batch.prompt)
-        observations = self._observations(batch, private)
+        observations = self._observations(batch)
         packings = self._packings(batch, private)
         if segments.untouched and self.engine.offer.settings.shortcut:
             if not packings and not observations:
@@ -143,48 +131,22 @@ class StepPlanner:
             rest = segments.where(~segments.selects)
             if len(rest.row):
                 plan.rest = self._whole(batch, rest)
-            chosen = segments.where(segments.selects)
-            plan.selected = [
-                self._selected(batch, part) for part in self._by_choice(chosen).values()
-            ]
+            chosen = segments.where(segments.selects).by_choice()
+            plan.selected = [self._selected(batch, part) for part in chosen.values()]
         return plan
 
-    @staticmethod
-    def _by_choice(segments: Segments) -> dict[int, Segments]:
-        choices = np.unique(segments.choice).tolist()
-        return {one: segments.where(segments.choice == one) for one in choices}
-
     def _count(self, segments: Segments) -> None:
-        if self.engine.metrics is None:
-            return
-        for choice, part in self._by_choice(segments).items():
-            planner = self.engine.planner(choice)
-            selector = planner.selector
-            budgets = [selector.layer_budget(i) if selector else None for i in self.layers]
-            reads = step_reads(part, planner, budgets)
-            self.engine.metrics.count(str(planner.settings.policy), reads)
+        metrics = self.engine.metrics
+        if metrics is not None:
+            planners = self.engine.planners.planners
+            for settings, reads in reads_by_policy(segments, planners, self.layers):
+                metrics.count(str(settings.policy), reads)
 
-    def _observations(self, batch: Batch, private: Numbers) -> list[Observation]:
-        seen = []
-        for row in np.flatnonzero(private).tolist():
-            tenant = batch.tenants[row]
-            scored = self.engine.planner(tenant.choice).scored
-            assert scored is not None
-            if not scored.needs_queries:
-                continue
-            begin = max(int(batch.computed[row]), tenant.prompt - scored.window, 0)
-            end = min(int(batch.total[row]), tenant.prompt)
-            if begin < end:
-                token = int(batch.first_token[row] - batch.computed[row])
-                seen.append(
-                    Observation(
-                        tenant=tenant,
-                        window=scored.window,
-                        tokens=slice(token + begin, token + end),
-                        offset=begin - tenant.prompt + scored.window,
-                    )
-                )
-        return seen
+    def _observations(self, batch: Batch) -> list[Observation]:
+        seen = self.engine.planners.observed(
+            batch.choice, batch.computed, batch.total, batch.prompt
+        )
+        return [Observation(batch.tenants[each.row], each) for each in seen]
 
     def _packings(self, batch: Batch, private: Numbers) -> list[Packing]:
         """The requests whose prompt's last token is computed in this step, by policy."""
@@ -240,13 +202,12 @@ class StepPlanner:
         """segments: of one choice."""
         planner = self.engine.planner(int(segments.choice[0]))
         assert planner.selector is not None
-        pages = segments.pages
-        keep = np.minimum(planner.keep, pages)
+        keep = planner.selection(segments)
         return Selected(
             selector=planner.selector,
             tokens=self._tensor(segments.token),
             page_table=self._table(batch, segments),
-            pages=self._tensor(pages, torch.int32),
+            pages=self._tensor(segments.pages, torch.int32),
             keep=self._tensor(keep, torch.int32),
             lengths=self._tensor(segments.visible, torch.int32),
             width=int(keep.max()),

@@ -18,7 +18,7 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from kvplug import PromptKV, choose_pages, keep_tokens
+from kvplug import PromptKV, choose_pages, keep_tokens, window_queries
 from kvplug_kernels.pack_tokens import pack_tokens
 from kvplug_kernels.virtual_heads import virtual_heads
 from kvplug_vllm import NAME, compat, metrics
@@ -165,13 +165,9 @@ class PlannedImpl:
 
     def _observe(self, query: Tensor, plan: StepPlan) -> None:
         """Keep the window's queries of prompts that are still being prefilled."""
-        for seen in plan.observations:
-            window = self._window.pop(seen.stay, None)
-            if window is None:
-                window = query.new_zeros(seen.window, *query.shape[1:])  # [W, Hq, D]
-            picked = query[seen.tokens]
-            window[seen.offset : seen.offset + len(picked)] = picked
-            self._window[seen.stay] = window
+        for each in plan.observations:
+            window = self._window.pop(each.stay, None)
+            self._window[each.stay] = window_queries(each.seen, query, window)
         while len(self._window) > self._most_windows:  # of requests that were aborted
             del self._window[next(iter(self._window))]
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from vllm.v1.sample.logits_processor.interface import MoveDirectionality
 
-from kvplug import Refused, Settings
+from kvplug import Choices, Refused, Settings
 from kvplug_vllm import compat
 from kvplug_vllm.metrics import count_refused
 from kvplug_vllm.settings import REQUEST_FIELD, Engine, asked_for, offer_of, selected
@@ -59,9 +59,7 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
         self.slots = rest[0] if len(rest) == 1 else None
         if self.active:
             self.offer = offer_of(vllm_config)
-            self.choices = [self.offer.settings]
-            """Settings by the number that ``choice`` gives them; requests bring new ones."""
-            self.numbers = {self.offer.settings: OWN}
+            self.choices = Choices(self.offer.settings)
             self._of_engine.clear()  # a process serves one engine at a time
             self._of_engine[id(vllm_config)] = self
 
@@ -83,7 +81,7 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
         router = cls._of_engine.get(id(vllm_config))
         if router is None:
             return [offer_of(vllm_config).settings], np.zeros(common.num_reqs, np.int64)
-        return router.choices, np.maximum(_at(router.choice, common), OWN)
+        return router.choices.settings, np.maximum(_at(router.choice, common), OWN)
 
     @classmethod
     def stays_of(cls, vllm_config: Any, common: Any) -> NDArray[np.int64]:
@@ -113,11 +111,7 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
                 table[target], table[source] = moved, displaced if swap else nobody
 
     def _choice(self, params: Any) -> int:
-        settings = self.offer.settings_for(asked_for(params))
-        number = self.numbers.setdefault(settings, len(self.choices))
-        if number == len(self.choices):
-            self.choices.append(settings)
-        return number
+        return self.choices.number(self.offer.settings_for(asked_for(params)))
 
     def _stay(self, output: list[int]) -> int:
         """V1 names no request, but hands over the list that it appends the answer to."""

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvplug import BatchPlanner, Segments, Selector, Settings, step_reads
+from kvplug import BatchPlanner, Observed, Segments, Selector, Settings, reads_by_policy
 from kvplug_vllm import compat
 from kvplug_vllm.announce import announce
 from kvplug_vllm.cache import planned_layers
@@ -84,14 +84,9 @@ class Batch:
 
 @dataclass
 class Observation:
-    """Queries of a prompt's window, kept until it is packed."""
-
     stay: int
-    tokens: slice
-    """Rows of the flat queries."""
-    offset: int
-    """The first one's place in the window."""
-    window: int
+    """Of the request."""
+    seen: Observed
 
 
 @dataclass
@@ -169,7 +164,8 @@ class PlannedBuilder:
         fixed = self.fixed_shapes and common.max_query_len == 1
         observations = self._observations(common, batch)
         if fixed and not settings[OWN].policy.is_dense:
-            segments = self._fixed(segments, common.num_reqs)
+            own = planner.planners[OWN]
+            segments = segments.one_per_row(common.num_reqs, own.selector is not None)
         elif segments.untouched and planner.planners[OWN].settings.shortcut:
             if not observations:
                 return None
@@ -182,8 +178,8 @@ class PlannedBuilder:
             packings = []
         plan = StepPlan({}, packings=packings, observations=observations)
         plan.selected = [
-            self._selected(common, segments.where(segments.selects & (segments.choice == one)))
-            for one in np.unique(segments.choice[segments.selects]).tolist()
+            self._selected(common, each)
+            for each in segments.where(segments.selects).by_choice().values()
         ]
         selects = {
             tuple(each.selector.layer_budget(layer) is not None for each in plan.selected)
@@ -194,16 +190,11 @@ class PlannedBuilder:
         return plan
 
     def _count(self, segments: Segments) -> None:
-        if self.metrics is None:
-            return
-        planner = self.planner
-        assert planner is not None
-        for one in np.unique(segments.choice).tolist():
-            chosen = planner.planners[one]
-            selector = chosen.selector
-            budgets = [selector.layer_budget(n) if selector else None for n in self.layers]
-            reads = step_reads(segments.where(segments.choice == one), chosen, budgets)
-            self.metrics.count(reads, chosen.settings)
+        if self.metrics is not None:
+            assert self.planner is not None
+            counted = reads_by_policy(segments, self.planner.planners, self.layers)
+            for settings, reads in counted:
+                self.metrics.count(reads, settings)
 
     def _rest(
         self,
@@ -294,49 +285,10 @@ class PlannedBuilder:
                         layer.impl.pack(layer, layer.kv_cache, packing)
 
     def _observations(self, common: Any, batch: Batch) -> list[Observation]:
-        planner = self.planner
-        assert planner is not None
-        windows = np.array(
-            [
-                p.scored.window if p.scored and p.scored.needs_queries else 0
-                for p in planner.planners
-            ]
-        )
-        window = windows[batch.choice]
-        if not window.any():
-            return []
-        begin = np.maximum(batch.computed, np.maximum(batch.prompt - window, 0))
-        end = np.minimum(batch.total, batch.prompt)
-        private = planner.private_pages(batch.choice, batch.prompt)
-        seen = np.flatnonzero((begin < end) & (private > 0) & (window > 0))
-        stays = Router.stays_of(self.vllm_config, common)
-        token = common.query_start_loc_cpu.numpy()[: len(window)] - batch.computed
-        return [
-            Observation(
-                stay=int(stays[row]),
-                tokens=slice(int(token[row] + begin[row]), int(token[row] + end[row])),
-                offset=int(begin[row] - batch.prompt[row] + window[row]),
-                window=int(window[row]),
-            )
-            for row in seen.tolist()
-        ]
-
-    def _fixed(self, segments: Segments, rows: int) -> Segments:
-        """One selecting query for each row of a decode batch, padding included."""
-        fields = {}
-        for name in ("start", "stop", "kept", "first", "packed", "choice"):
-            fields[name] = np.full(rows, -1 if name == "packed" else 0)
-            fields[name][segments.row] = getattr(segments, name)
-        selects = np.full(rows, self.planner.planners[OWN].selector is not None)  # type: ignore[union-attr]
-        index = np.arange(rows)
-        return Segments(
-            row=index,
-            token=index,
-            selects=selects,
-            decodes=selects,
-            page_size=segments.page_size,
-            **fields,
-        )
+        assert self.planner is not None
+        seen = self.planner.observed(batch.choice, batch.computed, batch.total, batch.prompt)
+        stays = Router.stays_of(self.vllm_config, common) if seen else ()
+        return [Observation(int(stays[each.row]), each) for each in seen]
 
     def _tensor(self, name: str, values: NDArray[Any], dtype: torch.dtype = torch.int32) -> Tensor:
         """A planned array on the device. ``name`` tells buffers apart where they are reused."""
@@ -419,14 +371,8 @@ class PlannedBuilder:
         choice = int(segments.choice[0])
         planner = self.planner.planners[choice]  # type: ignore[union-attr]
         assert planner.selector is not None
-        pages, lengths = segments.pages, segments.visible
-        if self.fixed_shapes:
-            short = segments.stop <= planner.settings.min_context
-            width = planner.width(self.max_tokens)
-            keep = np.minimum(np.where(short, pages, planner.keep), pages)
-        else:
-            keep = np.minimum(planner.keep, pages)
-            width = int(keep.max(initial=1))
+        pages, lengths, keep = segments.pages, segments.visible, planner.selection(segments)
+        width = planner.width(self.max_tokens) if self.fixed_shapes else int(keep.max(initial=1))
         reads = np.maximum(lengths - (pages - keep) * planner.page_size, 0)
         heads = self.kv_heads
         in_order = (segments.token == np.arange(len(segments.token))).all()

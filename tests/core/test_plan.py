@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from kvplug import BatchPlanner, Planner, Settings, parse, read_settings
+from kvplug import BatchPlanner, Choices, Planner, Settings, parse, read_settings
 
 LONGEST = 420
 claims = hypothesis_settings(max_examples=200, deadline=None)
@@ -469,3 +469,62 @@ def test_a_mixed_batch_is_planned_as_each_request_alone(requests, shortcut):
             assert (getattr(mine, name) == getattr(its, name)).all(), name
         assert private[row] == alone.private_pages(prompt[[row]])[0]
         assert (row in packed) == bool(len(alone.compresses(*only)))
+
+
+@claims
+@given(
+    st.lists(scored_settings(), min_size=1, max_size=3),
+    sizes,
+    st.lists(st.tuples(scored_request, st.integers(0, 2)), min_size=1, max_size=6),
+)
+def test_a_step_keeps_the_window_queries_that_scores_will_ask_for(several, S, requests):
+    planner = BatchPlanner(S)
+    planner.know(several)
+    computed, total, prompt = batch([one for one, _ in requests])
+    choice = np.array([number % len(several) for _, number in requests])
+    wanted, token = {}, 0
+    for b, number in enumerate(choice.tolist()):
+        settings, end = several[number], int(prompt[b])
+        scored = settings.policy.scored
+        for i in range(computed[b], total[b]):
+            window = scored.window if scored.needs_queries and packs(settings, S, end) else 0
+            if end - window <= i < end:
+                wanted[b, i - end + window] = token
+            token += 1
+    seen = planner.observed(choice, computed, total, prompt)
+    found = {
+        (each.row, each.offset + n): row
+        for each in seen
+        for n, row in enumerate(range(each.tokens.start, each.tokens.stop))
+    }
+    assert found == wanted
+    assert all(each.window == several[choice[each.row]].policy.scored.window for each in seen)
+
+
+@claims
+@given(st.one_of(settings_(), scored_settings()), sizes, st.lists(scored_request, max_size=5))
+def test_a_decode_batch_in_one_shape_sees_what_its_segments_say(settings, S, requests):
+    planner = Planner(settings, S)
+    _, total, prompt = batch([*requests, (40, 1, 30)])
+    segments = planner.plan(total - 1, total, np.minimum(prompt, total - 1))
+    rows = len(total) + 2
+    fixed = segments.one_per_row(rows, selects=True)
+    assert fixed.row.tolist() == fixed.token.tolist() == list(range(rows))
+    assert fixed.where(np.arange(rows) < len(total)).visible.tolist() == segments.visible.tolist()
+    assert fixed.visible[len(total) :].tolist() == [0, 0], "rows of no request read nothing"
+    if settings.policy.selector is not None:
+        keep = planner.selection(fixed)
+        short = fixed.stop <= settings.min_context
+        assert (keep[short] == fixed.pages[short]).all(), "all pages of a short request"
+        assert (keep[~short] == np.minimum(planner.keep, fixed.pages[~short])).all()
+        assert keep.max() <= planner.width(int(total.max()))
+
+
+def test_equal_settings_have_one_number():
+    own = Settings(policy=parse("quest(budget=64)"))
+    choices = Choices(own)
+    other = Settings(policy=parse("snapkv(budget=64)"))
+    assert [choices.number(each) for each in (other, own, Settings(policy=own.policy), other)] == [
+        1, 0, 0, 1,
+    ]  # fmt: skip
+    assert choices.settings == [own, other]
