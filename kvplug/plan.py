@@ -107,8 +107,17 @@ class Segments:
 class Planner:
     """Answers for one policy and one page size; holds no state of requests."""
 
-    def __init__(self, settings: Settings, page_size: int, budget: int | None = None) -> None:
-        """budget: tokens that the planned layers keep of a prompt, where layers differ."""
+    def __init__(
+        self,
+        settings: Settings,
+        page_size: int,
+        budget: int | None = None,
+        narrowest: int | None = None,
+    ) -> None:
+        """budget: tokens that the planned layers keep of a prompt, where layers differ.
+        narrowest: the least that any layer keeps, where the private pages span all of them: a
+        prompt that some layer compresses is then packed in every one.
+        """
         self.settings = settings
         self.page_size = page_size
         self.eviction = settings.policy.eviction
@@ -118,6 +127,9 @@ class Planner:
         self.scored = settings.policy.scored
         self.private = self.scored.pages(page_size, budget) if self.scored else 0
         """Private pages that hold what a compressed prompt keeps, at most."""
+        least = narrowest or budget
+        self._short = self.scored.pages(page_size, least) if self.scored else 0
+        """Whole pages that a prompt may have and stay as it is."""
         self.keep = self.selector.pages(page_size) if self.selector else 0
         """Pages that a selecting query reads per KV head, at most."""
 
@@ -196,18 +208,20 @@ class Planner:
         whole = prompt // self.page_size
         if not self.settings.shortcut:
             return np.minimum(whole, self.private)
-        long = (whole > self.private) & (prompt > self.settings.min_context)
-        return np.where(long, self.private, 0)
+        long = (whole > self._short) & (prompt > self.settings.min_context)
+        return np.where(long, np.minimum(whole, self.private), 0)
 
     def compresses(self, computed: Positions, total: Positions, prompt: Positions) -> Positions:
         """Rows whose prompt is packed in this step: the one that passes its end. -> [n]"""
         passes = (computed <= prompt) & (prompt < total)
         return np.flatnonzero(passes & (self.private_pages(prompt) > 0))
 
-    def selection(self, segments: Segments) -> Positions:
-        """Pages that each selecting query reads per KV head. -> [n]"""
+    def selection(self, segments: Segments, budget: int | None = None) -> Positions:
+        """Pages that each selecting query reads per KV head, in a layer of this budget. -> [n]"""
+        assert self.selector is not None
+        keep = min(self.keep, self.selector.pages(self.page_size, budget))
         short = segments.stop <= self.settings.min_context
-        return np.where(short, segments.pages, np.minimum(self.keep, segments.pages))
+        return np.where(short, segments.pages, np.minimum(keep, segments.pages))
 
     def width(self, max_tokens: int) -> int:
         """The widest selection, in pages, of any request up to ``max_tokens``."""
@@ -265,15 +279,20 @@ class Observed:
 class BatchPlanner:
     """Answers for a batch whose requests have settings of their own."""
 
-    def __init__(self, page_size: int, budget: int | None = None) -> None:
-        self.page_size, self.budget = page_size, budget
+    def __init__(
+        self, page_size: int, budget: int | None = None, narrowest: int | None = None
+    ) -> None:
+        """budget, narrowest: of a policy whose layers differ, as in ``Planner``."""
+        self.page_size = page_size
+        self.budgets = budget, narrowest
         self.planners: list[Planner] = []
         """By the number that ``choice`` arrays give a request's settings."""
 
     def know(self, settings: Sequence[Settings]) -> None:
         """Settings by number: a list that only grows."""
         for one in settings[len(self.planners) :]:
-            self.planners.append(Planner(one, self.page_size, self.budget))
+            budgets = (None, None) if one.policy.uniform else self.budgets
+            self.planners.append(Planner(one, self.page_size, *budgets))
 
     def plan(
         self, choice: Positions, computed: Positions, total: Positions, prompt: Positions

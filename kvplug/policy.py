@@ -20,6 +20,7 @@ Hq query heads, H KV heads, G = Hq / H, D head dim.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from enum import Enum
 from typing import ClassVar, Protocol
@@ -175,6 +176,10 @@ class Selector(Policy):
     def layer_budget(self, layer: int) -> int | None:
         """Tokens that this layer may read; None for all of them."""
         return self.budget
+
+    def budgets(self, layers: Iterable[int]) -> list[int]:
+        """The different budgets of those of some layers that select."""
+        return sorted({b for b in map(self.layer_budget, layers) if b is not None})
 
     def pages(self, page_size: int, budget: int | None = None) -> int:
         """Pages of ``page_size`` tokens that a layer with this budget reads at most."""

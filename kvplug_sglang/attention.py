@@ -21,7 +21,7 @@ from kvplug import PromptKV, choose_pages, keep_tokens, window_queries
 from kvplug_kernels.virtual_heads import virtual_heads
 from kvplug_sglang import compat
 from kvplug_sglang.cache import Digests
-from kvplug_sglang.router import Tenant
+from kvplug_sglang.router import OWN, Tenant
 from kvplug_sglang.settings import Engine
 from kvplug_sglang.step import Batch, Packing, Selected, StepPlan, StepPlanner, Whole
 
@@ -40,11 +40,15 @@ class PlannedAttention:
         self.engine = Engine.of(runner)
         pool = self.token_to_kv_pool
         self.layers = range(pool.start_layer, pool.start_layer + pool.layer_num)
-        req_to_token = self.req_to_token_pool.req_to_token
-        self.engine.router.serve(len(req_to_token), req_to_token.device)
-        self.steps = StepPlanner(self.engine, req_to_token, self.layers)
+        table = self.req_to_token_pool.req_to_token
+        self.steps = [
+            StepPlanner(self.engine, planners, table, layers, len(layers) / len(self.layers))
+            for planners, layers in self.engine.serve(self.layers, len(table), table.device)
+        ]
+        self.step_of = {layer: n for n, each in enumerate(self.steps) for layer in each.layers}
         self.digests = Digests.of(self.engine, pool)
-        self.plan: StepPlan | None = None
+        self.plans: list[StepPlan | None] = [None] * len(self.steps)
+        """Of the step at hand, for each of ``steps``."""
         self.selected_queries = 0
         """Queries that went through a selection here, over all layers, for tests."""
         self.packed_prompts = 0
@@ -53,8 +57,8 @@ class PlannedAttention:
     def init_forward_metadata(self, forward_batch: Any) -> None:
         super().init_forward_metadata(forward_batch)  # type: ignore[misc]
         batch = self._batch(forward_batch)
-        self.plan = None if batch is None else self.steps.plan(batch)
-        self.planned_steps += self.plan is not None and self.plan.every is not None
+        self.plans = [None if batch is None else each.plan(batch) for each in self.steps]
+        self.planned_steps += any(plan is not None and not plan.stock for plan in self.plans)
 
     def _batch(self, forward_batch: Any) -> Batch | None:
         """None for a batch of no request (a dummy run) and for an idle one."""
@@ -67,13 +71,10 @@ class PlannedAttention:
         else:
             assert mode.is_extend(), f"kvplug does not know the forward mode {mode.name}"
             computed = np.array(forward_batch.extend_prefix_lens_cpu, np.int64)
-        rids = forward_batch.rids
-        if rids is None:  # no scheduler: each row is a request of its own
-            choice = self.engine.choice(self.engine.offer.settings)
-            prompts = computed if mode.is_decode() else total
-            tenants = [Tenant(choice, prompt) for prompt in prompts.tolist()]
-        else:
-            tenants = self.engine.router.of(rids)
+        tenants = self.engine.router.of(getattr(forward_batch, "rids", None) or [])
+        # Rows of nobody: padding, a graph that is captured, an engine without a scheduler.
+        prompts = (computed if mode.is_decode() else total)[len(tenants) :]
+        tenants += [Tenant(OWN, prompt) for prompt in prompts.tolist()]
         return Batch(forward_batch.req_pool_indices.long(), computed, total, tenants)
 
     def forward_decode(
@@ -94,11 +95,13 @@ class PlannedAttention:
         self, stock: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, layer: Any,
         forward_batch: Any, save: bool, more: dict[str, Any],
     ) -> Tensor:  # fmt: skip
-        plan = self.plan
         if not _planned(layer):
             return stock(q, k, v, layer, forward_batch, save, **more)
+        plan = self.plans[self.step_of[layer.layer_id]]
         query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        if plan is None or plan.every is None:
+        budgets = [] if plan is None else self._budgets(layer, plan)
+        applies = tuple(budget is not None for budget in budgets)
+        if plan is None or (plan.stock and not any(applies)):
             output = stock(q, k, v, layer, forward_batch, save, **more)
             self._written(layer, forward_batch.out_cache_loc)
             if plan is not None:
@@ -110,17 +113,11 @@ class PlannedAttention:
         self._written(layer, forward_batch.out_cache_loc)
         self._compress(layer, query, plan)
         output = query.new_empty(*query.shape[:2], layer.v_head_dim)
-        chosen = self._selecting(layer, plan)
-        if not chosen:
-            self._whole(layer, query, plan.every, output)
-        else:
-            # A layer may read all that another policy of the batch selects from.
-            every = len(chosen) < len(plan.selected)
-            if every:
-                self._whole(layer, query, plan.every, output)
-            elif plan.rest is not None:
-                self._whole(layer, query, plan.rest, output)
-            for step, budget in chosen:
+        whole = plan.whole[applies]
+        if whole is not None:
+            self._whole(layer, query, whole, output)
+        for step, budget in zip(plan.selected, budgets, strict=True):
+            if budget is not None:
                 self._selected(layer, query, step, budget, output)
         return output.flatten(1)
 
@@ -172,10 +169,10 @@ class PlannedAttention:
         )
         self._written(layer, packing.targets)
 
-    def _selecting(self, layer: Any, plan: StepPlan) -> list[tuple[Selected, int]]:
-        """The plan's selections that this layer makes, each with the layer's budget."""
-        found = [(step, step.selector.layer_budget(layer.layer_id)) for step in plan.selected]
-        return [(step, budget) for step, budget in found if budget is not None]
+    @staticmethod
+    def _budgets(layer: Any, plan: StepPlan) -> list[int | None]:
+        """Tokens that this layer reads of each of the plan's selections; None for all."""
+        return [step.selector.layer_budget(layer.layer_id) for step in plan.selected]
 
     def _whole(self, layer: Any, query: Tensor, whole: Whole, output: Tensor) -> None:
         keys, values = self._kv(layer.layer_id)
@@ -191,13 +188,13 @@ class PlannedAttention:
     ) -> None:
         assert self.digests is not None or step.selector.digest is None
         size, heads = self.engine.page_size, layer.tp_k_head_num
-        queries = len(step.tokens)
+        mine = query if step.tokens is None else query[step.tokens]
+        queries = len(mine)
         self.selected_queries += queries
-        picked = query[step.tokens].view(queries, heads, -1, layer.qk_head_dim)  # [Q, H, G, D]
-        keep = step.keep.clamp(max=step.selector.pages(size, budget))
+        picked = mine.view(queries, heads, -1, layer.qk_head_dim)  # [Q, H, G, D]
         digest = None if self.digests is None else self.digests.of_layer(layer.layer_id)
         chosen, counts = choose_pages(
-            step.selector, picked, digest, step.page_table, step.pages, keep,
+            step.selector, picked, digest, step.page_table, step.pages, step.keep[budget],
             width=step.width, scale=layer.scaling,
         )  # fmt: skip
         # The token at offset o of a chosen page: (page * S + o) * H + h.
@@ -222,7 +219,11 @@ class PlannedAttention:
             sequences,
             out,
         )
-        output.index_copy_(0, step.tokens, out.view(queries, *output.shape[1:]))
+        out = out.view(queries, *output.shape[1:])
+        if step.tokens is None:
+            output.copy_(out)
+        else:
+            output.index_copy_(0, step.tokens, out)
 
 
 def _planned(layer: Any) -> bool:

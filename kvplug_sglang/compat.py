@@ -235,14 +235,20 @@ def attention_backends(view: Any) -> tuple[str, str]:
     return prefill, decode
 
 
-def without_cuda_graphs(view: Any) -> dict[str, Any]:
-    """Plans are made on the host and differ in shape from step to step."""
+def graphs_of_decode_alone(view: Any) -> dict[str, Any]:
+    """Prefill is planned on the host, in shapes that differ from step to step; a CPU has none."""
     from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
 
-    config = view.cuda_graph_config
-    for phase in (Phase.DECODE, Phase.PREFILL):
-        config = with_phase(config, phase, backend=Backend.DISABLED)
+    config = with_phase(view.cuda_graph_config, Phase.PREFILL, backend=Backend.DISABLED)
+    if view.device == "cpu":
+        config = with_phase(config, Phase.DECODE, backend=Backend.DISABLED)
     return {"cuda_graph_config": config}
+
+
+def breaks_decode_graphs(view: Any) -> bool:
+    from sglang.srt.model_executor.cuda_graph_config import Backend
+
+    return bool(view.cuda_graph_config.decode.backend == Backend.BREAKABLE)
 
 
 def uses_mla(model: Any) -> bool:

@@ -9,11 +9,33 @@ from sglang.srt.layers.attention.triton_backend import TritonAttnBackend, logit_
 from torch import Tensor
 
 from kvplug_sglang.attention import PlannedAttention
-from kvplug_sglang.step import Whole
+from kvplug_sglang.replay import Replayed
+from kvplug_sglang.step import Whole, starts
 
 
 class KVPlugBackend(PlannedAttention, TritonAttnBackend):
     needs_cpu_seq_lens = True
+    replays: tuple[Replayed, ...] = ()
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *more: Any) -> None:
+        super().init_cuda_graph_state(max_bs, max_num_tokens, *more)
+        if not self.engine.dense:
+            longest = self.max_context_len
+            self.replays = tuple(Replayed(each, max_bs, longest) for each in self.steps)
+
+    def init_forward_metadata_out_graph(
+        self, forward_batch: Any, in_capture: bool = False
+    ) -> None:
+        super().init_forward_metadata_out_graph(forward_batch, in_capture)
+        batch = self._batch(forward_batch)
+        if batch is not None:
+            for each in self.replays:
+                each.load(batch, count=not in_capture)
+
+    def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+        super().init_forward_metadata_in_graph(forward_batch)
+        rows = forward_batch.req_pool_indices.long()
+        self.plans = [each.plan(rows) for each in self.replays] or [None] * len(self.steps)
 
     def attend(
         self, layer: Any, query: Tensor, keys: Tensor, values: Tensor, whole: Whole, out: Tensor
@@ -28,7 +50,7 @@ class KVPlugBackend(PlannedAttention, TritonAttnBackend):
         self, layer: Any, query: Tensor, keys: Tensor, values: Tensor, whole: Whole, out: Tensor,
         cap: float,
     ) -> None:  # fmt: skip
-        bounds, slots = ragged(whole.slots, whole.lengths)
+        bounds, slots = whole.seen
         partial = (*query.shape[:2], self.max_kv_splits)
         splits = torch.empty(len(query), dtype=torch.int32, device=query.device)
         self.get_num_kv_splits(splits, whole.lengths)
@@ -43,32 +65,9 @@ class KVPlugBackend(PlannedAttention, TritonAttnBackend):
         self, layer: Any, query: Tensor, keys: Tensor, values: Tensor, whole: Whole, out: Tensor,
         cap: float,
     ) -> None:  # fmt: skip
-        bounds, slots = ragged(whole.slots, whole.lengths - whole.queries)
-        column = torch.arange(whole.slots.shape[1], device=query.device)
-        begin, end = (whole.lengths - whole.queries)[:, None], whole.lengths[:, None]
-        own = whole.slots[(begin <= column) & (column < end)]  # the queries' own tokens
+        bounds, slots = whole.before
         self.extend_attention_fwd(
-            query.contiguous(), keys[own], values[own], out, keys, values,
+            query.contiguous(), keys[whole.own], values[whole.own], out, keys, values,
             starts(whole.queries), bounds, slots, None, True, None, whole.longest_run, 1.0, 1.0,
             layer.scaling, logit_cap=cap,
         )  # fmt: skip
-
-
-def starts(lengths: Tensor) -> Tensor:
-    """lengths [n] -> [n + 1] int32: where each of n adjacent runs begins, and the last ends."""
-    bounds = lengths.new_zeros(len(lengths) + 1, dtype=torch.int32)
-    bounds[1:] = lengths.cumsum(0)
-    return bounds
-
-
-def ragged(slots: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """slots [n, T], of which the first lengths [n] count -> bounds [n + 1] int32, and the slots
-    that count side by side [n * T] int64 (what follows the last is 0). Nothing synchronises.
-    """
-    rows, width = slots.shape
-    bounds = starts(lengths)
-    column = torch.arange(width, device=slots.device)
-    place = torch.where(column < lengths[:, None], bounds[:-1, None] + column, rows * width)
-    packed = slots.new_zeros(rows * width + 1)
-    packed.scatter_(0, place.long().flatten(), slots.flatten())
-    return bounds, packed

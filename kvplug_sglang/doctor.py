@@ -10,6 +10,7 @@ from typing import Any
 
 from kvplug import Settings, parse
 from kvplug_sglang import compat, hooks, packing
+from kvplug_sglang.router import OWN
 from kvplug_sglang.settings import Engine
 
 log = logging.getLogger("sglang.kvplug")
@@ -24,12 +25,20 @@ def examine(scheduler: Any) -> None:
     counters, engine.metrics = engine.metrics, None  # nobody asked for the canary
     canary(scheduler.tree_cache, engine)
     engine.metrics = counters
-    eviction = engine.offer.settings.policy.eviction
-    if eviction is not None:
+    policy = engine.offer.settings.policy
+    if policy.eviction is not None:
         log.warning(
             "kvplug: a request that %s will take pages from is private: it neither uses nor fills "
             "the prefix cache",
-            eviction.name,
+            policy.eviction.name,
+        )
+    if not policy.uniform:
+        widest = engine.planner(OWN).private * engine.page_size
+        log.warning(
+            "kvplug: one of SGLang's slots spans all layers, so under %s a compressed prompt "
+            "holds the %d slots of its widest layer, not the mean",
+            policy,
+            widest,
         )
     if engine.metrics is not None:
         log.info("kvplug serves %s (%d hooks verified)", engine.offer, len(hooks.HOOKS))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvplug_sglang import cache, command_line, compat, packing, streaming
+from kvplug_sglang import cache, command_line, compat, packing, replay, streaming
 from kvplug_sglang.settings import Engine
 
 HOOKS = (
     *packing.HOOKS,
     *streaming.HOOKS,
+    *replay.HOOKS,
     compat.Hook(
         "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size",
         "around",

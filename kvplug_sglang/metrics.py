@@ -34,19 +34,20 @@ class Metrics:
         self.packed, self.kept, self.dropped = _counters()[3:6]
         self.returned, self.whole, self.refused = _counters()[6:]
 
-    def count(self, policy: str, reads: StepReads) -> None:
+    def count(self, policy: str, reads: StepReads, share: float) -> None:
+        """share: of the layers that this was planned for."""
         if reads.queries:
-            self.queries.labels(policy).inc(reads.queries)
-            self.cached.labels(policy).inc(reads.cached)
-            self.read.labels(policy).inc(reads.read)
+            self.queries.labels(policy).inc(share * reads.queries)
+            self.cached.labels(policy).inc(share * reads.cached)
+            self.read.labels(policy).inc(share * reads.read)
 
     def count_packed(
-        self, policy: str, prompt: NDArray[np.int64], keep: NDArray[np.int64]
+        self, policy: str, prompt: NDArray[np.int64], keep: NDArray[np.int64], share: float
     ) -> None:
         """prompt, keep [n]: tokens of the prompts packed in a step, and of those that stay."""
-        self.packed.labels(policy).inc(len(prompt))
-        self.kept.labels(policy).inc(float(keep.sum()))
-        self.dropped.labels(policy).inc(float((prompt - keep).sum()))
+        self.packed.labels(policy).inc(share * len(prompt))
+        self.kept.labels(policy).inc(share * float(keep.sum()))
+        self.dropped.labels(policy).inc(share * float((prompt - keep).sum()))
 
     def count_returned(self, policy: str, pages: int) -> None:
         """A request gave back so many pages, less those it holds in their place."""

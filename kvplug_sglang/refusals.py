@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from kvplug import Composition, Offer, PositionalEviction, ScoredEviction, Selector, read_offer
+from kvplug import (
+    Composition,
+    LayerBudgets,
+    Offer,
+    PositionalEviction,
+    ScoredEviction,
+    Selector,
+    read_offer,
+)
 from kvplug_sglang import NAME, compat
 
 PAGE_SIZE = 32
@@ -64,8 +72,10 @@ def refuse(server_args: Any, given: object) -> dict[str, Any]:
     reasons = list(refusals(view, model, given))
     if reasons:
         raise ValueError("kvplug cannot serve this configuration:\n- " + "\n- ".join(reasons))
-    decisions = compat.without_cuda_graphs(view)
-    if view.page_size is None and read_offer(given, environ={}).digest is not None:
+    offer = read_offer(given, environ={})
+    dense = offer.settings.policy.is_dense and not offer.mixed
+    decisions = {} if dense else compat.graphs_of_decode_alone(view)
+    if view.page_size is None and offer.digest is not None:
         decisions["page_size"] = PAGE_SIZE
     return decisions
 
@@ -109,6 +119,11 @@ def refusals(view: Any, model: Any, given: object) -> Iterator[str]:
             f"a quantised KV cache ({view.kv_cache_dtype}) has no digests yet; use "
             "--kv-cache-dtype auto, or the policy 'dense'"
         )
+    if compat.breaks_decode_graphs(view):
+        yield (
+            "breakable CUDA graphs of decode were never run; use --cuda-graph-config "
+            '\'{"decode": {"backend": "full"}}\''
+        )
     if compat.head_major_cache():
         yield "the cache's layout is head-major; unset SGLANG_USE_HND_KVCACHE"
     for what in compat.special_layers(model):
@@ -123,15 +138,10 @@ def refusals(view: Any, model: Any, given: object) -> Iterator[str]:
 def unsupported(offer: Offer) -> Iterator[str]:
     """Policies of a kind that this adapter does not know how to carry out."""
     policy: Composition = offer.settings.policy
-    if not policy.uniform:
-        yield (
-            f"{policy} gives layers budgets of their own, and one of SGLang's slots spans all "
-            f"layers, so none would be freed; use {policy.scored}"
-        )
-        return
     for part in policy:
-        if not isinstance(part, (PositionalEviction, ScoredEviction, Selector)):
+        if not isinstance(part, (PositionalEviction, ScoredEviction, LayerBudgets, Selector)):
             yield (
                 f"{part.name} is a policy of the stage {part.stage.value!r} that the SGLang "
-                "adapter cannot carry out; subclass PositionalEviction, ScoredEviction or Selector"
+                "adapter cannot carry out; subclass PositionalEviction, ScoredEviction, "
+                "LayerBudgets or Selector"
             )

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+OWN = 0
+"""The choice of a request that says nothing: the server's own settings."""
+
 
 @dataclass(eq=False)
 class Tenant:
@@ -43,9 +46,11 @@ class Router:
         self.pages = torch.zeros(1, 1, dtype=torch.int32)
         """Private pages of the request in each row of the pool. [rows, width]"""
 
-    def serve(self, rows: int, device: torch.device) -> None:
-        """Make room for a pool of so many rows."""
-        self.pages = torch.zeros(rows, 1, dtype=torch.int32, device=device)
+    def serve(self, rows: int, width: int, device: torch.device) -> None:
+        """Make room for a pool of so many rows, and so many private pages in each. The table
+        stays where it is: CUDA graphs read it.
+        """
+        self.pages = torch.zeros(rows, width, dtype=torch.int32, device=device)
 
     def enter(self, rid: str, tenant: Tenant) -> None:
         self.tenants[rid] = tenant
@@ -65,9 +70,4 @@ class Router:
 
     def settle(self, row: int, pages: Tensor) -> None:
         """Note where a request's private pages are."""
-        width = self.pages.shape[1]
-        if len(pages) > width:
-            grown = self.pages.new_zeros(len(self.pages), len(pages))
-            grown[:, :width] = self.pages
-            self.pages = grown
         self.pages[row, : len(pages)] = pages.to(self.pages.dtype)

@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+
 from kvplug import BatchPlanner, Choices, Offer, Planner, Settings, read_offer
 from kvplug.config import ENVIRONMENT
 from kvplug_sglang import NAME
@@ -42,6 +44,10 @@ def remember(flag: str) -> None:
     os.environ[ENVIRONMENT] = flag
 
 
+LayerClass = tuple[BatchPlanner, list[int]]
+"""Layers that keep as much of a prompt, and who plans for them."""
+
+
 class Engine:
     """What the hooks and the backend of one scheduler process share."""
 
@@ -55,6 +61,7 @@ class Engine:
         self.scheduler: Any = None
         self.choices = Choices(offer.settings)
         self.planners = BatchPlanner(page_size)
+        """Of the layers that keep most, which say how many private slots a prompt has."""
         self.planners.know(self.choices.settings)
 
     @classmethod
@@ -80,6 +87,27 @@ class Engine:
         """The engine of this process, which hooks are only placed for."""
         assert cls.current is not None
         return cls.current
+
+    def serve(self, layers: range, rows: int, device: torch.device) -> list[LayerClass]:
+        """Once a model is loaded: its layers, together with those that keep as much, most first.
+        rows: of the pool.
+        """
+        policy, size = self.offer.settings.policy, self.page_size
+        classes: list[LayerClass] = [(self.planners, list(layers))]
+        if not policy.uniform:
+            budgets = policy.layer_budgets(len(layers))
+            classes = [
+                (
+                    BatchPlanner(size, budget, min(budgets)),
+                    [layer for layer, own in zip(layers, budgets, strict=True) if own == budget],
+                )
+                for budget in sorted(set(budgets), reverse=True)
+            ]
+            self.planners = classes[0][0]
+            self.planners.know(self.choices.settings)
+        most = max(planner.private for planner in self.planners.planners)
+        self.router.serve(rows, max(most, -(-self.offer.max_tokens // size), 1), device)
+        return classes
 
     def choice(self, settings: Settings) -> int:
         """The number of some settings, by which ``planners`` knows them."""

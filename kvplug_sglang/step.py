@@ -12,7 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvplug import Observed, ScoredEviction, Segments, Selector, reads_by_policy
+from kvplug import (
+    BatchPlanner,
+    Observed,
+    Planner,
+    ScoredEviction,
+    Segments,
+    Selector,
+    reads_by_policy,
+)
 from kvplug_sglang.router import Tenant
 from kvplug_sglang.settings import Engine
 
@@ -33,16 +41,35 @@ class Whole:
     """[n] int64"""
     longest_run: int
 
+    @cached_property
+    def seen(self) -> tuple[Tensor, Tensor]:
+        """What each run sees, side by side, as ``ragged``."""
+        return ragged(self.slots, self.lengths)
+
+    @cached_property
+    def before(self) -> tuple[Tensor, Tensor]:
+        """What each run's first query sees beside itself, as ``ragged``."""
+        return ragged(self.slots, self.lengths - self.queries)
+
+    @cached_property
+    def own(self) -> Tensor:
+        """Where the queries' own tokens lie, in their order. This waits for the device."""
+        column = torch.arange(self.slots.shape[1], device=self.slots.device)
+        end = self.lengths[:, None]
+        return self.slots[(end - self.queries[:, None] <= column) & (column < end)]
+
 
 @dataclass
 class Selected:
     """Single queries of one policy that read a selection; Q of them, [Q] int32 unless said."""
 
     selector: Selector
-    tokens: Tensor  # [Q] int64 rows of the flat queries
+    tokens: Tensor | None
+    """Rows of the flat queries, [Q] int64; None for all as they come."""
     page_table: Tensor  # [Q, P]
     pages: Tensor
-    keep: Tensor
+    keep: dict[int, Tensor]
+    """By a layer's budget."""
     lengths: Tensor
     width: int
 
@@ -73,13 +100,13 @@ class Observation:
 
 @dataclass
 class StepPlan:
-    every: Whole | None
-    """All queries, for layers that select nothing; None where the engine's own path serves."""
-    rest: Whole | None = None
-    """For layers that select: the queries that do not."""
-    selected: list[Selected] = field(default_factory=list)
-    packings: list[Packing] = field(default_factory=list)
-    observations: list[Observation] = field(default_factory=list)
+    stock: bool
+    """Whether layers that select nothing are served by the engine's own path."""
+    whole: dict[tuple[bool, ...], Whole | None] = field(default_factory=dict)
+    """The queries that read all they see, by which of ``selected`` apply to a layer."""
+    selected: Sequence[Selected] = ()
+    packings: Sequence[Packing] = ()
+    observations: Sequence[Observation] = ()
 
 
 @dataclass
@@ -106,46 +133,65 @@ class Batch:
 
 
 class StepPlanner:
-    """Turns batches into plans, for one engine."""
+    """Turns batches into plans, for the layers of an engine that keep as much."""
 
-    def __init__(self, engine: Engine, req_to_token: Tensor, layers: range) -> None:
+    def __init__(
+        self, engine: Engine, planners: BatchPlanner, req_to_token: Tensor,
+        layers: Sequence[int], share: float,
+    ) -> None:  # fmt: skip
+        """share: of the engine's layers, as its counters are means over them all."""
         self.engine = engine
+        self.planners = planners
         self.req_to_token = req_to_token
         self.page_size = engine.page_size
         self.layers = layers
+        self.share = share
 
     def plan(self, batch: Batch) -> StepPlan | None:
         """None where the engine's own path serves the whole step and nothing is kept of it."""
-        planners = self.engine.planners
-        segments = planners.plan(batch.choice, batch.computed, batch.total, batch.prompt)
-        self._count(segments)
-        private = planners.private_pages(batch.choice, batch.prompt)
+        segments = self.segments(batch)
+        self.count(segments)
+        private = self.planners.private_pages(batch.choice, batch.prompt)
         observations = self._observations(batch)
         packings = self._packings(batch, private)
-        if segments.untouched and self.engine.offer.settings.shortcut:
-            if not packings and not observations:
-                return None
-            return StepPlan(None, packings=packings, observations=observations)
-        plan = StepPlan(self._whole(batch, segments), packings=packings, observations=observations)
-        if segments.selects.any():
-            rest = segments.where(~segments.selects)
-            if len(rest.row):
-                plan.rest = self._whole(batch, rest)
-            chosen = segments.where(segments.selects).by_choice()
-            plan.selected = [self._selected(batch, part) for part in chosen.values()]
+        stock = segments.untouched and self.engine.offer.settings.shortcut
+        if stock and not packings and not observations:
+            return None
+        plan = StepPlan(stock, packings=packings, observations=observations)
+        if stock:
+            return plan
+        chosen = segments.where(segments.selects).by_choice()
+        plan.selected = [self._selected(batch, part) for part in chosen.values()]
+        for applies in self.applies(plan.selected):
+            apart = [one for one, applied in zip(chosen, applies, strict=True) if applied]
+            rest = segments.where(~(segments.selects & np.isin(segments.choice, apart)))
+            plan.whole[applies] = self._whole(batch, rest) if len(rest.row) else None
         return plan
 
-    def _count(self, segments: Segments) -> None:
+    def applies(self, selected: Sequence[Selected]) -> set[tuple[bool, ...]]:
+        """Which of some selections apply to a layer: all that occurs."""
+        return {
+            tuple(each.selector.layer_budget(layer) is not None for each in selected)
+            for layer in self.layers
+        }
+
+    def segments(self, batch: Batch) -> Segments:
+        self.planners.know(self.engine.choices.settings)
+        return self.planners.plan(batch.choice, batch.computed, batch.total, batch.prompt)
+
+    def planner(self, choice: int) -> Planner:
+        self.planners.know(self.engine.choices.settings)
+        return self.planners.planners[choice]
+
+    def count(self, segments: Segments) -> None:
         metrics = self.engine.metrics
         if metrics is not None:
-            planners = self.engine.planners.planners
-            for settings, reads in reads_by_policy(segments, planners, self.layers):
-                metrics.count(str(settings.policy), reads)
+            counted = reads_by_policy(segments, self.planners.planners, self.layers)
+            for settings, reads in counted:
+                metrics.count(str(settings.policy), reads, self.share)
 
     def _observations(self, batch: Batch) -> list[Observation]:
-        seen = self.engine.planners.observed(
-            batch.choice, batch.computed, batch.total, batch.prompt
-        )
+        seen = self.planners.observed(batch.choice, batch.computed, batch.total, batch.prompt)
         return [Observation(batch.tenants[each.row], each) for each in seen]
 
     def _packings(self, batch: Batch, private: Numbers) -> list[Packing]:
@@ -157,10 +203,10 @@ class StepPlanner:
 
     def _packing(self, batch: Batch, rows: Numbers, private: Numbers) -> Packing:
         tenants = [batch.tenants[row] for row in rows]
-        planner = self.engine.planner(tenants[0].choice)
+        planner = self.planner(tenants[0].choice)
         assert planner.scored is not None
-        held = [tenant.private for tenant in tenants]
-        assert held == private[rows].tolist(), "a prompt has not the private pages it should have"
+        held = np.array([tenant.private for tenant in tenants])
+        assert (held >= private[rows]).all(), "a prompt has not the private pages it should have"
         size, prompt = self.page_size, batch.prompt[rows]
         keep = private[rows] * size
         width = int(keep.max())
@@ -170,7 +216,7 @@ class StepPlanner:
         index = self._tensor(packed)
         if self.engine.metrics is not None:
             self.engine.metrics.count_packed(
-                str(planner.settings.policy), prompt, keep + prompt % size
+                str(planner.settings.policy), prompt, keep + prompt % size, self.share
             )
         return Packing(
             scored=planner.scored,
@@ -180,9 +226,7 @@ class StepPlanner:
             lengths=self._tensor(prompt),
             keep=self._tensor(keep),
             width=width,
-            targets=self._tokens_of(self.engine.router.pages[at, : width // size]).flatten()[
-                index
-            ],
+            targets=self.tokens_of(self.engine.router.pages[at, : width // size]).flatten()[index],
             packed=index,
         )
 
@@ -192,7 +236,7 @@ class StepPlanner:
         in_order = len(tokens) == batch.queries and bool((np.diff(tokens) == 1).all())
         return Whole(
             tokens=None if in_order else self._tensor(tokens),
-            slots=self._tokens_of(self._table(batch, segments)),
+            slots=self.tokens_of(self._table(batch, segments)),
             lengths=self._tensor(segments.visible),
             queries=self._tensor(segments.queries),
             longest_run=int(segments.queries.max()),
@@ -200,17 +244,19 @@ class StepPlanner:
 
     def _selected(self, batch: Batch, segments: Segments) -> Selected:
         """segments: of one choice."""
-        planner = self.engine.planner(int(segments.choice[0]))
+        planner = self.planner(int(segments.choice[0]))
         assert planner.selector is not None
-        keep = planner.selection(segments)
         return Selected(
             selector=planner.selector,
             tokens=self._tensor(segments.token),
             page_table=self._table(batch, segments),
             pages=self._tensor(segments.pages, torch.int32),
-            keep=self._tensor(keep, torch.int32),
+            keep={
+                budget: self._tensor(planner.selection(segments, budget), torch.int32)
+                for budget in planner.selector.budgets(self.layers)
+            },
             lengths=self._tensor(segments.visible, torch.int32),
-            width=int(keep.max()),
+            width=int(planner.selection(segments).max()),
         )
 
     def _table(self, batch: Batch, segments: Segments) -> Tensor:
@@ -218,21 +264,42 @@ class StepPlanner:
 
         What stands in a request's row for pages it no longer has is skipped, never read.
         """
-        device, size, pages = self.req_to_token.device, self.page_size, self.engine.router.pages
-        row = batch.rows[self._tensor(segments.row)][:, None]
-        column = torch.arange(int(segments.pages.max()), device=device)[None]
-        kept, first = self._tensor(segments.kept)[:, None], self._tensor(segments.first)[:, None]
-        packed = self._tensor(segments.packed)[:, None] >= 0
-        page = torch.where(column < kept, self._held(segments, column), column - kept + first)
+        column = torch.arange(int(segments.pages.max()), device=self.req_to_token.device)[None]
+        return self.table(
+            batch.rows[self._tensor(segments.row)],
+            self._tensor(segments.kept),
+            self._tensor(segments.first),
+            self._tensor(segments.packed),
+            self._held(segments, column),
+            column,
+        )
+
+    def table(
+        self,
+        row: Tensor,
+        kept: Tensor,
+        first: Tensor,
+        packed: Tensor,
+        held: Tensor,
+        column: Tensor,
+    ) -> Tensor:
+        """row, kept, first, packed [n] as in ``Segments``, held [n, P] or [1, P] pages that no
+        policy evicts, column [1, P] -> [n, P] int32. Nothing synchronises.
+        """
+        size, pages = self.page_size, self.engine.router.pages
+        row, kept = row[:, None], kept[:, None]
+        page = torch.where(column < kept, held, column - kept + first[:, None])
         token = (page * size).clamp(max=self.req_to_token.shape[1] - 1)
         private = pages[row, column.clamp(max=pages.shape[1] - 1)]
         return torch.where(
-            packed & (column < kept), private, self.req_to_token[row, token] // size
+            (packed[:, None] >= 0) & (column < kept),
+            private,
+            self.req_to_token[row, token] // size,
         )
 
     def _held(self, segments: Segments, column: Tensor) -> Tensor:
         """The pages that each segment's policy never evicts, in order; 0 behind. -> [n, P]"""
-        held = {one: self.engine.planner(one).held for one in np.unique(segments.choice).tolist()}
+        held = {one: self.planner(one).held for one in np.unique(segments.choice).tolist()}
         width = max(map(len, held.values())) + 1
         table = np.zeros((max(held) + 1, width), np.int64)
         for one, pages in held.items():
@@ -240,10 +307,30 @@ class StepPlanner:
         chosen = self._tensor(table)[self._tensor(segments.choice)[:, None]]  # [n, 1, width]
         return chosen[:, 0].gather(1, column.clamp(max=width - 1).expand(len(segments.row), -1))
 
-    def _tokens_of(self, pages: Tensor) -> Tensor:
+    def tokens_of(self, pages: Tensor) -> Tensor:
         """pages [n, P] -> their tokens' slots [n, P * S] int64"""
         offset = torch.arange(self.page_size, device=pages.device)
         return (pages.long()[:, :, None] * self.page_size + offset).flatten(1)
 
     def _tensor(self, values: NDArray[Any], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.from_numpy(values).to(self.req_to_token.device, dtype, non_blocking=True)
+
+
+def starts(lengths: Tensor) -> Tensor:
+    """lengths [n] -> [n + 1] int32: where each of n adjacent runs begins, and the last ends."""
+    bounds = lengths.new_zeros(len(lengths) + 1, dtype=torch.int32)
+    bounds[1:] = lengths.cumsum(0)
+    return bounds
+
+
+def ragged(slots: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """slots [n, T], of which the first lengths [n] count -> bounds [n + 1] int32, and the slots
+    that count side by side [n * T] int64 (what follows the last is 0). Nothing synchronises.
+    """
+    rows, width = slots.shape
+    bounds = starts(lengths)
+    column = torch.arange(width, device=slots.device)
+    place = torch.where(column < lengths[:, None], bounds[:-1, None] + column, rows * width)
+    packed = slots.new_zeros(rows * width + 1)
+    packed.scatter_(0, place.long().flatten(), slots.flatten())
+    return bounds, packed

@@ -236,19 +236,15 @@ class PlannedImpl:
         heads = picked.view(queries, self.num_kv_heads, self.num_queries_per_kv, -1)
         views = self.views(kv_cache)
         tail = views.tail if selector.digest is not None else None
-        as_planned = budget == selector.budget
-        keep = step.keep
-        if not as_planned:
-            keep = keep.clamp(max=selector.pages(size, budget))
         chosen, counts = choose_pages(
-            selector, heads, tail, step.page_table, step.pages, keep,
+            selector, heads, tail, step.page_table, step.pages, step.keep[budget],
             width=step.width, scale=self.scale,
         )  # fmt: skip
         table, lengths = virtual_heads(
             step.page_table, chosen, counts, step.lengths,
             size, views.page_stride, views.head_stride,
         )  # fmt: skip
-        if as_planned and selector.mass is None:
+        if budget == selector.budget and selector.mass is None:
             metadata = step.metadata
             metadata.block_table = table
         else:

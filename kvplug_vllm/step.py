@@ -31,11 +31,12 @@ class Selected:
     """Rows of the flat queries; None for the first Q."""
     page_table: Tensor  # [Q, P]
     pages: Tensor
-    keep: Tensor
+    keep: dict[int, Tensor]
+    """By a layer's budget."""
     lengths: Tensor
     width: int
     metadata: Any
-    """Stock metadata of the Q * H virtual sequences, for layers that read exactly ``keep``."""
+    """Stock metadata of the Q * H virtual sequences, for layers of the selector's own budget."""
     rebuild: Callable[[Tensor, Tensor], Any]
     """(block table, lengths) of the virtual sequences -> stock metadata, for the others."""
 
@@ -392,7 +393,10 @@ class PlannedBuilder:
             tokens=None if in_order else self._tokens(segments),
             page_table=self._table(common, segments, "selected"),
             pages=self._tensor("pages", pages),
-            keep=self._tensor("keep", keep),
+            keep={
+                budget: self._tensor(f"keep{budget}", planner.selection(segments, budget))
+                for budget in planner.selector.budgets(self.layers)
+            },
             lengths=self._tensor("lengths", lengths),
             width=width,
             metadata=metadata,

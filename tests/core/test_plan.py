@@ -528,3 +528,15 @@ def test_equal_settings_have_one_number():
         1, 0, 0, 1,
     ]  # fmt: skip
     assert choices.settings == [own, other]
+
+
+def test_layers_that_share_private_pages_pack_a_prompt_as_soon_as_the_narrowest_does():
+    policy = Settings(policy=parse("pyramid(snapkv(budget=128, window=16))"))
+    lengths = np.array([64, 80, 200, 4000])
+    wide, narrow = Planner(policy, 16, 192, 64), Planner(policy, 16, 64, 64)
+    assert wide.private_pages(lengths).tolist() == [0, 5, 12, 12]
+    assert narrow.private_pages(lengths).tolist() == [0, 4, 4, 4]
+    assert Planner(policy, 16, 192).private_pages(lengths).tolist() == [0, 0, 0, 12]
+    planner = BatchPlanner(16, 192, 64)
+    planner.know([policy, Settings(policy=parse("snapkv(budget=32, window=16)"))])
+    assert [each.private for each in planner.planners] == [12, 2], "of their own, if uniform"

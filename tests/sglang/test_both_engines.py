@@ -25,6 +25,7 @@ POLICIES = [
     "quest(budget=128, dense_layers=0)",
     "snapkv(budget=256, window=40) + quest(budget=96, dense_layers=0)",
     "streaming_llm(window=300) + quest(budget=96, dense_layers=1)",
+    "pyramid(snapkv(budget=128), beta=20) + quest(budget=96, dense_layers=0)",
 ]
 
 

@@ -73,6 +73,7 @@ class Shadow:
         ("knorm(budget=96)", 4, 2, 64, 1),
         ("keydiff(budget=100)", 8, 1, 32, 16),
         ("random(budget=128, seed=3)", 2, 2, 96, 64),
+        ("pyramid(snapkv(budget=128, window=16), beta=8)", 4, 2, 64, 16),
     ],
 )
 def test_private_slots_hold_what_each_head_keeps(

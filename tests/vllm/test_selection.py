@@ -86,7 +86,7 @@ class Shadow:
                 assert read == sorted(set(read)), "pages are distinct and ascending"
                 assert read[-1] == pages - 1, "the newest page is read"
                 if step.selector.mass is None:
-                    assert count == min(int(step.keep[row]), pages)
+                    assert count == min(int(step.keep[step.selector.budget][row]), pages)
                 ranked = bounds[:-1].sort(descending=True).values
                 if count > 1:
                     worst = bounds[read[:-1]].min()

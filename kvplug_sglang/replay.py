@@ -1,0 +1,129 @@
+"""Decode steps that a CUDA graph replays: planned into buffers that never move.
+
+What the host decides of a step (how many) is five numbers a request, copied into one buffer before
+the graph is replayed. All that follows from them and from the pool's own tables (which) is
+computed by the graph itself, in shapes that depend on the batch's size alone: where policies
+select, every request does, a short one with all of its pages.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvplug_sglang.compat import Hook
+from kvplug_sglang.router import OWN
+from kvplug_sglang.settings import Engine
+from kvplug_sglang.step import Batch, Selected, StepPlan, StepPlanner, Whole
+
+RUNNER = "sglang.srt.model_executor.runner.decode_cuda_graph_runner"
+
+
+class Replayed:
+    """The plan of any decode step of up to ``most`` requests, for one class of layers."""
+
+    def __init__(self, steps: StepPlanner, most: int, longest: int) -> None:
+        """longest: tokens of a request."""
+        self.steps = steps
+        device = steps.req_to_token.device
+        self.own = steps.planner(OWN)
+        selector = self.own.selector
+        self.budgets = [] if selector is None else selector.budgets(steps.layers)
+        self.fields = torch.zeros(4 + len(self.budgets), most, dtype=torch.int64, device=device)
+        """Kept, first, packed and visible as in ``Segments``, then pages to read by budget."""
+        held = np.append(self.own.held, 0)
+        self.column = torch.arange(-(-longest // steps.page_size), device=device)[None]
+        self.held = torch.from_numpy(held).to(device)[self.column.clamp(max=len(held) - 1)]
+        self.width = self.own.width(longest)
+        self.rewrites = (
+            self.own.scored is not None
+            or self.own.eviction is not None
+            or steps.engine.offer.mixed
+        )
+        """Whether requests may see less than their row of the pool."""
+
+    def load(self, batch: Batch, count: bool) -> None:
+        """On the host, before the graph is captured or replayed."""
+        segments = self.steps.segments(batch)
+        if count:
+            known = np.array([tenant.row >= 0 for tenant in batch.tenants])
+            self.steps.count(segments.where(known[segments.row]))
+        fixed = segments.one_per_row(len(batch.total), selects=bool(self.budgets))
+        values = np.zeros((len(self.fields), len(batch.total)), np.int64)
+        values[:4] = fixed.kept, fixed.first, fixed.packed, fixed.visible
+        for choice, part in fixed.by_choice().items():
+            planner = self.steps.planner(choice)
+            for n, budget in enumerate(self.budgets, start=4):
+                values[n, part.row] = planner.selection(part, budget)
+        host = torch.from_numpy(values)
+        if self.fields.is_cuda:
+            host = host.pin_memory()  # of PyTorch's own cache: not reused before it is copied
+        self.fields[:, : values.shape[1]].copy_(host, non_blocking=True)
+
+    def plan(self, rows: Tensor) -> StepPlan:
+        """In the graph. rows [B] of the pool"""
+        steps, size = self.steps, self.steps.page_size
+        kept, first, packed, visible, *keep = self.fields[:, : len(rows)]
+        table = steps.table(rows, kept, first, packed, self.held, self.column)
+        plan = StepPlan(stock=not self.rewrites)
+        if self.own.selector is not None and self.budgets:
+            selected = Selected(
+                selector=self.own.selector,
+                tokens=None,
+                page_table=table,
+                pages=((visible + size - 1) // size).int(),
+                keep=dict(zip(self.budgets, (each.int() for each in keep), strict=True)),
+                lengths=visible.int(),
+                width=self.width,
+            )
+            plan.selected = [selected]
+        whole = None
+        if self.rewrites:
+            whole = Whole(
+                tokens=None,
+                slots=steps.tokens_of(table),
+                lengths=visible,
+                queries=torch.ones_like(visible),
+                longest_run=1,
+            )
+        for applies in steps.applies(plan.selected):
+            plan.whole[applies] = None if any(applies) else whole
+        return plan
+
+    def serves(self, choices: list[int]) -> bool:
+        """Whether the graph that was captured holds for requests of these choices."""
+        planners = [self.steps.planner(choice) for choice in set(choices)]
+        return all(
+            planner.selector == self.own.selector
+            and (
+                planner.selector is None
+                or planner.settings.min_context <= self.own.settings.min_context
+            )
+            for planner in planners
+        )
+
+
+def replayable(original: Any, self: Any, forward_batch: Any) -> bool:
+    """Around ``can_run_graph``: a batch that selects in another way than was captured is served
+    without a graph."""
+    possible: bool = original(self, forward_batch)
+    if not possible or Engine.serving().dense or forward_batch.rids is None:
+        return possible
+    tenants = Engine.serving().router.of(forward_batch.rids)
+    choices = [tenant.choice for tenant in tenants]
+    return all(each.serves(choices) for each in self.attn_backend.replays)
+
+
+def keep_ids(result: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
+    """Behind the view that a replay is planned from, which leaves out whose rows they are."""
+    result.rids = forward_batch.rids
+
+
+HOOKS = (
+    Hook(f"{RUNNER}.DecodeCudaGraphRunner.can_run_graph", "around", replayable,
+         ("self", "forward_batch")),
+    Hook(f"{RUNNER}.build_replay_fb_view", "after", keep_ids, ("forward_batch", "buffers", "bs")),
+)  # fmt: skip

@@ -1,0 +1,33 @@
+"""Serve cases with decode steps replayed from recorded graphs. Prints what each did, as JSON.
+
+A case: [server's settings, requests' own policies or null for each prompt].
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from conftest import start
+
+
+def main(model: str, prompts: str, tokens: str, cases: list[str]) -> None:
+    from recorded_graph import capture
+
+    batch, found = json.loads(prompts), []
+    for settings, chosen in map(json.loads, cases):
+        with start(Path(model), settings, chunked_prefill_size=64, context_length=512) as engine:
+            graphs = capture(engine.scheduler.tp_worker.model_runner)
+            waves = []
+            for _ in range(2):  # rows, slots and lengths of the second are others
+                rids = [
+                    engine.send(prompt, int(tokens), policy)
+                    for prompt, policy in zip(batch, chosen, strict=True)
+                ]
+                engine.drain()
+                waves.append([engine.output(rid) for rid in rids])
+            found.append({"waves": waves, "replays": graphs.replays})
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4], sys.argv[4:])

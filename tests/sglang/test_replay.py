@@ -1,0 +1,68 @@
+"""Decode steps under SGLang's own graph runner, recorded on the CPU and replayed.
+
+The runner, its padding and its view of a batch are SGLang's; ``recorded_graph`` stands for the
+CUDA graph alone. Replays must answer as the eager CPU backend does, and really replay.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+NEW = 4
+ALONE = [None] * 3
+MIXED = '{"policy": "dense", "allow": ["snapkv", "knorm", "quest"], "max_budget": 96}'
+SELECTING = (
+    '{"policy": "quest(budget=48, dense_layers=1)", "allow": ["snapkv", "quest"], '
+    '"max_budget": 64, "min_context": 120}'
+)
+CASES = {
+    "dense": ("dense", ALONE),
+    "short, selecting": ("quest(budget=48, dense_layers=1)", ALONE),
+    "by mass": ("streaming_llm(window=64) + quest(budget=64, top_p=0.9, dense_layers=0)", ALONE),
+    "evicting": ("streaming_llm(sinks=16, window=64)", ALONE),
+    "compressing": ("snapkv(budget=48, window=16)", ALONE),
+    "both": ("keydiff(budget=64) + quest(budget=48, dense_layers=1)", ALONE),
+    "pyramid": ("pyramid(snapkv(budget=64, window=16), beta=4) + quest(budget=32)", ALONE),
+    "of their own": (MIXED, ["snapkv(budget=48, window=16)", None, "knorm(budget=96)"]),
+    "as the server selects": (
+        SELECTING, ["snapkv(budget=64, window=16) + quest(budget=48, dense_layers=1)", None, None]
+    ),
+}  # fmt: skip
+OTHERWISE = {
+    "in another way": (MIXED, ["quest(budget=32)", None, None]),
+    "with another budget": (SELECTING, [None, "quest(budget=32)", None]),
+}
+
+
+def replayed(model, batch, cases) -> list[dict]:
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("replay_once.py")), str(model),
+         json.dumps(batch), str(NEW), *map(json.dumps, cases)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "1"},
+        capture_output=True, text=True, timeout=880,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_replayed_steps_answer_as_eager_ones(engine, random_llama, prompts):
+    """Padded batches of three, three layers, chunk 64, page size 16."""
+    model, batch = random_llama(layers=3), prompts(150, 97, 1, seed=21)
+    cases = {**CASES, **OTHERWISE}
+    found = dict(zip(cases, replayed(model, batch, cases.values()), strict=True))
+    for name, (settings, chosen) in cases.items():
+        with engine(model, settings, chunked_prefill_size=64) as eager:
+            rids = [eager.send(p, NEW, policy) for p, policy in zip(batch, chosen, strict=True)]
+            eager.drain()
+            answers = [eager.output(rid) for rid in rids]
+        assert found[name]["waves"] == [answers, answers], name
+        replays = 0 if name in OTHERWISE else 2 * (NEW - 1)
+        assert found[name]["replays"] == replays, name
