@@ -116,7 +116,12 @@ class Engine:
         return self.allocator.available_size(), self.tree.evictable_size()
 
     def send(
-        self, prompt: list[int], tokens: int = 16, policy: Any = None, **sampling: Any
+        self,
+        prompt: list[int],
+        tokens: int = 16,
+        policy: Any = None,
+        session: Any = None,
+        **sampling: Any,
     ) -> str:
         """Queue a request -> its id."""
         from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
@@ -135,7 +140,7 @@ class Engine:
                 rid=rid, input_text=None, input_ids=array("q", prompt), input_embeds=None,
                 mm_inputs=None, token_type_ids=None, sampling_params=parameters,
                 return_logprob=False, logprob_start_len=-1, top_logprobs_num=0,
-                token_ids_logprob=None, stream=False,
+                token_ids_logprob=None, stream=False, session_params=session,
             )
         )  # fmt: skip
         return rid
