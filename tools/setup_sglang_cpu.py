@@ -72,7 +72,8 @@ REQUIREMENTS = [
 ]
 # Requires a torch of its own choice.
 QUANTISATION = "compressed-tensors==0.18.0"
-TESTS = ["pytest>=8.3", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "typer>=0.15", "rich>=13"]
+TESTS = ["pytest>=8.3", "pytest-xdist>=3.6", "pytest-timeout>=2.3"]
+DEMO = ["typer>=0.15", "rich>=13", "matplotlib>=3.9", "httpx>=0.27"]
 SHIMS = PROJECT / "tests" / "sglang" / "shims"
 
 
@@ -105,7 +106,7 @@ def main() -> None:
     env.pip(
         TORCH,
         TRITON,
-        also=[*REQUIREMENTS, *TESTS],
+        also=[*REQUIREMENTS, *TESTS, *DEMO],
         of=SGLANG,
         advice="SGLang's requirements must be on pip's index",
     )
