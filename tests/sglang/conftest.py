@@ -39,7 +39,7 @@ def free_port() -> int:
 class Engine:
     """An SGLang scheduler and what a test asks of it. Greedy, fp32, page size 16, chunk 256."""
 
-    def __init__(self, model: Path, policy: str | None, **options: Any) -> None:
+    def __init__(self, model: Path, policy: str | None, rank: int = 0, **options: Any) -> None:
         import sglang.srt.managers.scheduler as scheduling
         from sglang.srt.plugins import load_plugins
         from sglang.srt.server_args import PortArgs, ServerArgs
@@ -68,7 +68,7 @@ class Engine:
         )
         arguments.resolve_once()
         ports = PortArgs.init_new(arguments)
-        ranks = scheduling.SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0)
+        ranks = scheduling.SpawnRanks(world_rank=rank, dp_rank=None, gpu_id=rank)
         scheduling.publish(arguments, role="scheduler", ranks=ranks)
         self.scheduler = scheduling.Scheduler(arguments, ports)
         self.sent: list[Any] = []
