@@ -1,4 +1,4 @@
-"""``sglang.launch_server`` in the demo, with less than half of the tokens and half the budgets.
+"""``sglang.launch_server`` in the demo, with a third of the context and half the budgets.
 
 On a CPU SGLang's torch_native attention computes the queries of a whole context for every chunk of
 a prompt and drops all but the chunk's: a second turn costs its context's length, squared.
@@ -24,7 +24,7 @@ class SGLang(Engine):
     package: ClassVar[str] = "sglang"
     launcher: ClassVar[str] = "python -m sglang.launch_server --model-path"
     make: ClassVar[str] = "demo-sglang"
-    sizes: ClassVar[Sizes] = Sizes(characters=8_000, document_characters=4_000, document_tokens=32)
+    sizes: ClassVar[Sizes] = Sizes(characters=6_000, document_characters=4_000, document_tokens=32)
     policies: ClassVar[tuple[str, ...]] = (
         "dense",
         "streaming_llm(sinks=32, window=480)",
@@ -39,7 +39,7 @@ class SGLang(Engine):
         "sglang:page_size",
     )
 
-    chunk: int = 2048
+    chunk: int = 1024
     kv_cache_mib: int = 112
 
     def command(self, policy: str, port: int) -> list[str]:
