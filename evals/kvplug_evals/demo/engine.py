@@ -124,4 +124,5 @@ class Engine(ABC):
         )
 
     def as_json(self) -> dict[str, object]:
-        return {"engine": self.package, **asdict(self), "model": str(self.model)}
+        sizes = asdict(self.sizes)
+        return {"engine": self.package, **asdict(self), "model": str(self.model), "sizes": sizes}
