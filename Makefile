@@ -21,12 +21,17 @@ export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: demo test test-fast test-interpreted test-engine test-sglang lint format setup \
+.PHONY: demo demo-sglang test test-fast test-interpreted test-engine test-sglang lint format setup \
 	setup-sglang models bench gpu clean
 .NOTPARALLEL:
 
 demo: setup models
 	$(BIN)/kvplug demo --engine vllm
+
+# The engine with its stand-ins for packages that have no CPU build.
+demo-sglang: setup-sglang models
+	PYTHONPATH=tests/sglang/shims SGLANG_USE_CPU_ENGINE=1 \
+	  $(SGLANG_VENV)/bin/kvplug demo --engine sglang --out demo-out/sglang
 
 test: lint test-fast test-interpreted test-engine test-sglang
 

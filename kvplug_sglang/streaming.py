@@ -29,6 +29,7 @@ def evict(result: None, batch: Any) -> None:
                 row[begin:end] = 0  # SGLang's dummy slot
                 tenant.freed.append((begin, end))
                 engine.returned(tenant.choice, (end - begin) // size)
+                engine.admit_again()
 
 
 def free_row(original: Any, self: Any, kv: Any, ranges: list[tuple[int, int]]) -> None:

@@ -118,6 +118,24 @@ def install_torch(env: Environment) -> None:
     )
 
 
+def verify(env: Environment, imports: str, values: str, **environment: str) -> list[str]:
+    """Import what was installed, in a fresh process. -> torch's version, and the values
+
+    values: what to ask of the imported, as Python expressions with commas between them.
+    """
+    say("checking: import what was installed")
+    code = (
+        f"{imports}\nimport json, torch\n"
+        f"print(json.dumps([torch.version.cuda, torch.version.hip, torch.__version__, {values}]))"
+    )
+    cuda, hip, *found = json.loads(env.ask(code, **environment).splitlines()[-1])
+    if cuda or hip:
+        raise SetupError(
+            f"torch {found[0]} is no CPU build; remove {env.folder} and run this again"
+        )
+    return found
+
+
 def require_python(needs: str) -> None:
     if not OLDEST <= sys.version_info[:2] <= NEWEST:
         raise SetupError(

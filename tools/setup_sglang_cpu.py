@@ -14,7 +14,6 @@ Needs only the standard library, may be run again at any time, and never install
 from __future__ import annotations  # so that an old Python gets as far as being told
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -22,11 +21,11 @@ from environment import (
     PROJECT,
     TORCH,
     Environment,
-    SetupError,
     install_torch,
     require_python,
     run,
     say,
+    verify,
 )
 
 SGLANG = "sglang==0.5.23"
@@ -72,24 +71,12 @@ REQUIREMENTS = [
 ]
 # Requires a torch of its own choice.
 QUANTISATION = "compressed-tensors==0.18.0"
-TESTS = ["pytest>=8.3", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "typer>=0.15", "rich>=13"]
+TESTS = ["pytest>=8.3", "pytest-xdist>=3.6", "pytest-timeout>=2.3"]
+DEMO = ["typer>=0.15", "rich>=13", "matplotlib>=3.9", "httpx>=0.27"]
 SHIMS = PROJECT / "tests" / "sglang" / "shims"
 
 
-def verify(env: Environment) -> None:
-    """Import what was installed, in a fresh process."""
-    say("checking: import sglang")
-    code = (
-        "import json, torch, sglang, transformers, kvplug\n"
-        "import sglang.srt.managers.scheduler\n"
-        "print(json.dumps([torch.__version__, torch.version.cuda, torch.version.hip,"
-        " sglang.__version__]))"
-    )
-    printed = env.ask(code, PYTHONPATH=str(SHIMS), SGLANG_USE_CPU_ENGINE="1")
-    torch, cuda, hip, sglang = json.loads(printed.splitlines()[-1])
-    if cuda or hip:
-        raise SetupError(f"torch {torch} is no CPU build; remove {env.folder} and run this again")
-    say(f"torch {torch}, sglang {sglang}, ready in {env.folder}")
+IMPORTS = "import sglang, transformers, kvplug, sglang.srt.managers.scheduler"
 
 
 def main() -> None:
@@ -105,14 +92,16 @@ def main() -> None:
     env.pip(
         TORCH,
         TRITON,
-        also=[*REQUIREMENTS, *TESTS],
+        also=[*REQUIREMENTS, *TESTS, *DEMO],
         of=SGLANG,
         advice="SGLang's requirements must be on pip's index",
     )
     # Without their requirements, which are GPU builds.
     env.pip("--no-deps", SGLANG, QUANTISATION, advice=f"{SGLANG} must be on pip's index")
     env.pip("--no-deps", "--editable", str(PROJECT), advice="hatchling must be on pip's index")
-    verify(env)
+    stand_ins = {"PYTHONPATH": str(SHIMS), "SGLANG_USE_CPU_ENGINE": "1"}
+    torch, sglang = verify(env, IMPORTS, "sglang.__version__", **stand_ins)
+    say(f"torch {torch}, sglang {sglang}, ready in {env.folder}")
     say(f"took {time.monotonic() - started:.0f} s")
 
 

@@ -15,7 +15,6 @@ Needs only the standard library, may be run again at any time, and never install
 from __future__ import annotations  # so that an old Python gets as far as being told
 
 import argparse
-import json
 import platform
 import re
 import time
@@ -30,6 +29,7 @@ from environment import (
     require_python,
     run,
     say,
+    verify,
 )
 
 TRITON = "triton==3.6.0"  # also what current GPU images carry: one version to compile for
@@ -69,21 +69,10 @@ def write_stub(env: Environment) -> None:
     (folder / "RECORD").write_text("\n".join(record) + "\n")
 
 
-def verify(env: Environment) -> None:
-    """Import what was installed, in a fresh process."""
-    say("checking: import vllm")
-    code = (
-        "import importlib.metadata as m, json, torch, vllm, transformers, kvplug\n"
-        "from vllm.platforms import current_platform\n"
-        "print(json.dumps([torch.__version__, torch.version.cuda, torch.version.hip,"
-        " m.version('vllm'), current_platform.device_type]))"
-    )
-    torch, cuda, hip, vllm, device = json.loads(env.ask(code).splitlines()[-1])
-    if cuda or hip:
-        raise SetupError(f"torch {torch} is no CPU build; remove {env.folder} and run this again")
-    if device != "cpu":
-        raise SetupError(f"vLLM chose the platform {device!r}, not cpu; is a GPU build installed?")
-    say(f"torch {torch}, vllm {vllm} on {device}, ready in {env.folder}")
+IMPORTS = """
+import importlib.metadata as m, vllm, transformers, kvplug
+from vllm.platforms import current_platform
+"""
 
 
 def main() -> None:
@@ -108,7 +97,10 @@ def main() -> None:
     # Last, and without its requirements: earlier, pip would complain of what is left out.
     env.pip("--no-deps", VLLM, *MODEL_TOOLS, advice=f"{VLLM} must be on pip's index")
     write_stub(env)
-    verify(env)
+    torch, vllm, device = verify(env, IMPORTS, "m.version('vllm'), current_platform.device_type")
+    if device != "cpu":
+        raise SetupError(f"vLLM chose the platform {device!r}, not cpu; is a GPU build installed?")
+    say(f"torch {torch}, vllm {vllm} on {device}, ready in {env.folder}")
     say(f"took {time.monotonic() - started:.0f} s")
 
 

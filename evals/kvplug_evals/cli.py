@@ -20,7 +20,7 @@ app.command(name="eval")(evaluate)
 
 @app.command()
 def demo(
-    engine: Annotated[str, typer.Option(help="vllm; the demo does not know sglang yet.")] = "vllm",
+    engine: Annotated[str, typer.Option(help="vllm, or sglang in its own environment.")] = "vllm",
     policy: Annotated[
         list[str] | None,
         typer.Option(help="A policy beside dense, such as 'quest(budget=512)'; may be repeated."),
@@ -30,17 +30,19 @@ def demo(
         "demo-out"
     ),
     kv_cache_mib: Annotated[
-        int, typer.Option(help="KV cache of every server, in MiB.", min=1)
-    ] = 256,
+        int | None,
+        typer.Option(help="KV cache of every server, in MiB: 256, for sglang 112.", min=1),
+    ] = None,
     enforce_eager: Annotated[
-        bool, typer.Option(help="Start sooner; --no-enforce-eager uses torch.compile.")
-    ] = True,
+        bool | None,
+        typer.Option(help="vLLM starts sooner, as here; --no-enforce-eager compiles."),
+    ] = None,
 ) -> None:
     """Serve one long conversation under several policies and compare them. Takes minutes."""
     try:
         from kvplug_evals.demo.report import NothingSaved
-        from kvplug_evals.demo.server import ServerError, ServerOptions
-        from kvplug_evals.demo.session import check_engine, run_demo
+        from kvplug_evals.demo.server import ServerError
+        from kvplug_evals.demo.session import configure, run_demo
     except ModuleNotFoundError as error:
         raise SystemExit(
             f"the demo needs {error.name}; install it with: pip install 'kvplug[cli,plot,evals]'"
@@ -51,10 +53,9 @@ def demo(
         signal.signal(
             stop, signal.default_int_handler
         )  # as Ctrl-C: the servers must not outlive us
-    options = ServerOptions(model=model, kv_cache_mib=kv_cache_mib, enforce_eager=enforce_eager)
     try:
-        check_engine(engine)
-        run_demo(policy or [], options, out, console)
+        options = {"kv_cache_mib": kv_cache_mib, "enforce_eager": enforce_eager}
+        run_demo(policy or [], configure(engine, model, options), out, console)
     except KeyboardInterrupt:
         failed.print("stopped; no server is left running")
         raise typer.Exit(130) from None

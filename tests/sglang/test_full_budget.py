@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from conftest import free_port
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
@@ -77,3 +82,88 @@ def test_smollm2(engine, smollm2, prompts):
     for policy in ("quest(budget=4096, dense_layers=0)", "snapkv(budget=4096)"):
         with engine(smollm2, policy, **options) as planned:
             assert planned.generate(batch, 8) == expected
+
+
+OFFER = {
+    "policy": POLICIES[1],
+    "allow": ["snapkv", "knorm", "random", "keydiff"],
+    "max_budget": 4096,
+}
+CHOSEN = [policy for policy in POLICIES if not policy.startswith("streaming")]
+ALONE = [policy for policy in POLICIES if policy.startswith("streaming")]
+SERVERS = [(OFFER, CHOSEN), *(({"policy": policy}, [None]) for policy in ALONE)]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(random_llama, conversation, tmp_path_factory):
+    """What two tensor-parallel ranks answered and counted: (page size, shortcut) -> servers."""
+    kinds = [(page_size, shortcut) for page_size in (1, 16) for shortcut in (True, False)]
+    servers = [
+        {
+            "kvplug": json.dumps({**settings, "shortcut": shortcut}),
+            "asks": asks,
+            "options": {
+                "page_size": page_size,
+                "max_total_tokens": 65536,
+                "nccl_port": free_port(),
+            },
+        }
+        for page_size, shortcut in kinds
+        for settings, asks in SERVERS
+    ]
+    folder = tmp_path_factory.mktemp("ranks")
+    jobs = {"model": str(random_llama()), "batches": conversation, "servers": servers}
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    script = str(Path(__file__).with_name("two_ranks.py"))
+    ranks = []
+    try:
+        for rank in "01":
+            with (folder / f"{rank}.log").open("w") as log:
+                ranks.append(
+                    subprocess.Popen(
+                        [sys.executable, script, rank, folder / "jobs.json", folder / rank],
+                        stdout=log, stderr=subprocess.STDOUT,
+                        env={**os.environ, "SGLANG_CPU_OMP_THREADS_BIND": "0|1"},
+                    )
+                )  # fmt: skip
+        for rank, process in enumerate(ranks):
+            assert process.wait(800) == 0, (folder / f"{rank}.log").read_text()[-4000:]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    first, second = (json.loads((folder / rank).read_text()) for rank in "01")
+    assert first == second, "the ranks chose alike"
+    each = len(SERVERS)
+    return {kind: first[place * each :][:each] for place, kind in enumerate(kinds)}
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("shortcut", [True, False])
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_two_ranks_equal_stock(two_ranks, conversation, expected, page_size, shortcut):
+    """Tensor parallel 2, chunk 256, overlap on; policies that may mix do so in one batch."""
+    mixed, *alone = two_ranks[page_size, shortcut]
+    for place, policy in enumerate(CHOSEN):
+        answers = [batch[5 * place :][:5] for batch in mixed["answers"]]
+        assert answers == expected, policy
+    for policy, server in zip(ALONE, alone, strict=True):
+        assert server["answers"] == expected, policy
+    for server in (mixed, *alone):
+        assert server["free"] == 65536
+        assert server["kv_heads"] == 1, "half of the model's"
+        assert server["overlap"]
+
+    counts = [
+        [server[name] for server in (mixed, *alone)]
+        for name in ("planned_steps", "packed_prompts", "selected_queries")
+    ]
+    if shortcut:
+        assert counts == [[0, 0, 0]] * 3, "nothing is left to do but the stock path"
+        return
+    planned, packed, selected = counts
+    assert min(planned) > 20
+    prompts_of_a_page = sum(len(p) >= page_size for batch in conversation for p in batch)
+    assert packed == [4 * prompts_of_a_page, 0, 0], "snapkv, knorm, random, keydiff"
+    queries = 11 * 10  # decoded by ten requests in each of a policy's selecting layers
+    assert selected == [(2 + 2 + 2) * queries, 0, queries]

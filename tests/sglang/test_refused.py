@@ -29,30 +29,97 @@ def resolve(random_llama, monkeypatch):
     return resolve
 
 
+FEATURES = [
+    {"speculative_algorithm": "NGRAM"},
+    {"enable_unified_memory": True},
+    {"enable_streaming_session": True},
+    {"enable_session_radix_cache": True},
+    {"enable_hierarchical_cache": True},
+    {"enable_lmcache": True},
+    {"enable_unified_cache_external_linker": True},
+    {"enable_hisparse": True},
+    {"enable_pdmux": True},
+    {"enable_two_batch_overlap": True},
+    {"dllm_algorithm": "LowConfidence"},
+    {"radix_cache_backend": "other"},
+]
+SPLITS = [
+    {"dcp_size": 2, "tp_size": 2},
+    {"attn_cp_size": 2, "tp_size": 2},
+    {"attn_dp_size": 2, "tp_size": 2},
+    {"pp_size": 2},
+]
+
+
+@pytest.mark.parametrize("options", [*FEATURES, *SPLITS], ids=str)
+def test_features_that_would_break_a_policy(resolve, options):
+    from kvplug_sglang import refusals
+
+    name = next(iter(options))
+    with pytest.raises(ValueError, match="kvplug cannot serve this configuration") as refused:
+        resolve("snapkv(budget=64)", **options)
+    assert {**refusals.FEATURES, **refusals.SPLITS}[name] in str(refused.value)
+
+
+def test_no_feature_is_left_out():
+    """SGLang itself refuses deterministic inference for a backend that it does not know."""
+    from kvplug_sglang import refusals
+
+    tried = {next(iter(options)) for options in (*FEATURES, *SPLITS)}
+    known = refusals.FEATURES.keys() | refusals.SPLITS.keys()
+    assert known - tried == {"enable_deterministic_inference"}
+
+
+def test_deterministic_inference(resolve):
+    with pytest.raises(ValueError, match=r"supported for deterministic inference.*'kvplug'"):
+        resolve("snapkv(budget=64)", enable_deterministic_inference=True)
+
+
+BACKUP = {"disaggregation_mode": "decode", "disaggregation_decode_retraction_backup": "cpu_tensor"}
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"speculative_algorithm": "NGRAM"}, "drop --speculative-algorithm"),
         ({"disaggregation_mode": "prefill"}, "drop --disaggregation-mode"),
-        ({"enable_unified_memory": True}, "drop --enable-unified-memory"),
-        ({"enable_streaming_session": True}, "drop --enable-streaming-session"),
-        ({"enable_session_radix_cache": True}, "drop --enable-session-radix-cache"),
-        ({"enable_hierarchical_cache": True}, "drop --enable-hierarchical-cache"),
-        ({"enable_hisparse": True}, "drop --enable-hisparse"),
-        ({"dcp_size": 2, "tp_size": 2}, "drop --dcp-size"),
-        ({"pp_size": 2}, "use --tp-size"),
+        ({"disaggregation_mode": "decode"}, "drop --disaggregation-mode"),
+        (BACKUP, "drop --disaggregation-mode"),
+        ({"enable_dp_attention": True, "dp_size": 2, "tp_size": 2}, "data-parallel attention"),
         ({"kv_cache_dtype": "fp8_e4m3"}, "use --kv-cache-dtype auto"),
-        ({"radix_cache_backend": "other"}, "drop --radix-cache-backend"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "use --kv-cache-dtype auto"),
+        ({"is_embedding": True}, "the model does not generate"),
         (
             {"attention_backend": "torch_native", "decode_attention_backend": "kvplug"},
-            "give --attention-backend kvplug alone",
+            "torch_native for prefill and kvplug for decode",
+        ),
+        (
+            {"attention_backend": None, "prefill_attention_backend": "kvplug",
+             "decode_attention_backend": "flashinfer"},
+            "FlashInfer, whose plan fixes lengths on the host, cannot be wrapped",
         ),
     ],
-)
-def test_features_that_would_break_a_policy(resolve, options, message):
+    ids=str,
+)  # fmt: skip
+def test_other_configurations(resolve, options, message):
     with pytest.raises(ValueError, match="kvplug cannot serve this configuration") as refused:
         resolve("snapkv(budget=64)", **options)
     assert message in str(refused.value)
+
+
+def test_a_head_major_cache(resolve, monkeypatch):
+    monkeypatch.setenv("SGLANG_USE_HND_KVCACHE", "1")
+    with pytest.raises(ValueError, match="unset SGLANG_USE_HND_KVCACHE"):
+        resolve("quest(budget=64)")
+
+
+def test_all_reasons_are_said_at_once(resolve):
+    with pytest.raises(ValueError, match="kvplug cannot serve") as refused:
+        resolve("quest(budget=64)", enable_lmcache=True, kv_cache_dtype="fp8_e4m3", pp_size=2)
+    assert str(refused.value).count("\n- ") == 3
+
+
+def test_dense_is_served_where_a_policy_is_not(resolve):
+    resolve("dense", enable_lmcache=True)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +151,37 @@ def test_models_whose_cache_has_no_keys(resolve, tmp_path):
         resolve("dense", model=tmp_path)
 
 
+SMALL = {
+    "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "vocab_size": 128,
+}  # fmt: skip
+WHISPER = {
+    "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": 128,
+    "pad_token_id": 1, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 1,
+    "suppress_tokens": None, "begin_suppress_tokens": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind, architecture, shape, message",
+    [
+        ("Whisper", "WhisperForConditionalGeneration", WHISPER, "the model has an encoder"),
+        ("Lfm2", "Lfm2ForCausalLM", {**SMALL, "full_attn_idxs": [1]}, "(Mamba-like) layers"),
+        ("Llama", "MiniMaxM3SparseForCausalLM", SMALL, "the model selects its own pages"),
+        ("Llama", "LlamaForSequenceClassification", SMALL, "the model does not generate"),
+    ],
+)
+def test_models_that_were_never_run(resolve, tmp_path, kind, architecture, shape, message):
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(**shape, architectures=[architecture])
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="which was never run; use the policy 'dense'") as refused:
+        resolve("snapkv(budget=64)", model=tmp_path)
+    assert message in str(refused.value)
+
+
 @pytest.mark.parametrize("policy", ["knorm(budget=64)", "quest(budget=64)"])
 def test_windowed_layers(resolve, tmp_path, policy):
     from kvplug_evals.models.random_llama import build_random_gemma3
@@ -91,6 +189,35 @@ def test_windowed_layers(resolve, tmp_path, policy):
     build_random_gemma3(tmp_path / "gemma")
     with pytest.raises(ValueError, match="the model has windowed layers"):
         resolve(policy, model=tmp_path / "gemma")
+
+
+FOREIGN = """
+from dataclasses import dataclass
+from kvplug import Policy, Stage
+
+@dataclass(frozen=True, kw_only=True)
+class Elsewhere(Policy):
+    name = "elsewhere"
+    stage = Stage.REUSE
+"""
+
+
+def test_policies_of_a_kind_that_nobody_here_carries_out(resolve, tmp_path, monkeypatch):
+    """Installed as another package would be: a module and the metadata of its distribution."""
+    from kvplug import registry
+
+    metadata = tmp_path / "elsewhere-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: elsewhere\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(
+        "[kvplug.policies]\nelsewhere = elsewhere:Elsewhere\n"
+    )
+    (tmp_path / "elsewhere.py").write_text(FOREIGN)
+    monkeypatch.syspath_prepend(tmp_path)
+    registry.policy_class.cache_clear()
+    with pytest.raises(ValueError, match="the stage 'reuse' that the SGLang adapter cannot carry"):
+        resolve("elsewhere")
+    registry.policy_class.cache_clear()
 
 
 def test_what_is_left_open_is_decided(resolve):

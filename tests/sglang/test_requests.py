@@ -124,3 +124,19 @@ def test_beams_are_refused(engine, random_llama, prompts):
         message = server.sent[-1].finished_reasons[0]["message"]
         assert "beam search hands rows of the pool" in message
         assert sum(server.free) == 16384
+
+
+def test_sessions_are_refused(engine, random_llama, prompts):
+    from sglang.srt.managers.io_struct import OpenSessionReqInput, SessionParams
+
+    [prompt] = prompts(40, seed=12)
+    with engine(random_llama(), "snapkv(budget=64)", page_size=1) as server:
+        server.scheduler.open_session(
+            OpenSessionReqInput(capacity_of_str_len=1000, session_id="talk")
+        )
+        rid = server.send(prompt, 4, session=SessionParams(id="talk"))
+        server.drain()
+        reason = server.requests[rid].finished_reason.to_json()
+        assert reason["type"] == "abort"
+        assert "a session hands its row of the pool" in reason["message"]
+        assert sum(server.free) == 16384

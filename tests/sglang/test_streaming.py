@@ -42,6 +42,20 @@ def test_freed_pages_are_never_read(engine, random_llama, prompts, policy, page_
         assert sum(planned.free) == 16384
 
 
+def test_what_is_freed_admits_others_before_anyone_ends(engine, random_llama, prompts):
+    """Four prompts fill the pool; their first decode steps free most of it."""
+    batch = prompts(*[500] * 8, seed=23)
+    policy = "streaming_llm(sinks=16, window=112)"
+    options = {"max_total_tokens": 2080, "chunked_prefill_size": 512}
+    with engine(random_llama(), policy, **options) as planned:
+        running = []
+        planned.steps.append(lambda: running.append(len(planned.scheduler.running_batch.reqs)))
+        together = planned.generate(batch, 60)
+        assert max(running) == 8
+        assert [planned.generate([prompt], 60)[0] for prompt in batch[:2]] == together[:2]
+        assert planned.free == (2080, 0)
+
+
 def test_a_long_prompt_holds_its_window_and_a_chunk(engine, random_llama, prompts):
     [prompt] = prompts(3000, seed=13)
     with engine(random_llama(), "streaming_llm(sinks=16, window=128)") as planned:

@@ -17,7 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 httpx = pytest.importorskip("httpx")
 
 from kvplug import parse  # noqa: E402
-from kvplug_evals.demo.server import ServerOptions, serve  # noqa: E402
+from kvplug_evals.demo.server import serve  # noqa: E402
+from kvplug_evals.demo.vllm import VLLM  # noqa: E402
 from kvplug_vllm import counters, metrics  # noqa: E402
 
 DASHBOARD = Path(__file__).parents[2] / "dashboards/kvplug.json"
@@ -27,7 +28,7 @@ PROMPTS = (900, 1001, 96, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Server(ServerOptions):
+class Server(VLLM):
     more: tuple[str, ...] = ()
 
     def command(self, policy, port):

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 TOPICS = ("objects", "naming", "execmodel", "exceptions", "import")
-CHARACTERS = 20_000
 FACTS = {
     "Lisbon": "bridge",
     "Oslo": "winter",
@@ -31,8 +30,19 @@ FACTS = {
     "Seoul": "river",
 }
 CLIENTS, TURNS = 4, 3
-DOCUMENTS, DOCUMENT_CHARACTERS = 8, 10_000
+DOCUMENTS = 8
 OPENING = "\n\nThe entries above, once more:\n\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much is asked of an engine."""
+
+    characters: int = 20_000
+    """Of the shared context; SmolLM2 makes a token of some four."""
+    document_characters: int = 10_000
+    document_tokens: int = 96
+    """Decoded behind each document."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +77,9 @@ class Conversation:
         return f"{self.context}{OPENING}{earlier}{asked}"
 
 
-def conversation() -> Conversation:
-    """4 clients, 3 turns, more than 4,000 shared tokens; each turn asks at several depths."""
-    paragraphs = list(_paragraphs())
+def conversation(sizes: Sizes) -> Conversation:
+    """4 clients, 3 turns over one shared context; each turn asks at several depths."""
+    paragraphs = list(_paragraphs(sizes.characters))
     text: list[str] = []
     depths: dict[str, float] = {}
     for place, key in enumerate(FACTS):
@@ -91,16 +101,15 @@ def conversation() -> Conversation:
     return Conversation(context="\n\n".join(text), questions=tuple(questions))
 
 
-def documents() -> list[str]:
-    """8 prompts of some 2,400 tokens, further parts of the reference."""
+def documents(sizes: Sizes) -> list[str]:
+    """8 prompts of further parts of the reference."""
     topics = sorted(pydoc_data.topics.topics.items())
     text = "\n\n".join(topic.strip() for name, topic in topics if name not in TOPICS)
-    starts = range(0, DOCUMENTS * DOCUMENT_CHARACTERS, DOCUMENT_CHARACTERS)
-    return [text[start : start + DOCUMENT_CHARACTERS] for start in starts]
+    length = sizes.document_characters
+    return [text[start : start + length] for start in range(0, DOCUMENTS * length, length)]
 
 
-def _paragraphs() -> Iterator[str]:
-    left = CHARACTERS
+def _paragraphs(left: int) -> Iterator[str]:
     for topic in TOPICS:
         for paragraph in pydoc_data.topics.topics[topic].strip().split("\n\n"):
             if left <= 0:

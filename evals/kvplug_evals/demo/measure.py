@@ -11,72 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-from prometheus_client.parser import text_string_to_metric_families
 
 from kvplug import parse
 from kvplug_evals.demo.conversation import TURNS, Conversation, Question
+from kvplug_evals.demo.engine import Engine, EngineState
 
 OUTPUT_TOKENS = 24
-DOCUMENT_TOKENS = 96
 SAMPLE_SECONDS = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineState:
-    """One reading of vLLM's ``/metrics``; counts are since the server's start."""
-
-    policy: str | None
-    """As kvplug's own counters name it; None before the first step."""
-    pool: int
-    """KV blocks that requests may hold."""
-    held: int
-    """KV blocks that requests do hold."""
-    running: int
-    """Requests in the batch."""
-    fits: float
-    """Requests of the greatest length that fit at once, as vLLM says at its start."""
-    queries: float
-    """Decode queries."""
-    cached: float
-    """Tokens behind them: what dense attention reads."""
-    read: float
-    """Tokens that they read, mean over the layers."""
-
-    @classmethod
-    def parse(cls, text: str) -> EngineState:
-        """Raises ValueError that names what this vLLM does not tell."""
-        wanted = (
-            "vllm:kv_cache_usage_perc",
-            "vllm:cache_config_info",
-            "vllm:num_requests_running",
-            "kvplug_",
-        )
-        lines = [line for line in text.splitlines() if line.startswith(wanted)]
-        found = {
-            sample.name: sample
-            for family in text_string_to_metric_families("\n".join(lines) + "\n")
-            for sample in family.samples
-        }
-        for name in wanted[:3]:
-            if name not in found:
-                raise ValueError(f"the server's /metrics has no {name}; the demo knows vLLM 0.32")
-        config = found["vllm:cache_config_info"].labels
-        pool = int(config["num_gpu_blocks"]) - 1  # one is vLLM's own, the null block
-        counters = [
-            found.get(f"kvplug_{name}_total")
-            for name in ("decode_queries", "cached_tokens", "read_tokens")
-        ]
-        queries, cached, read = (counter.value if counter else 0.0 for counter in counters)
-        return cls(
-            policy=counters[0].labels["policy"] if counters[0] else None,
-            pool=pool,
-            held=round(found["vllm:kv_cache_usage_perc"].value * pool),
-            running=int(found["vllm:num_requests_running"].value),
-            fits=float(config["kv_cache_max_concurrency"]),
-            queries=queries,
-            cached=cached,
-            read=read,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +63,7 @@ class Row:
     is_dense: bool
     start_seconds: float
     pool: int = 0
-    fits: float = 0.0
+    fits: float | None = None
     turns: list[Turn] = field(default_factory=list)
     samples: list[tuple[float, int]] = field(default_factory=list)
     """(seconds since the conversation's start, KV blocks held)"""
@@ -166,14 +107,17 @@ class Row:
 class Clients:
     """The conversation's clients at one server."""
 
-    def __init__(self, http: httpx.AsyncClient, conversation: Conversation) -> None:
+    def __init__(
+        self, engine: Engine, http: httpx.AsyncClient, conversation: Conversation
+    ) -> None:
+        self.engine = engine
         self.http = http
         self.conversation = conversation
 
     async def state(self) -> EngineState:
         answer = await self.http.get("/metrics")
         answer.raise_for_status()
-        return EngineState.parse(answer.text)
+        return self.engine.state(answer.text)
 
     async def warm_up(self) -> None:
         """The first request of a server pays for what is built at first use."""
@@ -202,7 +146,7 @@ class Clients:
         )
 
     async def read(self, document: str) -> None:
-        async for _ in self._stream(document, DOCUMENT_TOKENS):
+        async for _ in self._stream(document, self.engine.sizes.document_tokens):
             pass
 
     async def _stream(self, prompt: str, tokens: int) -> AsyncIterator[dict[str, Any]]:
@@ -229,6 +173,7 @@ class Clients:
 
 
 async def hold(
+    engine: Engine,
     url: str,
     conversation: Conversation,
     documents: Sequence[str],
@@ -244,7 +189,7 @@ async def hold(
     """
     timeout = httpx.Timeout(300, connect=10)
     async with httpx.AsyncClient(base_url=url, timeout=timeout) as http:
-        clients = Clients(http, conversation)
+        clients = Clients(engine, http, conversation)
         await clients.warm_up()
         state = await clients.state()
         if state.policy != str(parse(row.policy)):

@@ -15,7 +15,7 @@ COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#5
 
 def draw(result: Result, file: Path) -> None:
     """A row of axes for each policy, all on the same scales."""
-    rows, dense = result.rows, result.dense
+    rows, dense, engine = result.rows, result.dense, result.engine
     figure = Figure(figsize=(10, 0.9 + 1.75 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(
@@ -30,7 +30,7 @@ def draw(result: Result, file: Path) -> None:
         held.axhline(dense.peak, color="0.5", lw=1, ls="--")
         held.set_title(row.policy, loc="left", fontsize=10, fontweight="bold", color=colour)
         held.set_title(f"peak {row.peak} blocks", loc="right", fontsize=10)
-        held.set_ylim(0, dense.peak * 1.15)
+        held.set_ylim(0, max(each.peak for each in rows) * 1.15)
 
         tokens = [turn.read_per_step for turn in row.turns]
         read.barh(turns, tokens, color=colour, height=0.7)
@@ -49,8 +49,8 @@ def draw(result: Result, file: Path) -> None:
     grid[-1, 1].set_xlabel("tokens read by a decode step, mean over layers")
     figure.supylabel("KV blocks held", fontsize=10)
     figure.suptitle(
-        f"One conversation, {len(rows)} policies: {result.options.model.name}, "
-        f"vLLM {result.machine['vllm']}, {result.machine['cpu']}",
+        f"One conversation, {len(rows)} policies: {engine.model.name}, "
+        f"{engine.title} {result.machine[engine.package]}, {result.machine['cpu']}",
         fontsize=9,
         x=0.01,
         ha="left",

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from kvplug import parse
 from kvplug_evals.demo.conversation import CLIENTS, DOCUMENTS, TURNS, Conversation
-from kvplug_evals.demo.measure import DOCUMENT_TOKENS, OUTPUT_TOKENS, Row, Turn
-from kvplug_evals.demo.server import ServerOptions
+from kvplug_evals.demo.engine import Engine
+from kvplug_evals.demo.measure import OUTPUT_TOKENS, Row, Turn
 
 
 class NothingSaved(Exception):
@@ -25,7 +25,7 @@ class NothingSaved(Exception):
 @dataclass(frozen=True, kw_only=True)
 class Result:
     rows: list[Row]
-    options: ServerOptions
+    engine: Engine
     machine: dict[str, str]
     seconds: float
 
@@ -35,7 +35,7 @@ class Result:
 
     def peak_mib(self, row: Row) -> float:
         """Of the engine's own allocation: a policy with digests has larger blocks."""
-        return row.peak * self.options.kv_cache_mib / (row.pool + 1)
+        return row.peak * self.engine.kv_cache_mib / (row.pool + 1)
 
 
 def check_savings(rows: Sequence[Row]) -> None:
@@ -69,10 +69,10 @@ def evicts(row: Row) -> bool:
     return policy.scored is not None or policy.eviction is not None
 
 
-def say_plan(console: Console, talk: Conversation, options: ServerOptions, servers: int) -> None:
+def say_plan(console: Console, talk: Conversation, engine: Engine, servers: int) -> None:
     console.print(
         f"[bold]kvplug demo[/]: the same conversation under {servers} policies, each with its own "
-        f"[bold]vllm serve {escape(str(options.model))} --attention-backend kvplug[/]. "
+        f"[bold]{engine.launcher} {escape(str(engine.model))} --attention-backend kvplug[/]. "
         f"{CLIENTS} clients share a context of {len(talk.context.split()):,} words (Python's "
         f"language reference) in which {len(talk.questions)} facts are planted, and each asks for "
         f"one fact a turn, {TURNS} turns, all at once. Then {DOCUMENTS} documents "
@@ -100,20 +100,20 @@ def say_documents(console: Console, row: Row) -> None:
 def say_result(console: Console, result: Result) -> None:
     for table in (_savings(result), _room(result), _speed(result), _answers(result)):
         console.print(table, "")
-    options, machine = result.options, result.machine
+    engine, machine = result.engine, result.machine
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold")
     facts.add_column()
     facts.add_row(
         "active",
-        f"attention backend kvplug, blocks of {options.block_size} tokens, prefix caching, "
-        f"prefill in chunks of {options.chunk}, {options.kv_cache_mib} MiB of KV cache, "
-        f"{'eager' if options.enforce_eager else 'torch.compile'}, {options.threads} threads",
+        f"attention backend kvplug, blocks of {engine.block_size} tokens, prefix caching, "
+        f"prefill in chunks of {engine.chunk}, {engine.kv_cache_mib} MiB of KV cache, "
+        f"{engine.mode}, {engine.threads} threads",
     )
     facts.add_row(
         "versions",
-        f"kvplug {machine['kvplug']}, vLLM {machine['vllm']}, torch {machine['torch']}, "
-        f"Python {machine['python']}",
+        f"kvplug {machine['kvplug']}, {engine.title} {machine[engine.package]}, "
+        f"torch {machine['torch']}, Python {machine['python']}",
     )
     facts.add_row("hardware", f"{machine['cpu']}; {result.seconds:.0f} s in all")
     facts.add_row(
@@ -147,18 +147,19 @@ def _table(title: str, headers: Sequence[str], caption: str = "") -> Table:
 
 
 def _savings(result: Result) -> Table:
+    engine, said = result.engine, result.dense.fits is not None
     table = _table(
         "Memory and reads",
         (
             "KV blocks\npeak",
             "\nMiB",
             "vs\ndense",
-            "requests\nthat fit¹",
-            "tokens\nread²",
+            "tokens\nread¹",
             "vs\ndense",
+            *(["requests\nthat fit²"] if said else []),
         ),
-        f"¹ of {result.options.max_model_len:,} tokens, as vLLM says at its start\n"
-        "² by a decode step of one request, mean over the layers",
+        "¹ by a decode step of one request, mean over the layers"
+        + f"\n² of {engine.max_model_len:,} tokens, as {engine.title} says at its start" * said,
     )
     dense = result.dense
     for row in result.rows:
@@ -168,19 +169,20 @@ def _savings(result: Result) -> Table:
             str(row.peak),
             f"{mib:.0f}",
             f"{mib / result.peak_mib(dense):.0%}",
-            f"{row.fits:.1f}",
             f"{row.read_per_step:,.0f}",
             f"{row.read_per_step / dense.read_per_step:.0%}",
+            *([f"{row.fits:.1f}"] if row.fits is not None else []),
         )
     return table
 
 
 def _room(result: Result) -> Table:
+    engine = result.engine
     table = _table(
         "Requests at once",
         ("most\nat once", "mean\nat once¹", "all\nserved in", "vs\ndense"),
-        f"{DOCUMENTS} documents of their own, {DOCUMENT_TOKENS} tokens behind each, in a pool of "
-        f"{result.options.kv_cache_mib} MiB\n¹ of the engine's batch, while they were served",
+        f"{DOCUMENTS} documents of their own, {engine.sizes.document_tokens} tokens behind each, "
+        f"in a pool of {engine.kv_cache_mib} MiB\n¹ of the engine's batch, while they were served",
     )
     for row in result.rows:
         table.add_row(
@@ -282,7 +284,7 @@ def as_json(result: Result) -> str:
     ]
     whole = {
         "machine": result.machine,
-        "settings": {**result.options.as_json(), "output_tokens": OUTPUT_TOKENS},
+        "settings": {**result.engine.as_json(), "output_tokens": OUTPUT_TOKENS},
         "seconds": result.seconds,
         "policies": rows,
     }

@@ -1,75 +1,29 @@
-"""A real ``vllm serve`` that always ends: started, waited for, stopped with all its children."""
+"""A real server that always ends: started, waited for, stopped with all its children."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shlex
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 
+from kvplug_evals.demo.engine import Engine
+
 START_SECONDS = 300
 STOP_SECONDS = 5
-MiB = 1 << 20
 
 
 class ServerError(Exception):
     """What the server's log says, and what to do."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerOptions:
-    """What every policy's server has in common."""
-
-    model: Path
-    block_size: int = 32
-    """Tokens per block."""
-    chunk: int = 512
-    """Most tokens a step computes: longer prompts are prefilled in chunks."""
-    kv_cache_mib: int = 256
-    max_model_len: int = 8192
-    enforce_eager: bool = True
-    """torch.compile would cost more at start than it saves in a run this short."""
-    threads: int = min(8, len(os.sched_getaffinity(0)))
-
-    def command(self, policy: str, port: int) -> list[str]:
-        settings = json.dumps({"kvplug": {"policy": policy}})
-        return [
-            *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(self.model)),
-            *("--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port)),
-            *("--attention-backend", "kvplug", "--additional-config", settings),
-            *("--block-size", str(self.block_size), "--enable-prefix-caching"),
-            *("--enable-chunked-prefill", "--max-num-batched-tokens", str(self.chunk)),
-            *("--max-model-len", str(self.max_model_len), "--max-num-seqs", "8"),
-            *("--kv-cache-memory-bytes", str(self.kv_cache_mib * MiB)),
-            *(["--enforce-eager"] if self.enforce_eager else []),
-            "--enable-prompt-tokens-details",
-        ]
-
-    def environment(self) -> dict[str, str]:
-        settings = {
-            # Left to itself vLLM keeps a core free, which is half of a machine of two.
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": str(self.threads),
-            # Threads that spin at barriers cost tenfold as soon as another process wants a core.
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-        }
-        return {**os.environ, **settings}
-
-    def as_json(self) -> dict[str, object]:
-        return {**asdict(self), "model": str(self.model)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +34,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(options: ServerOptions, policy: str, log: Path) -> Iterator[Server]:
+def serve(engine: Engine, policy: str, log: Path) -> Iterator[Server]:
     """A server that answers. Raises ServerError that says why it does not."""
     log.parent.mkdir(parents=True, exist_ok=True)
     port = _free_port()
-    command = options.command(policy, port)
+    command = engine.command(policy, port)
     url = f"http://127.0.0.1:{port}"
     started = time.monotonic()
     with log.open("w") as out:
@@ -95,16 +49,19 @@ def serve(options: ServerOptions, policy: str, log: Path) -> Iterator[Server]:
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
-            env=options.environment(),
+            env=engine.environment(),
             start_new_session=True,  # a group of its own: one signal reaches engine and workers
         )
     try:
         while not _answers(url):
             if process.poll() is not None:
-                raise ServerError(f"vllm serve ended with {process.returncode}.\n{diagnose(log)}")
+                raise ServerError(
+                    f"{engine.title}'s server ended with {process.returncode}.\n{diagnose(log)}"
+                )
             if time.monotonic() - started > START_SECONDS:
                 raise ServerError(
-                    f"vllm serve did not answer within {START_SECONDS} s.\n{diagnose(log)}"
+                    f"{engine.title}'s server did not answer within {START_SECONDS} s.\n"
+                    f"{diagnose(log)}"
                 )
             time.sleep(0.25)
         yield Server(url=url, log=log, start_seconds=time.monotonic() - started)
@@ -143,7 +100,11 @@ ADVICE = {
     r"kvplug cannot serve": "kvplug refused, the reason is above; choose another --policy",
     r"No available memory|KV cache is needed|memory.*(larger|exceed|not enough)|out of memory|"
     r"Cannot allocate memory": "give the cache more memory with --kv-cache-mib, or free some",
-    r"No module named|PackageNotFoundError": "the environment is incomplete; run make setup",
+    r"No module named '?(sgl_kernel|torchvision)": "SGLang on a CPU wants stand-ins for packages; "
+    "run make demo-sglang, or put tests/sglang/shims on PYTHONPATH",
+    r"No accelerator": "set SGLANG_USE_CPU_ENGINE=1, or run make demo-sglang",
+    r"No module named|PackageNotFoundError": "the environment is incomplete; run make setup, for "
+    "SGLang make setup-sglang",
     r"(config\.json|safetensors|tokenizer).*(not|no) |Can't load": "rebuild the models: "
     "rm -r .models && make models",
 }

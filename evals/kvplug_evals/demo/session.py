@@ -6,8 +6,9 @@ import asyncio
 import importlib.metadata
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from time import monotonic
@@ -19,35 +20,43 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from kvplug import parse
 from kvplug_evals.demo import report
 from kvplug_evals.demo.conversation import CLIENTS, TURNS, Conversation, conversation, documents
+from kvplug_evals.demo.engine import Engine
 from kvplug_evals.demo.measure import Row, hold
 from kvplug_evals.demo.plot import draw
-from kvplug_evals.demo.server import ServerOptions, serve
+from kvplug_evals.demo.server import serve
+from kvplug_evals.demo.sglang import SGLang
+from kvplug_evals.demo.vllm import VLLM
 
-POLICIES = (
-    "dense",
-    "streaming_llm(sinks=32, window=992)",
-    "quest(budget=512)",
-    "snapkv(budget=1024)",
-    "snapkv(budget=1024) + quest(budget=512)",
-)
+ENGINES: dict[str, type[Engine]] = {each.package: each for each in (VLLM, SGLang)}
 
 
-def policies(lines: Sequence[str]) -> list[str]:
+def policies(engine: type[Engine], lines: Sequence[str]) -> list[str]:
     """The lines to compare, dense first, none twice. Raises ValueError for a bad line."""
-    named = {parse(line): line.strip() for line in reversed(["dense", *(lines or POLICIES)])}
+    chosen = ["dense", *(lines or engine.policies)]
+    named = {parse(line): line.strip() for line in reversed(chosen)}
     return list(reversed(named.values()))
 
 
-def check_engine(engine: str) -> None:
+def find_engine(name: str) -> type[Engine]:
     """Raises ValueError that says what to do."""
-    if engine == "sglang":
-        raise ValueError("the demo measures vLLM's servers alone so far; use --engine vllm")
-    if engine != "vllm":
-        raise ValueError(f"--engine must be vllm, got {engine!r}")
-    if find_spec("vllm") is None:
+    if name not in ENGINES:
+        raise ValueError(f"--engine must be {' or '.join(ENGINES)}, got {name!r}")
+    engine = ENGINES[name]
+    if find_spec(engine.package) is None:
         raise ValueError(
-            "vLLM is not installed here; run make demo, or pip install 'kvplug[vllm]'"
+            f"{engine.title} is not installed here; run make {engine.make}, or pip install "
+            f"'kvplug[{engine.package}]'"
         )
+    return engine
+
+
+def configure(name: str, model: Path, options: Mapping[str, object]) -> Engine:
+    """An engine with the options that are not None. Raises ValueError that says what to do."""
+    engine = find_engine(name)
+    given = {option: value for option, value in options.items() if value is not None}
+    for option in given.keys() - {field.name for field in fields(engine)}:
+        raise ValueError(f"--{option.replace('_', '-')} is not for {engine.title}; leave it out")
+    return engine(model=model, **given)  # type: ignore[arg-type]
 
 
 def check_model(model: Path) -> None:
@@ -56,22 +65,22 @@ def check_model(model: Path) -> None:
         raise FileNotFoundError(f"there is no model in {model}; run make models, or give --model")
 
 
-def run_demo(lines: Sequence[str], options: ServerOptions, out: Path, console: Console) -> None:
+def run_demo(lines: Sequence[str], engine: Engine, out: Path, console: Console) -> None:
     """Raises ServerError, report.NothingSaved, ValueError and OSError; no server is left."""
-    check_model(options.model)
-    compared = policies(lines)
+    check_model(engine.model)
+    compared = policies(type(engine), lines)
     out.mkdir(parents=True, exist_ok=True)
-    talk = conversation()
-    report.say_plan(console, talk, options, len(compared))
+    talk = conversation(engine.sizes)
+    report.say_plan(console, talk, engine, len(compared))
     began = monotonic()
     rows = []
     with _progress(console, len(compared) * (2 + TURNS)) as progress:
         for place, line in enumerate(compared, start=1):
             console.print(f"[bold]{place}/{len(compared)} [cyan]{escape(line)}[/]")
             log = out / f"server-{place}.log"
-            rows.append(_converse(line, talk, options, log, console, progress))
+            rows.append(_converse(line, talk, engine, log, console, progress))
     result = report.Result(
-        rows=rows, options=options, seconds=monotonic() - began, machine=machine()
+        rows=rows, engine=engine, seconds=monotonic() - began, machine=machine(engine.package)
     )
     report.say_result(console, result)
     plot, data = out / "demo.png", out / "demo.json"
@@ -84,7 +93,7 @@ def run_demo(lines: Sequence[str], options: ServerOptions, out: Path, console: C
 def _converse(
     line: str,
     talk: Conversation,
-    options: ServerOptions,
+    engine: Engine,
     log: Path,
     console: Console,
     progress: Progress,
@@ -94,8 +103,8 @@ def _converse(
     def show(what: str) -> None:
         progress.update(task, description=what)
 
-    show(f"starting vllm serve, log in {log}")
-    with serve(options, str(parse(line)), log) as server:
+    show(f"starting {engine.title}, log in {log}")
+    with serve(engine, str(parse(line)), log) as server:
         progress.advance(task)
         row = Row(policy=line, is_dense=parse(line).is_dense, start_seconds=server.start_seconds)
         console.print(f"    server ready in {row.start_seconds:.0f} s")
@@ -108,7 +117,7 @@ def _converse(
             progress.advance(task)
             (report.say_documents if row.batch else report.say_turn)(console, row)
 
-        asyncio.run(hold(server.url, talk, documents(), row, sampled, turned))
+        asyncio.run(hold(engine, server.url, talk, documents(engine.sizes), row, sampled, turned))
         show("stopping the server")
     return row
 
@@ -129,9 +138,9 @@ def _progress(console: Console, steps: int) -> Iterator[Progress]:
         yield progress
 
 
-def machine() -> dict[str, str]:
+def machine(engine: str) -> dict[str, str]:
     """Versions and hardware, for the report."""
-    versions = {name: importlib.metadata.version(name) for name in ("kvplug", "vllm", "torch")}
+    versions = {name: importlib.metadata.version(name) for name in ("kvplug", engine, "torch")}
     cores = len(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {

@@ -1,0 +1,128 @@
+"""A served engine as the demo needs one: a command line, an environment, and what it counts."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
+from kvplug_evals.demo.conversation import Sizes
+
+MiB = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineState:
+    """One reading of a server's ``/metrics``; counts are since the server's start."""
+
+    policy: str | None
+    """As kvplug's own counters name it; None before the first step."""
+    pool: int
+    """KV blocks that requests may hold."""
+    held: int
+    """KV blocks that requests do hold."""
+    running: int
+    """Requests in the batch."""
+    fits: float | None
+    """Requests of the greatest length that fit at once; None where the engine does not say."""
+    queries: float
+    """Decode queries."""
+    cached: float
+    """Tokens behind them: what dense attention reads."""
+    read: float
+    """Tokens that they read, mean over the layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine(ABC):
+    """What every policy's server has in common. Subclasses translate it for one engine."""
+
+    title: ClassVar[str]
+    package: ClassVar[str]
+    launcher: ClassVar[str]
+    """The command as a user knows it, for the console."""
+    make: ClassVar[str]
+    """The target of the Makefile that sets all up."""
+    sizes: ClassVar[Sizes] = Sizes()
+    policies: ClassVar[tuple[str, ...]] = (
+        "dense",
+        "streaming_llm(sinks=32, window=992)",
+        "quest(budget=512)",
+        "snapkv(budget=1024)",
+        "snapkv(budget=1024) + quest(budget=512)",
+    )
+    metrics: ClassVar[Sequence[str]]
+    """What ``state`` needs of the engine's own."""
+
+    model: Path
+    block_size: int = 32
+    """Tokens per block."""
+    chunk: int = 512
+    """Most tokens a step computes: longer prompts are prefilled in chunks."""
+    kv_cache_mib: int = 256
+    max_model_len: int = 8192
+    threads: int = min(8, len(os.sched_getaffinity(0)))
+
+    @abstractmethod
+    def command(self, policy: str, port: int) -> list[str]:
+        """What starts a server of the model named "demo" on 127.0.0.1."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, str]:
+        """Environment variables of the server, beside the demo's own."""
+
+    @abstractmethod
+    def read(self, found: Mapping[str, Sample]) -> dict[str, object]:
+        """pool, held, running and fits of an EngineState, from samples by name."""
+
+    @property
+    @abstractmethod
+    def mode(self) -> str:
+        """How a step is computed, in a word."""
+
+    def environment(self) -> dict[str, str]:
+        common = {
+            "OMP_NUM_THREADS": str(self.threads),
+            # Threads that spin at barriers cost tenfold as soon as another process wants a core.
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "HF_HUB_OFFLINE": "1",
+        }
+        return {**os.environ, **common, **self.settings()}
+
+    def state(self, text: str) -> EngineState:
+        """Read ``/metrics``. Raises ValueError that names what this server does not tell."""
+        wanted = (*self.metrics, "kvplug_")
+        lines = [line for line in text.splitlines() if line.startswith(wanted)]
+        found = {
+            sample.name: sample
+            for family in text_string_to_metric_families("\n".join(lines) + "\n")
+            for sample in family.samples
+        }
+        for name in self.metrics:
+            if name not in found:
+                raise ValueError(
+                    f"the server's /metrics has no {name}; install the {self.title} that this "
+                    f"kvplug knows: pip install 'kvplug[{self.package}]'"
+                )
+        counters = [
+            found.get(f"kvplug_{name}_total")
+            for name in ("decode_queries", "cached_tokens", "read_tokens")
+        ]
+        queries, cached, read = (counter.value if counter else 0.0 for counter in counters)
+        return EngineState(
+            policy=counters[0].labels["policy"] if counters[0] else None,
+            queries=queries,
+            cached=cached,
+            read=read,
+            **self.read(found),  # type: ignore[arg-type]
+        )
+
+    def as_json(self) -> dict[str, object]:
+        sizes = asdict(self.sizes)
+        return {"engine": self.package, **asdict(self), "model": str(self.model), "sizes": sizes}

@@ -1,0 +1,61 @@
+"""Models and prompts for tests in either engine. Importing this imports neither."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MODELS = Path(__file__).parents[1] / ".models"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What an engine warns about is its own business; what we warn about stays an error."""
+    for item in items:
+        if item.get_closest_marker("engine"):
+            item.add_marker(pytest.mark.filterwarnings("default", "error:::kvplug"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    folder = MODELS / "smollm2"
+    assert folder.exists(), "SmolLM2 is not built; run `make models`"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recall() -> Path:
+    folder = MODELS / "recall"
+    assert folder.exists(), "the recall model is not built; run `make models`"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A tiny random Llama of the given shape, built once a session."""
+    from kvplug_evals.models.random_llama import build_random_llama
+
+    built: dict[tuple[Any, ...], Path] = {}
+
+    def build(**shape: Any) -> Path:
+        key = tuple(sorted(shape.items()))
+        if key not in built:
+            built[key] = tmp_path_factory.mktemp("model") / "llama"
+            build_random_llama(built[key], **shape)
+        return built[key]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def prompts() -> Callable[..., list[list[int]]]:
+    """Random prompts of the given lengths."""
+
+    def make(*lengths: int, vocab: int = 512, seed: int = 0) -> list[list[int]]:
+        source = random.Random(seed)
+        return [[source.randrange(vocab) for _ in range(length)] for length in lengths]
+
+    return make
