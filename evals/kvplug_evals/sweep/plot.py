@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,23 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from kvplug_evals.engines.stock import is_stock
 from kvplug_evals.sweep.report import Line, Result, tables
 
 # Okabe and Ito's colours, which every kind of colour vision tells apart; black is dense.
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")
-MARKS = "osD^vPX*"
+COLOURS = (
+    *("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F"),
+    *("#4B3B8F", "#A6A61D"),
+)
+MARKS = "osD^vPX*<>"
 
 
 def family(policy: str) -> str:
-    """snapkv(budget=1024) + quest(budget=512) -> snapkv + quest"""
+    """snapkv(budget=1024) + quest(budget=512) -> snapkv + quest; an engine's option by its name"""
+    if is_stock(policy):
+        return re.sub(r"sliding_window=\d+", "sliding_window", policy)
+    if policy.startswith("pyramid("):
+        return "pyramid"
     return " + ".join(part.partition("(")[0].strip() for part in policy.split(" + "))
 
 
