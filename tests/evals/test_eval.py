@@ -113,6 +113,22 @@ def test_a_policy_that_sees_the_question_keeps_what_it_asks_for(out):
     assert found["aware"] > found["agnostic"] + 0.3
 
 
+def test_conversations_start_cold_and_single_requests_find_their_context(tmp_path):
+    """One engine for all four settings: what it still has of one must not flatter the next."""
+    run("--suite", "smoke", "--policy", "dense", "--mode", "multi-turn", "--mode",
+        "multi-request", "--question", "aware", "--question", "agnostic", "--no-baselines",
+        "--in-process", "--out", str(tmp_path))  # fmt: skip
+    seen = {}
+    for config in tmp_path.glob("*/config.json"):
+        what = json.loads(config.read_text())
+        found = json.loads(config.with_name("metrics.json").read_text())["kvplug_recall"]
+        cached = [turn["cached_tokens"] for turn in found["turns"]]
+        seen.setdefault(what["mode"], []).append(cached)
+    assert [first for first, _ in seen["multi-turn"]] == [0, 0]
+    assert min(min(cached) for cached in seen["multi-request"]) >= 960
+    assert min(later for _, later in seen["multi-turn"]) >= 960
+
+
 def test_what_is_finished_is_not_run_again(out):
     before = {file: file.stat().st_mtime_ns for file in out.glob("*/predictions.jsonl")}
     said = run("--suite", "recall", "--policy", "quest(budget=1024)", "--out", str(out))
