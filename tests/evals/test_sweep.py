@@ -272,6 +272,7 @@ def test_the_report_ranks_only_what_says_something(out):
     assert "[" not in table["`knorm`"].split("|")[3], "nothing is ranked without a signal"
     assert "0 / 2,000" in text
     assert "5 minutes of answering" in text
+    assert "6 contexts, 12 questions, prompts of 2,048 tokens on average" in text
     assert "    kvplug eval --suite mine\n" in text
     assert [plot.name for plot in plots] == ["mine-kvplug_recall-2048.png"]
     assert f"]({plots[0].name})" in text

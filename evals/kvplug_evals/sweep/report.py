@@ -226,7 +226,9 @@ def _question(question: str) -> str:
 
 def _count(made: Sequence[Line]) -> str:
     rows = made[0].result.of_task(made[0].task)
-    return f"{len({row['conversation'] for row in rows})} contexts, {len(rows)} questions"
+    contexts = len({row["conversation"] for row in rows})
+    prompt = _number(made[0].means.get("prompt_tokens"), ",.0f", 1, " tokens")
+    return f"{contexts} contexts, {len(rows)} questions, prompts of {prompt} on average"
 
 
 def _row(line: Line) -> list[str]:
