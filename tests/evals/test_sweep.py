@@ -1,7 +1,10 @@
 """Settings, journals, intervals and reports, without an engine."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +23,8 @@ from kvplug_evals.sweep.report import results, tables, write_report
 from kvplug_evals.sweep.session import costs, scores, summary
 from kvplug_evals.sweep.settings import Suite, changed, expand, folder, read_suite
 from kvplug_evals.sweep.stats import paired
+
+ROOT = Path(__file__).parents[2]
 
 
 def suite(**options):
@@ -272,10 +277,22 @@ def test_the_report_ranks_only_what_says_something(out):
     assert "[" not in table["`knorm`"].split("|")[3], "nothing is ranked without a signal"
     assert "0 / 2,000" in text
     assert "5 minutes of answering" in text
+    assert "6 contexts, 12 questions, prompts of 2,048 tokens on average" in text
     assert "    kvplug eval --suite mine\n" in text
     assert [plot.name for plot in plots] == ["mine-kvplug_recall-2048.png"]
     assert f"]({plots[0].name})" in text
     assert plots[0].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_is_written_anew_and_nothing_is_run(out):
+    command = [sys.executable, "-m", "kvplug_evals.cli", "eval", "--report", str(out)]
+    path = os.pathsep.join(str(ROOT / root) for root in (".", "kernels", "evals"))
+    said = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert said.returncode == 0, said.stderr
+    assert (out / "report.md").read_text().startswith("# mine")
+    assert (out / "mine-kvplug_recall-2048.png").exists()
 
 
 def test_every_row_saves_or_is_marked(out):

@@ -107,7 +107,8 @@ def serve(line: str, options: Options, asked: Connection) -> None:
         packed = sum(layer.impl.packed_prompts for layer in layers)
         engine.add_request(str(number), {"prompt_token_ids": prompt}, parameters)
         number += 1
-        first, behind = 0.0, []
+        first = 0.0
+        behind: list[float] = []
         while engine.has_unfinished_requests():
             began = clock()
             outputs = engine.step()

@@ -13,7 +13,7 @@ import shutil
 import struct
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from kvplug_evals.engines.interface import EngineError, EngineOptions, MiB, Reply, Request, Wave
+from kvplug_evals.engines.stock import Stock, is_stock, parse_stock
 
 FORCED = "kvplug_forced"
 READS = 20
@@ -53,9 +54,13 @@ class Usage(StatLoggerBase):
 
 
 class VLLMEngine:
-    """One policy, one engine. Raises EngineError."""
+    """One policy, or ``engine(...)`` for one of vLLM's own options; one engine.
+
+    Raises EngineError, and ValueError for an ``engine(...)`` that cannot be read.
+    """
 
     def __init__(self, policy: str, options: EngineOptions) -> None:
+        self.stock = parse_stock(policy) if is_stock(policy) else None
         self.counters = Path(tempfile.mkdtemp(prefix="kvplug-counters-"))
         ours = environment(options, self.counters)
         self.outside = {name: os.environ.get(name) for name in ours}
@@ -75,8 +80,7 @@ class VLLMEngine:
 
         arguments = EngineArgs(
             model=options.model,
-            attention_backend="kvplug",
-            additional_config={"kvplug": {"policy": policy}},
+            **(self.stock.arguments if self.stock else served_by_kvplug(policy)),
             block_size=options.block_size,
             max_model_len=options.max_model_len,
             max_num_seqs=options.max_num_seqs,
@@ -93,9 +97,11 @@ class VLLMEngine:
             self.engine = LLMEngine.from_engine_args(arguments, stat_loggers=[usage])
         except (RuntimeError, ValueError) as error:
             self._leave_environment()
+            advice = "`kvplug doctor --model MODEL --policy POLICY` says what would be refused"
+            if self.stock is not None:
+                advice = "kvplug has no part in it"
             raise EngineError(
-                f"vLLM did not start with the policy {policy!r}: {error}. Its own message is "
-                "above; `kvplug doctor --model MODEL --policy POLICY` says what would be refused"
+                f"vLLM did not start with {policy!r}: {error}. Its own message is above; {advice}"
             ) from error
         config = self.engine.vllm_config.cache_config
         self.blocks = int(config.num_gpu_blocks) - 1  # one is vLLM's own, the null block
@@ -146,6 +152,8 @@ class VLLMEngine:
                     running[name].gone = True
         after = self._counted()
         queries, cached, read = (b - a for a, b in zip(before, after, strict=True))
+        if self.stock is not None:
+            queries, cached, read = computed(self.stock, running.values())
         return Wave(
             replies=[replies[request.key] for request in requests],
             seconds=time.monotonic() - started,
@@ -288,6 +296,21 @@ class _Running:
                 (step[token].logprob, step[token].rank)
                 for token, step in zip(self.tokens, completion.logprobs, strict=False)
             ]
+
+
+def served_by_kvplug(policy: str) -> dict[str, Any]:
+    return {
+        "attention_backend": "kvplug",
+        "additional_config": {"kvplug": {"policy": policy}},
+    }
+
+
+def computed(stock: Stock, states: Iterable[_Running]) -> tuple[int, int, int]:
+    """What kvplug's counters would say: each token but the first is a decode query's."""
+    behind = [
+        len(state.request.prompt) + step for state in states for step in range(1, state.steps)
+    ]
+    return len(behind), sum(behind), sum(map(stock.reads, behind))
 
 
 def environment(options: EngineOptions, counters: Path) -> dict[str, str]:

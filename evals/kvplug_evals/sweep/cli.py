@@ -22,14 +22,16 @@ def evaluate(
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help="A policy, or llmlingua(rate=0.5); repeatable. May hold {budget}. The suite's if "
-            "none; dense is always there."
+            help="A policy, llmlingua(rate=0.5), engine(kv_cache_dtype=fp8_e5m2) or "
+            "engine(sliding_window=512); repeatable. May hold {budget}. The suite's if none; "
+            "dense is always there."
         ),
     ] = None,
     suite: Annotated[
         str,
         typer.Option(
-            help="recall, smoke, scbench, scbench-mini, ruler, published, or a YAML file."
+            help="recall, smoke, scbench, scbench-mini, ruler, published-recall, "
+            "published-smollm2, or a YAML file."
         ),
     ] = "recall",
     mode: Annotated[
@@ -77,6 +79,9 @@ def evaluate(
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(help="Compare two directories and run nothing.")
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write a directory's report anew and run nothing.")
+    ] = None,
 ) -> None:
     """What a policy costs in answers, through the engine that serves. Resumes what it began."""
     if os.environ.get("OMP_NUM_THREADS") != str(threads) and in_process:
@@ -100,9 +105,17 @@ def evaluate(
     for stop in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(stop, signal.default_int_handler)  # as Ctrl-C: no engine outlives us
     command = shlex.join(["kvplug", *sys.argv[1:]])
+
+    def write(directory: Path) -> None:
+        file = write_report(directory, draw(results(directory), directory))
+        console.print(f"[bold]saved[/]  {file}", soft_wrap=True)
+
     try:
         if compare is not None:
             console.print(compared(*compare))
+            return
+        if report is not None:
+            write(report)
             return
         chosen = changed(
             read_suite(suite),
@@ -128,8 +141,7 @@ def evaluate(
             run_sweep(settings, run, console)
         finally:
             if any(finished(directory / setting.name) for setting in settings):
-                file = write_report(directory, draw(results(directory), directory))
-                console.print(f"[bold]saved[/]  {file}", soft_wrap=True)
+                write(directory)
     except KeyboardInterrupt:
         failed.print(f"stopped; {escape(command)} goes on from here", soft_wrap=True)
         raise typer.Exit(130) from None

@@ -1,7 +1,9 @@
-"""Accuracy against bytes held, against tokens read, and by turn: one page for a context length."""
+"""One page for a task and context length: accuracy against bytes held, against tokens read and by
+turn, and the true answers' loss against tokens read."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,15 +11,30 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from kvplug_evals.engines.stock import is_stock
 from kvplug_evals.sweep.report import Line, Result, tables
 
 # Okabe and Ito's colours, which every kind of colour vision tells apart; black is dense.
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")
-MARKS = "osD^vPX*"
+COLOURS = (
+    *("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F"),
+    *("#4B3B8F", "#A6A61D"),
+)
+MARKS = "osD^vPX*<>"
+STYLE = {"ms": 5, "lw": 1.2, "alpha": 0.85}
+COLUMNS = (
+    "KV bytes held while decoding, % of dense",
+    "tokens read by a decode step, % of dense",
+    "turn (each policy at its largest budget)",
+    "tokens read by a decode step, % of dense",
+)
 
 
 def family(policy: str) -> str:
-    """snapkv(budget=1024) + quest(budget=512) -> snapkv + quest"""
+    """snapkv(budget=1024) + quest(budget=512) -> snapkv + quest; an engine's option by its name"""
+    if is_stock(policy):
+        return re.sub(r"sliding_window=\d+", "sliding_window", policy)
+    if policy.startswith("pyramid("):
+        return "pyramid"
     return " + ".join(part.partition("(")[0].strip() for part in policy.split(" + "))
 
 
@@ -28,67 +45,73 @@ def draw(found: Sequence[Result], out: Path) -> list[Path]:
         if len(made) > 1:
             title = f"{mode}, {question}"
             pages.setdefault((suite, tokens, task), []).append((title, made))
+    kinds = sorted({family(r.policy) for r in found if r.policy != "dense"})
+    styles = {
+        kind: {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i % len(MARKS)], **STYLE}
+        for i, kind in enumerate(kinds)
+    }  # a policy looks the same on every page
     files = []
     for (suite, tokens, task), panels in pages.items():
         file = out / f"{suite}-{task}-{tokens}.png"
-        _page(f"{task}, contexts of {tokens:,} tokens", panels, file)
+        _page(f"{task}, contexts of {tokens:,} tokens", panels, styles, file)
         files.append(file)
     return files
 
 
-def _page(title: str, panels: Sequence[tuple[str, list[Line]]], file: Path) -> None:
-    families = list(
-        dict.fromkeys(
-            family(line.result.policy) for _, made in panels for line in made if not line.is_dense
-        )
-    )
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(families)}
-    marks = {name: MARKS[i % len(MARKS)] for i, name in enumerate(families)}
-    figure = Figure(figsize=(12, 1.2 + 3.0 * len(panels)), layout="constrained")
+def _page(
+    title: str,
+    panels: Sequence[tuple[str, list[Line]]],
+    styles: dict[str, dict[str, Any]],
+    file: Path,
+) -> None:
+    here = {family(line.result.policy) for _, made in panels for line in made if not line.is_dense}
+    kinds = [kind for kind in styles if kind in here]
+    figure = Figure(figsize=(15, 1.4 + 3.0 * len(panels)), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(len(panels), 3, squeeze=False, sharey=True)
+    grid = figure.subplots(len(panels), len(COLUMNS), squeeze=False)
     for (name, made), row in zip(panels, grid, strict=True):
         dense = next(line for line in made if line.is_dense)
-        for axes in row:
-            axes.axhline(dense.means["fixed"], color="black", lw=1, ls="--", label="dense")
-            axes.set_ylim(-0.04, 1.06)
-            axes.spines[["top", "right"]].set_visible(False)
-        for axes in row[:2]:
-            axes.set_xlim(0, 110)
-        for kind in families:
+        _frame(row, dense)
+        row[0].set_ylabel(f"{name}\naccuracy (share of answers)", fontsize=9)
+        row[3].set_ylabel("loss of the true answer (nats)", fontsize=9)
+        for kind in kinds:
             some = [line for line in made if family(line.result.policy) == kind]
-            style: dict[str, Any] = {
-                "color": colours[kind],
-                "marker": marks[kind],
-                "ms": 5,
-                "lw": 1.2,
-                "alpha": 0.85,
-            }
-            for axes, share in zip(row, ("held", "read"), strict=False):
-                points = sorted(
-                    (100 * getattr(line, share), line.means["fixed"])
-                    for line in some
-                    if getattr(line, share) is not None
-                )
-                if points:
-                    axes.plot(*zip(*points, strict=True), label=kind, **style)
+            _curve(row[0], kind, styles, some, "held", "fixed")
+            _curve(row[1], kind, styles, some, "read", "fixed")
+            _curve(row[3], kind, styles, some, "read", "loss")
             best = max(some, key=lambda line: line.read or 0) if some else None
             if best is not None and len(best.means["turns"]) > 1:
                 values = [turn["fixed"] for turn in best.means["turns"]]
-                row[2].plot(range(1, len(values) + 1), values, label=kind, **style)
-        row[0].set_ylabel(f"{name}\naccuracy (share of answers)", fontsize=9)
-        row[2].set_xticks(range(1, len(dense.means["turns"]) + 1))
-    for axes, label in zip(
-        grid[-1],
-        (
-            "KV bytes held while decoding, % of dense",
-            "tokens read by a decode step, % of dense",
-            "turn (each policy at its largest budget)",
-        ),
-        strict=True,
-    ):
+                row[2].plot(range(1, len(values) + 1), values, label=kind, **styles[kind])
+    for axes, label in zip(grid[-1], COLUMNS, strict=True):
         axes.set_xlabel(label, fontsize=9)
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
+    handles, labels = grid[0, 1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=9, frameon=False)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=110)
+
+
+def _frame(row: Sequence[Any], dense: Line) -> None:
+    for axes in row:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+    for axes in row[:3]:
+        axes.axhline(dense.means["fixed"], color="black", lw=1, ls="--", label="dense")
+        axes.set_ylim(-0.04, 1.06)
+    for axes in (row[0], row[1], row[3]):
+        axes.set_xlim(0, 110)
+    row[2].set_xticks(range(1, len(dense.means["turns"]) + 1))
+    if "loss" in dense.means:
+        row[3].axhline(dense.means["loss"], color="black", lw=1, ls="--")
+
+
+def _curve(
+    axes: Any, kind: str, styles: dict[str, Any], some: Sequence[Line], share: str, measure: str
+) -> None:
+    points = sorted(
+        (100 * getattr(line, share), line.means[measure])
+        for line in some
+        if getattr(line, share) is not None and measure in line.means
+    )
+    if points:
+        axes.plot(*zip(*points, strict=True), label=kind, **styles[kind])

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvplug_evals.sweep.session import finished, summary
+from kvplug_evals.engines.stock import is_stock
+from kvplug_evals.sweep.session import REFUSED, finished, summary
 from kvplug_evals.sweep.stats import Difference, paired
 
 SIGNAL = 0.5
@@ -61,6 +62,16 @@ def results(out: Path) -> list[Result]:
     if not found:
         raise ValueError(f"{out} holds no finished setting")
     return found
+
+
+def refusals(out: Path) -> dict[str, str]:
+    """Policy -> the engine's reason not to start with it."""
+    return {
+        json.loads(file.with_name("config.json").read_text())["policy"]: json.loads(
+            file.read_text()
+        )["reason"]
+        for file in sorted(out.glob(f"*/{REFUSED}"))
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +173,8 @@ def write_report(out: Path, plots: Sequence[Path]) -> Path:
     found = results(out)
     text = [f"# {', '.join(sorted({r.place[0] for r in found}))}: what policies cost in answers"]
     text += ["", *_preface(found)]
+    for policy, reason in refusals(out).items():
+        text += ["", f"Left out, since the engine refused it: `{policy}`. {reason}"]
     for plot in plots:
         text += ["", f"![{plot.stem}]({plot.name})"]
     for (suite, tokens, mode, question), task, made in tables(found):
@@ -195,7 +208,10 @@ def _preface(found: Sequence[Result]) -> list[str]:
         "contexts. Loss is the mean -log p, in nats, of the true answer's tokens, forced one by "
         "one through decoding; *agrees* is the share of them that are the model's first choice. "
         "*KV held* is the engine's blocks per request while all decode, in bytes of its own "
-        "pages; *read/step* is tokens per decode query, mean over the layers. **no signal**: "
+        "pages; *read/step* is tokens per decode query, mean over the layers, as kvplug counts "
+        "them; with a * it is arithmetic, since `engine(...)` is vLLM's own attention with that "
+        "option and no kvplug. Its fp8 cache reads as many tokens as dense, in fewer bytes. **no "
+        "signal**: "
         "dense itself is below 0.5, so nothing is ranked. **= dense**: read and held as much as "
         "dense, so no result. Times are of this machine, which others were using.",
     ]
@@ -210,7 +226,9 @@ def _question(question: str) -> str:
 
 def _count(made: Sequence[Line]) -> str:
     rows = made[0].result.of_task(made[0].task)
-    return f"{len({row['conversation'] for row in rows})} contexts, {len(rows)} questions"
+    contexts = len({row["conversation"] for row in rows})
+    prompt = _number(made[0].means.get("prompt_tokens"), ",.0f", 1, " tokens")
+    return f"{contexts} contexts, {len(rows)} questions, prompts of {prompt} on average"
 
 
 def _row(line: Line) -> list[str]:
@@ -229,7 +247,7 @@ def _row(line: Line) -> list[str]:
         _number(means.get("agreement"), ".0%"),
         _number(means.get("held_bytes"), ",.1f", MiB, " MiB"),
         _number(line.held, ".0%"),
-        _number(means.get("read_per_step"), ",.0f"),
+        _number(means.get("read_per_step"), ",.0f", 1, "*" * is_stock(line.result.policy)),
         _number(line.read, ".0%"),
         cached,
         _number(means.get("first_token_seconds"), ".2f", 1, " s"),

@@ -27,12 +27,13 @@ from rich.progress import (
 
 from kvplug_evals.demo.session import machine
 from kvplug_evals.engines.interface import Engine, EngineError, EngineOptions, MiB, start_engine
+from kvplug_evals.engines.stock import is_stock
 from kvplug_evals.lm import LOSS, MODELS
+from kvplug_evals.sweep.data import SEED, load, ours
 from kvplug_evals.sweep.journal import Journal
-from kvplug_evals.sweep.settings import Setting, folder
+from kvplug_evals.sweep.settings import Setting
 
-SEED = 1234
-"""Of lm-eval's random, numpy and torch."""
+REFUSED = "refused.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +70,22 @@ def _serve(settings: Sequence[Setting], run: Run, console: Console, progress: Pr
     task = progress.task_ids[0]
     policy, started = settings[0].engine_policy, time.monotonic()
     progress.update(task, description=f"starting {settings[0].engine}: {escape(policy)}")
-    engine = start_engine(settings[0].engine, policy, options_of(settings[0], run))
+    try:
+        engine = start_engine(settings[0].engine, policy, options_of(settings[0], run))
+    except EngineError as error:
+        if not is_stock(policy):
+            raise
+        _refuse(settings, run, str(error))
+        console.print(f"[yellow]{escape(policy)}[/] is left out: {escape(str(error))}")
+        return
     ready = time.monotonic() - started
     console.print(f"[cyan]{escape(policy)}[/], {settings[0].tokens:,} tokens: up in {ready:.0f} s")
     try:
         for setting in settings:
-            engine.forget()
+            # Single requests find their context encoded before they are timed, by whom is all
+            # one: only the first turn of a conversation must not be found in the cache.
+            if setting.mode == "multi-turn":
+                engine.forget()
             began = time.monotonic()
             rows = _run_setting(setting, run, engine, progress)
             scores = [row["fixed"] for row in rows]
@@ -86,17 +97,27 @@ def _serve(settings: Sequence[Setting], run: Run, console: Console, progress: Pr
         engine.close()
 
 
+def _refuse(settings: Sequence[Setting], run: Run, reason: str) -> None:
+    """The engine's own options depend on the hardware: the report says why a row is missing."""
+    for setting in settings:
+        directory = run.out / setting.name
+        directory.mkdir(exist_ok=True)
+        _write(directory / "config.json", {**setting.config, "command": run.command})
+        _write(directory / REFUSED, {"reason": reason})
+
+
 def options_of(setting: Setting, run: Run) -> EngineOptions:
     suite = setting.suite
     longest = setting.tokens + suite.room
     size = suite.contexts * (longest + 2 * suite.block_size) * token_bytes(Path(setting.model))
+    kept = max(1, sum(map(ours, suite.tasks)))  # contexts that the next setting finds again
     return EngineOptions(
         model=setting.model,
         max_model_len=longest,
         max_num_seqs=suite.contexts,
         block_size=suite.block_size,
         # Compressed prompts also need blocks of their own, and the next turn finds more cached.
-        kv_cache_mib=max(64, 2 * size // MiB),
+        kv_cache_mib=max(64, (kept + 1) * size // MiB),
         threads=run.threads,
         enforce_eager=run.enforce_eager,
         multiprocess=run.multiprocess,
@@ -123,6 +144,7 @@ def _run_setting(
 ) -> list[dict[str, Any]]:
     directory, suite = run.out / setting.name, setting.suite
     directory.mkdir(exist_ok=True)
+    (directory / REFUSED).unlink(missing_ok=True)
     _write(directory / "config.json", {**setting.config, "command": run.command})
     task = progress.task_ids[0]
     progress.update(
@@ -163,30 +185,11 @@ def _run_setting(
 
 def _evaluate(lm: Any, setting: Setting, name: str, options: dict[str, Any]) -> Any:
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
     suite = setting.suite
-    metadata: dict[str, Any] = {
-        "pretrained": setting.model,
-        "data": suite.data,
-        "tokens": setting.tokens,
-        "contexts": suite.contexts,
-        "turns": suite.turns,
-        "mode": setting.mode,
-        "seed": suite.seed,
-        "max_seq_lengths": [setting.tokens],  # of lm-eval's RULER
-        **options,
-    }
-    if setting.compressor:
-        metadata["compressor"], metadata["keep"] = setting.compressor
     found = simple_evaluate(
         lm,
-        tasks=[name],
-        task_manager=TaskManager(
-            include_path=str(folder("tasks")),
-            include_defaults=not ours(name),  # to read all of lm-eval's takes seconds
-            metadata=metadata,
-        ),
+        tasks=load(name, setting, options),
         limit=None if ours(name) else suite.limit,
         bootstrap_iters=0,
         random_seed=SEED,
@@ -296,10 +299,6 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "turns": [means([row for row in of_task if row["turn"] == t]) for t in turns],
         }
     return whole
-
-
-def ours(task: str) -> bool:
-    return task.startswith(("scbench_", "kvplug_"))
 
 
 def _write(file: Path, data: object) -> None:

@@ -14,6 +14,7 @@ import yaml
 
 from kvplug import parse
 from kvplug_evals import llmlingua
+from kvplug_evals.engines.stock import is_stock, parse_stock
 from kvplug_evals.lm import ANSWERS, QUESTIONS
 from kvplug_evals.scbench.tasks import MODES
 
@@ -47,7 +48,8 @@ class Suite:
     answers: str = ANSWERS[0]
     losses: bool = True
     policies: tuple[str, ...] = ()
-    """May hold {budget}, {window} (a budget without streaming_llm's sinks) and {half}."""
+    """May hold {budget}, {window} (a budget without streaming_llm's sinks) and {half}; and
+    ``engine(...)``, the engine's own options without kvplug."""
     budgets: tuple[float, ...] = ()
     """Shares of a context's tokens."""
     data: str = "generated"
@@ -139,6 +141,8 @@ class Setting:
 
 def expand(suite: Suite, engine: str, policies: Sequence[str], baselines: bool) -> list[Setting]:
     """All settings, those of one engine side by side, dense first. Raises ValueError."""
+    if engine != "vllm" and any(map(is_stock, policies or suite.policies)):
+        raise ValueError(f"engine(...) names options of vLLM; leave it out with --engine {engine}")
     settings = []
     for tokens in suite.tokens:
         lines = [
@@ -183,6 +187,9 @@ def same_bytes(lines: Iterable[str]) -> list[str]:
     for line in lines:
         if line.startswith("llmlingua"):
             continue
+        if is_stock(line):
+            added += baselines_of(parse_stock(line).sliding_window)
+            continue
         policy = parse(line)
         budget = 0
         if policy.scored is not None:
@@ -191,12 +198,14 @@ def same_bytes(lines: Iterable[str]) -> list[str]:
             budget = policy.eviction.most_tokens()
         elif policy.selector is not None:
             budget = policy.selector.budget
-        if budget > 2 * SINKS:
-            added += [
-                f"random(budget={budget})",
-                f"streaming_llm(sinks={SINKS}, window={budget - SINKS})",
-            ]
+        added += baselines_of(budget)
     return added
+
+
+def baselines_of(budget: int) -> list[str]:
+    if budget <= 2 * SINKS:
+        return []
+    return [f"random(budget={budget})", f"streaming_llm(sinks={SINKS}, window={budget - SINKS})"]
 
 
 def canonical(lines: Iterable[str]) -> list[str]:
@@ -207,6 +216,8 @@ def canonical(lines: Iterable[str]) -> list[str]:
             llmlingua.check()
             rate(line)
             printed.append(line)
+        elif is_stock(line):
+            printed.append(str(parse_stock(line)))
         else:
             printed.append(str(parse(line)))
     return list(dict.fromkeys(printed))

@@ -1,0 +1,44 @@
+"""lm-eval's own tasks in a sweep: the same documents for every policy and after every restart."""
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("lm_eval")
+pytest.importorskip("wonderwords")
+pytestmark = pytest.mark.filterwarnings("default")  # of lm-eval
+
+from kvplug_evals.models.folder import write_word_tokenizer  # noqa: E402
+from kvplug_evals.sweep import data  # noqa: E402
+from kvplug_evals.sweep.settings import Setting, Suite  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_word_tokenizer(folder, ["?", "apple", "pear"])
+    return Setting(
+        engine="vllm",
+        model=str(folder),
+        policy="dense",
+        tokens=1024,
+        mode="multi-turn",
+        question="aware",
+        suite=Suite(name="mine", tasks={"ruler_cwe": {}, "ruler_vt": {}}),
+    )
+
+
+@pytest.mark.parametrize("name", ["ruler_cwe", "ruler_vt"])
+def test_documents_are_made_once_and_the_same_again(name, setting):
+    (task,) = data.load(name, setting, {})
+    (other,) = data.load(name, replace(setting, policy="knorm", mode="multi-request"), {})
+    assert other is task, "made once for all policies"
+    data._made.cache_clear()  # as in a sweep that is started again
+    (again,) = data.load(name, setting, {})
+    assert again is not task
+    assert list(again.test_docs())[:3] == list(task.test_docs())[:3]
+
+
+def test_lengths_that_ruler_never_finds_are_refused(setting):
+    with pytest.raises(ValueError, match="ruler_vt needs --tokens 1024 or more, got 512"):
+        data.load("ruler_vt", replace(setting, tokens=512), {})
