@@ -72,7 +72,7 @@ REQUIREMENTS = [
 ]
 # Requires a torch of its own choice.
 QUANTISATION = "compressed-tensors==0.18.0"
-TESTS = ["pytest>=8.3", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "typer>=0.15", "rich>=13"]
+TESTS = ["pytest>=8.3", "pytest-xdist>=3.6", "pytest-timeout>=2.3"]
 SHIMS = PROJECT / "tests" / "sglang" / "shims"
 
 
@@ -80,7 +80,7 @@ def verify(env: Environment) -> None:
     """Import what was installed, in a fresh process."""
     say("checking: import sglang")
     code = (
-        "import json, torch, sglang, transformers, kvplug\n"
+        "import json, torch, sglang, transformers, kvplug, lm_eval\n"
         "import sglang.srt.managers.scheduler\n"
         "print(json.dumps([torch.__version__, torch.version.cuda, torch.version.hip,"
         " sglang.__version__]))"
@@ -105,13 +105,13 @@ def main() -> None:
     env.pip(
         TORCH,
         TRITON,
+        *("--editable", f"{PROJECT}[cli,plot,evals]"),
         also=[*REQUIREMENTS, *TESTS],
         of=SGLANG,
-        advice="SGLang's requirements must be on pip's index",
+        advice="SGLang's requirements and kvplug's own must be on pip's index",
     )
     # Without their requirements, which are GPU builds.
     env.pip("--no-deps", SGLANG, QUANTISATION, advice=f"{SGLANG} must be on pip's index")
-    env.pip("--no-deps", "--editable", str(PROJECT), advice="hatchling must be on pip's index")
     verify(env)
     say(f"took {time.monotonic() - started:.0f} s")
 

@@ -71,7 +71,7 @@ def run_demo(lines: Sequence[str], options: ServerOptions, out: Path, console: C
             log = out / f"server-{place}.log"
             rows.append(_converse(line, talk, options, log, console, progress))
     result = report.Result(
-        rows=rows, options=options, seconds=monotonic() - began, machine=machine()
+        rows=rows, options=options, seconds=monotonic() - began, machine=machine("vllm")
     )
     report.say_result(console, result)
     plot, data = out / "demo.png", out / "demo.json"
@@ -129,9 +129,9 @@ def _progress(console: Console, steps: int) -> Iterator[Progress]:
         yield progress
 
 
-def machine() -> dict[str, str]:
+def machine(engine: str) -> dict[str, str]:
     """Versions and hardware, for the report."""
-    versions = {name: importlib.metadata.version(name) for name in ("kvplug", "vllm", "torch")}
+    versions = {name: importlib.metadata.version(name) for name in ("kvplug", engine, "torch")}
     cores = len(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
