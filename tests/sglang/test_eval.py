@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +40,18 @@ tasks:
 """
 
 
+@pytest.fixture(autouse=True, scope="module")
+def path() -> Iterator[None]:
+    """What this process imports, its children import too: the stand-ins are not installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        yield
+
+
 def kvplug_eval(*options: str) -> tuple[int, str]:
     done = subprocess.run(
         [sys.executable, "-m", "kvplug_evals.cli", "eval", "--engine", "sglang", *options],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True, text=True, timeout=1500,
+        cwd=ROOT, capture_output=True, text=True, timeout=1500,
     )  # fmt: skip
     return done.returncode, done.stdout + done.stderr
 
@@ -139,7 +149,9 @@ def answered(asked: list[Request]) -> tuple[Wave, Wave]:
         together = engine.run(asked)
         engine.forget()
         alone = engine.run(asked[:1])
-        with pytest.raises(EngineError, match=r"SGLang ended long after .* larger max_model_len"):
+        full = Request(key="full", prompt=(asked[0].prompt * 2)[:1590], new_tokens=8)
+        assert len(engine.run([full]).replies[0].tokens) == 8, "the most that is let in"
+        with pytest.raises(EngineError, match=r"long needs 2,\d+ tokens .* serves 1,598"):
             engine.run([Request(key="long", prompt=asked[0].prompt, new_tokens=2000)])
     finally:
         engine.close()
@@ -238,6 +250,35 @@ def test_forced_tokens_under_policies_of_requests(
         assert not any(agreed for _, agreed in server.requests[wrong].customized_info[SCORES])
 
 
+def runs(process: int) -> bool:
+    """A zombie does not."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def test_a_killed_evaluation_leaves_no_server() -> None:
+    """Any process in the server's place."""
+    code = (
+        "import os, sys, time; from kvplug_evals.engines.sglang import Server\n"
+        "sleeps = [sys.executable, '-c', 'import time; time.sleep(600)']\n"
+        "server = Server(sleeps, dict(os.environ)); server.log.unlink()\n"
+        "print(server.process.pid, flush=True); time.sleep(600)"
+    )
+    evaluation = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert evaluation.stdout is not None
+    server = int(evaluation.stdout.readline())
+    assert runs(server)
+    evaluation.kill()
+    evaluation.communicate()
+    deadline = time.monotonic() + 30
+    while runs(server) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not runs(server)
+
+
 @pytest.mark.parametrize(
     "options, policy, message",
     [
@@ -253,3 +294,10 @@ def test_what_cannot_run_says_what_to_do(
     given = {"model": str(RECALL), "max_model_len": 1600, "max_num_seqs": 4, **options}
     with pytest.raises(EngineError, match=message):
         start_engine("sglang", policy, EngineOptions(**given))
+
+
+def test_the_command_says_what_to_do(tmp_path: Path) -> None:
+    code, said = kvplug_eval("--suite", "smoke", "--in-process", "--out", str(tmp_path))
+    assert code == 1
+    assert "drop --in-process" in " ".join(said.split())
+    assert "Traceback" not in said

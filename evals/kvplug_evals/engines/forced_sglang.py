@@ -21,16 +21,17 @@ class ForcedTokens(CustomLogitProcessor):
         self, logits: Tensor, custom_param_list: list[dict[str, Any]] | None = None
     ) -> Tensor:
         """logits [B, V], changed in place"""
+        asked = custom_param_list or []
         rows, places, tokens = [], [], []
-        for row, asked in enumerate(custom_param_list or []):
-            place, forced = _place(asked["__req__"]), asked[FORCED]
+        for row, each in enumerate(asked):
+            place, forced = _place(each["__req__"]), each[FORCED]
             if 0 <= place < len(forced):
                 rows.append(row)
                 places.append(place)
                 tokens.append(forced[place])
         if rows:
             wanted = torch.tensor(tokens, device=logits.device)
-            self._score([custom_param_list[row] for row in rows], places, logits[rows], wanted)
+            self._score([asked[row] for row in rows], places, logits[rows], wanted)
             logits[rows] = -torch.inf
             logits[rows, wanted] = 0.0
         return logits

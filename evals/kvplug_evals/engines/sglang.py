@@ -1,7 +1,8 @@
 """SGLang's own server, asked over HTTP.
 
 A wave is one streamed request of many prompts. What the server says of its pool is read while the
-wave lasts; kvplug's counters come from ``/metrics``.
+wave lasts; kvplug's counters come from ``/metrics``. Forced tokens need a server that runs what a
+request brings along, so it listens on this machine alone.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ SETTLED = 3
 """Output tokens after which a prompt's compression has freed what it frees."""
 STAY = 64
 """Tokens that a request may decode beyond its answer while others are still submitted."""
+SPARED = 2
+"""Tokens of its context length that SGLang never serves."""
 COUNTERS = [f"kvplug_{name}_total" for name in ("decode_queries", "cached_tokens", "read_tokens")]
 GiB = 1 << 30
 LINE, LINES = 400, 8
@@ -100,6 +103,7 @@ class SGLangEngine:
         """All requests stay until each has decoded a little, so that what they hold together is
         seen: the first would otherwise be gone before the last is prefilled.
         """
+        self._check(requests)
         before, started = self._counted(), time.monotonic()
         running = self._named(requests, started)
         replies: dict[str, Reply] = {}
@@ -134,6 +138,16 @@ class SGLangEngine:
         self.server.stop()
         self.server.log.unlink(missing_ok=True)
 
+    def _check(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            wanted = len(request.prompt) + len(request.forced) + request.new_tokens
+            if wanted > self.options.max_model_len - SPARED:
+                raise EngineError(
+                    f"{request.key} needs {wanted:,} tokens and SGLang serves "
+                    f"{self.options.max_model_len - SPARED:,}; give max_model_len, or the suite's "
+                    "room, more"
+                )
+
     def _named(self, requests: Sequence[Request], started: float) -> dict[str, _Running]:
         first = self.requests
         self.requests += len(requests)
@@ -151,14 +165,27 @@ class SGLangEngine:
         return {
             "rid": list(running),
             "input_ids": [request.prompt for request in requests],
-            "sampling_params": [_sampling(request, STAY + steps) for request in requests],
+            "sampling_params": [self._sampling(request, STAY + steps) for request in requests],
             "custom_logit_processor": [self.processor if r.forced else None for r in requests],
             "stream": True,
         }
 
+    def _sampling(self, request: Request, stay: int) -> dict[str, Any]:
+        """Greedy. What ends a request is judged here: a forced token ends nothing."""
+        room = self.options.max_model_len - SPARED - len(request.prompt)
+        parameters: dict[str, Any] = {
+            "temperature": 0,
+            "max_new_tokens": min(len(request.forced) + request.new_tokens + stay, room),
+            "ignore_eos": True,
+        }
+        if request.forced:
+            parameters["custom_params"] = {FORCED: list(request.forced), SCORED: request.scored}
+        return parameters
+
     def _see(self, state: _Running, event: dict[str, Any], now: float) -> None:
         told = event["meta_info"]
-        state.cached = max(state.cached, told["cached_tokens"])
+        if not state.steps:  # a retracted request would later find its own
+            state.cached = told["cached_tokens"]
         state.scores += told.get(SCORES) or []
         for token in event["output_ids"]:
             state.steps += 1
@@ -174,8 +201,7 @@ class SGLangEngine:
             wanted = len(state.request.forced) + state.request.new_tokens
             raise EngineError(
                 f"SGLang ended {state.request.key} after {len(state.tokens)} of {wanted} tokens: "
-                f"{why.get('message') or why['type']}; give it a larger max_model_len or "
-                f"kv_cache_mib.\n{self.server.last_lines()}"
+                f"{why.get('message') or why['type']}.\n{self.server.last_lines()}"
             )
 
     def _complete(self, state: _Running) -> bool:
@@ -241,18 +267,6 @@ class _Running:
     @property
     def free(self) -> list[int]:
         return self.tokens[len(self.request.forced) :]
-
-
-def _sampling(request: Request, stay: int) -> dict[str, Any]:
-    """Greedy. What ends a request is judged here: a forced token ends nothing."""
-    parameters: dict[str, Any] = {
-        "temperature": 0,
-        "max_new_tokens": len(request.forced) + request.new_tokens + stay,
-        "ignore_eos": True,
-    }
-    if request.forced:
-        parameters["custom_params"] = {FORCED: list(request.forced), SCORED: request.scored}
-    return parameters
 
 
 def _ends(model: str) -> set[int]:
@@ -328,7 +342,7 @@ class Meter:
 
     def _watch(self) -> None:
         while not self._over.wait(SAMPLE_SECONDS):
-            with contextlib.suppress(httpx.HTTPError):  # the stream will say so
+            with contextlib.suppress(EngineError):  # the stream will say so
                 load = self.server.load()
                 sample = Sample(
                     at=load["timestamp"],
@@ -365,9 +379,8 @@ class Server:
         """Until it answers."""
         deadline = time.monotonic() + START_SECONDS
         while self.process.poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(httpx.TransportError):
-                if self.client.get("/health").status_code == httpx.codes.OK:
-                    return
+            if self._answers():
+                return
             time.sleep(0.25)
         ended = self.process.poll()
         what = f"did not start within {START_SECONDS} s"
@@ -390,7 +403,8 @@ class Server:
     def last_lines(self) -> str:
         """What its log ends with, the lines before that tell why, and what to do."""
         text = self.log.read_text(errors="replace")
-        said = [line[:LINE] for line in text.splitlines() if line.strip()]
+        lines = [line.rstrip() for line in text.splitlines()]
+        said = [li[:LINE] for li in lines if li and not li.strip().startswith("[--")]  # usage
         telling = [line for line in said[:-LINES] if TELLING.search(line)]
         shown = [*dict.fromkeys(telling[-LINES:]), *said[-LINES:]]
         advice = [what for pattern, what in ADVICE.items() if re.search(pattern, text)][:1]
@@ -437,9 +451,19 @@ class Server:
             )
 
     def load(self) -> dict[str, Any]:
+        """What the scheduler wrote at its last step."""
+        with self._asking():
+            return self._loads()[0]
+
+    def _loads(self) -> list[dict[str, Any]]:
         reply = self.client.get("/v1/loads", params={"include": "core"}).raise_for_status()
-        load: dict[str, Any] = reply.json()["loads"][0]
-        return load
+        loads: list[dict[str, Any]] = reply.json()["loads"]
+        return loads
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(httpx.HTTPError):
+            return self.client.get("/health").is_success and bool(self._loads())
+        return False
 
     def metrics(self, name: str) -> float:
         """One number of ``/metrics``, summed over its labels."""
