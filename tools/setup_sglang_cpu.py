@@ -72,11 +72,9 @@ REQUIREMENTS = [
 # Requires a torch of its own choice.
 QUANTISATION = "compressed-tensors==0.18.0"
 TESTS = ["pytest>=8.3", "pytest-xdist>=3.6", "pytest-timeout>=2.3"]
-DEMO = ["typer>=0.15", "rich>=13", "matplotlib>=3.9", "httpx>=0.27"]
 SHIMS = PROJECT / "tests" / "sglang" / "shims"
 
-
-IMPORTS = "import sglang, transformers, kvplug, sglang.srt.managers.scheduler"
+IMPORTS = "import sglang, transformers, kvplug, lm_eval, sglang.srt.managers.scheduler"
 
 
 def main() -> None:
@@ -92,13 +90,13 @@ def main() -> None:
     env.pip(
         TORCH,
         TRITON,
-        also=[*REQUIREMENTS, *TESTS, *DEMO],
+        *("--editable", f"{PROJECT}[cli,plot,evals]"),
+        also=[*REQUIREMENTS, *TESTS],
         of=SGLANG,
-        advice="SGLang's requirements must be on pip's index",
+        advice="SGLang's requirements and kvplug's own must be on pip's index",
     )
     # Without their requirements, which are GPU builds.
     env.pip("--no-deps", SGLANG, QUANTISATION, advice=f"{SGLANG} must be on pip's index")
-    env.pip("--no-deps", "--editable", str(PROJECT), advice="hatchling must be on pip's index")
     stand_ins = {"PYTHONPATH": str(SHIMS), "SGLANG_USE_CPU_ENGINE": "1"}
     torch, sglang = verify(env, IMPORTS, "sglang.__version__", **stand_ins)
     say(f"torch {torch}, sglang {sglang}, ready in {env.folder}")

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -108,9 +109,10 @@ def test_what_cannot_run_says_what_to_do():
     with pytest.raises(ValueError, match="Did you mean 'quest'"):
         expand(suite(), "vllm", ["qest"], baselines=True)
     options = EngineOptions(model="m", max_model_len=64, max_num_seqs=1)
-    with pytest.raises(EngineError, match="SGLang adapter does not serve yet"):
-        start_engine("sglang", "dense", options)
-    with pytest.raises(EngineError, match="must be vllm"):
+    if find_spec("sglang") is None:
+        with pytest.raises(EngineError, match=r"needs sglang; install it .*kvplug\[sglang\]"):
+            start_engine("sglang", "dense", options)
+    with pytest.raises(EngineError, match="must be vllm or sglang, got 'llama"):
         start_engine("llama.cpp", "dense", options)
     assert changed(suite(), seed=3, turns=None) == replace(suite(), seed=3)
 

@@ -114,8 +114,12 @@ def start_engine(engine: str, policy: str, options: EngineOptions) -> Engine:
             ) from None
         return VLLMEngine(policy, options)
     if engine == "sglang":
-        raise EngineError(
-            "kvplug's SGLang adapter does not serve yet, so nothing of it can be measured; "
-            "use --engine vllm"
-        )
-    raise EngineError(f"--engine must be vllm, got {engine!r}")
+        try:
+            from kvplug_evals.engines.sglang import SGLangEngine
+        except ModuleNotFoundError as error:
+            raise EngineError(
+                f"--engine sglang needs {error.name}; install it with: "
+                "pip install 'kvplug[sglang]'"
+            ) from None
+        return SGLangEngine(policy, options)
+    raise EngineError(f"--engine must be vllm or sglang, got {engine!r}")

@@ -1,10 +1,11 @@
-"""A model folder: written whole or not at all, with a tokenizer of one word per token."""
+"""A model folder: written whole or not at all, and what one says of its cache."""
 
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -39,3 +40,33 @@ def write_word_tokenizer(folder: Path, words: Sequence[str]) -> None:
         folder / "tokenizer_config.json",
         {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False},
     )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Raises ValueError that says how to get a model."""
+    file = folder / "config.json"
+    if not file.exists():
+        raise ValueError(
+            f"there is no model in {folder}; run make models, or give --model a folder"
+        )
+    config: dict[str, Any] = json.loads(file.read_text())
+    return config
+
+
+def dtype(folder: Path) -> str:
+    """Of the weights. Raises ValueError."""
+    config = read_config(folder)
+    return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+
+
+def token_bytes(folder: Path) -> int:
+    """KV bytes of a token over all layers, as the model's own dtype holds them.
+
+    Raises ValueError.
+    """
+    config = read_config(folder)
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    size = 4 if dtype(folder) == "float32" else 2
+    kv_heads = config.get("num_key_value_heads") or heads
+    return int(2 * config["num_hidden_layers"] * kv_heads * head_dim * size)

@@ -15,7 +15,7 @@ from rich.markup import escape
 
 
 def evaluate(
-    engine: Annotated[str, typer.Option(help="vllm; sglang does not serve yet.")] = "vllm",
+    engine: Annotated[str, typer.Option(help="vllm or sglang, installed beside kvplug.")] = "vllm",
     model: Annotated[
         str | None, typer.Option(help="recall, smollm2 or a folder; the suite's if none.")
     ] = None,

@@ -192,7 +192,9 @@ def _preface(found: Sequence[Result]) -> list[str]:
     first = found[0].environment
     seconds = sum(r.environment["seconds"] for r in found)
     versions = ", ".join(
-        f"{name} {first[name]}" for name in ("kvplug", "vllm", "torch", "lm_eval") if name in first
+        f"{name} {first[name]}"
+        for name in ("kvplug", "vllm", "sglang", "torch", "lm_eval")
+        if name in first
     )
     models = ", ".join(sorted({r.config["model"] for r in found}))
     processes = ", ".join(sorted({r.environment["engine_processes"] for r in found}))

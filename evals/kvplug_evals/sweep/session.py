@@ -29,6 +29,7 @@ from kvplug_evals.demo.session import machine
 from kvplug_evals.engines.interface import Engine, EngineError, EngineOptions, MiB, start_engine
 from kvplug_evals.engines.stock import is_stock
 from kvplug_evals.lm import LOSS, MODELS
+from kvplug_evals.models.folder import token_bytes
 from kvplug_evals.sweep.data import SEED, load, ours
 from kvplug_evals.sweep.journal import Journal
 from kvplug_evals.sweep.settings import Setting
@@ -124,21 +125,6 @@ def options_of(setting: Setting, run: Run) -> EngineOptions:
     )
 
 
-def token_bytes(model: Path) -> int:
-    """KV bytes of a token over all layers, as the model's own dtype holds them."""
-    if not (model / "config.json").exists():
-        raise ValueError(
-            f"there is no model in {model}; run make models, or give --model a folder"
-        )
-    config = json.loads((model / "config.json").read_text())
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    size = 4 if dtype == "float32" else 2
-    kv_heads = config.get("num_key_value_heads") or heads
-    return int(2 * config["num_hidden_layers"] * kv_heads * head_dim * size)
-
-
 def _run_setting(
     setting: Setting, run: Run, engine: Engine, progress: Progress
 ) -> list[dict[str, Any]]:
@@ -169,7 +155,7 @@ def _run_setting(
     with (directory / "predictions.jsonl").open("w") as out:
         out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     environment = {
-        **machine(),
+        **machine(setting.engine),
         **engine.environment,
         "seeds": {"data": suite.seed, "lm_eval": SEED},
         "threads": run.threads,

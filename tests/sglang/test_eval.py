@@ -1,0 +1,303 @@
+"""``kvplug eval`` and its forced decoding, through SGLang: from the command line to the report."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("lm_eval")
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
+
+from kvplug_evals.engines.interface import (  # noqa: E402
+    EngineError,
+    EngineOptions,
+    Request,
+    Wave,
+    start_engine,
+)
+
+ROOT = Path(__file__).parents[2]
+RECALL = ROOT / ".models" / "recall"
+QUEST, SNAPKV = "quest(budget=512, dense_layers=0)", "snapkv(budget=512)"
+SUITE = """
+about: A small one of the recall suite's kind.
+model: recall
+tokens: [2048]
+contexts: 3
+turns: 3
+tasks:
+  kvplug_recall: {pairs: 256, hops: 4}
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def path() -> Iterator[None]:
+    """What this process imports, its children import too: the stand-ins are not installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        yield
+
+
+def kvplug_eval(*options: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "kvplug_evals.cli", "eval", "--engine", "sglang", *options],
+        cwd=ROOT, capture_output=True, text=True, timeout=1500,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("eval")
+    suite = folder / "small.yaml"
+    suite.write_text(SUITE)
+    out = folder / "out"
+    code, said = kvplug_eval(
+        "--model", "recall", "--suite", str(suite), "--policy", "dense", "--policy", QUEST,
+        "--policy", SNAPKV, "--no-baselines", "--out", str(out),
+    )  # fmt: skip
+    assert code == 0, said
+    return out
+
+
+def metrics(out: Path, policy: str) -> dict[str, Any]:
+    for file in out.glob("*/metrics.json"):
+        config = json.loads(file.with_name("config.json").read_text())
+        if config["policy"].startswith(policy):
+            found: dict[str, Any] = json.loads(file.read_text())["kvplug_recall"]
+            return found
+    raise AssertionError(f"there is no {policy} in {out}")
+
+
+def test_dense_recalls_everything_and_later_turns_hit_the_prefix_cache(out: Path) -> None:
+    dense = metrics(out, "dense")
+    assert dense["fixed"] == 1.0
+    assert dense["agreement"] == 1.0
+    assert dense["loss"] < 0.01
+    assert dense["questions"] == 9
+    cached = [turn["cached_tokens"] for turn in dense["turns"]]
+    assert cached[0] == 0
+    assert all(tokens >= 2000 for tokens in cached[1:])
+    assert dense["read_per_step"] == dense["cached_per_step"]
+    pages = dense["held_bytes"] / (32 * 4096)
+    assert pages == pytest.approx(dense["cached_per_step"] / 32, abs=3)
+
+
+def test_a_selection_reads_less_and_answers_less(out: Path) -> None:
+    dense, quest = metrics(out, "dense"), metrics(out, "quest")
+    assert quest["fixed"] < 0.7
+    assert quest["loss"] > dense["loss"] + 1
+    assert quest["read_per_step"] < 0.3 * dense["read_per_step"]
+    assert quest["held_bytes"] == pytest.approx(dense["held_bytes"] * 33 / 32, rel=0.03)
+    report = (out / "report.md").read_text()
+    assert "sglang 0.5.23" in report
+    for plot in out.glob("*.png"):
+        assert f"]({plot.name})" in report
+
+
+def test_an_evictor_holds_less(out: Path) -> None:
+    dense, snapkv = metrics(out, "dense"), metrics(out, "snapkv")
+    assert snapkv["held_bytes"] < 0.5 * dense["held_bytes"]
+    assert snapkv["peak_bytes"] > snapkv["held_bytes"], "the prompts were held until compressed"
+    assert all(turn["cached_tokens"] >= 1900 for turn in snapkv["turns"][1:])
+
+
+@pytest.fixture(scope="module")
+def asked() -> list[Request]:
+    """Prompts in several chunks; answers of several lengths, true and false ones."""
+    from transformers import AutoTokenizer
+
+    from kvplug_evals.models.recall import recall_prompt, word
+
+    encode = AutoTokenizer.from_pretrained(RECALL)
+    requests = []
+    for number, tokens in enumerate((800, 701, 410, 800)):
+        prompt = recall_prompt(tokens, 100, 2, seed=number, hops=4, disjoint=True)
+        right, other = prompt.answers
+        forced = [right, [right[0], other[0], right[2]], other * 4, []][number]
+        requests.append(
+            Request(
+                key=str(number),
+                prompt=encode(f"{prompt.text} {word(prompt.questions[0])}").input_ids,
+                forced=list(forced),
+                scored=max(0, len(forced) - number),
+                new_tokens=(5, 3, 6, 4)[number],
+            )
+        )
+    return requests
+
+
+@pytest.fixture(scope="module")
+def answered(asked: list[Request]) -> tuple[Wave, Wave]:
+    """At once, with overlap and chunks; then the first alone, from a cache that was emptied."""
+    options = EngineOptions(
+        model=str(RECALL), max_model_len=1600, max_num_seqs=4, kv_cache_mib=64,
+        max_num_batched_tokens=256,
+    )  # fmt: skip
+    engine = start_engine("sglang", "dense", options)
+    try:
+        together = engine.run(asked)
+        engine.forget()
+        alone = engine.run(asked[:1])
+        full = Request(key="full", prompt=(asked[0].prompt * 2)[:1590], new_tokens=8)
+        assert len(engine.run([full]).replies[0].tokens) == 8, "the most that is let in"
+        with pytest.raises(EngineError, match=r"long needs 2,\d+ tokens .* serves 1,598"):
+            engine.run([Request(key="long", prompt=asked[0].prompt, new_tokens=2000)])
+    finally:
+        engine.close()
+    assert engine.server.process.returncode is not None
+    assert not engine.server.log.exists()
+    return together, alone
+
+
+@torch.inference_mode()
+def expected(request: Request) -> tuple[list[float], list[bool], list[int]]:
+    """Losses and agreement of the forced tokens, and what is decoded behind them, by hand."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(RECALL).eval()
+    text = request.prompt + request.forced
+    logits = model(torch.tensor([text])).logits[0, len(request.prompt) - 1 : -1].float()
+    wanted = torch.tensor(request.forced, dtype=torch.long)
+    losses = -logits.log_softmax(-1)[torch.arange(len(wanted)), wanted]
+    agreed = logits.argmax(-1) == wanted
+    free: list[int] = []
+    for _ in range(request.new_tokens):
+        free.append(int(model(torch.tensor([text + free])).logits[0, -1].argmax()))
+    skipped = len(request.forced) - request.scored
+    return losses[skipped:].tolist(), agreed[skipped:].tolist(), free
+
+
+def test_forced_tokens_cost_what_the_model_says_of_them(
+    asked: list[Request], answered: tuple[Wave, Wave]
+) -> None:
+    verdicts = []
+    for request, reply in zip(asked, answered[0].replies, strict=True):
+        losses, agreed, free = expected(request)
+        assert reply.key == request.key
+        assert reply.losses == pytest.approx(losses, rel=1e-3, abs=0.01)
+        assert reply.agreed == agreed
+        assert reply.tokens == free, "they follow from what was forced"
+        assert reply.prompt_tokens == len(request.prompt)
+        verdicts += agreed
+    assert True in verdicts
+    assert False in verdicts
+
+
+def test_together_is_as_alone(answered: tuple[Wave, Wave]) -> None:
+    together, alone = answered[0].replies[0], answered[1].replies[0]
+    assert alone.cached_tokens == 0
+    assert (together.tokens, together.agreed) == (alone.tokens, alone.agreed)
+    assert together.losses == pytest.approx(alone.losses, rel=1e-3, abs=0.01)
+    assert 0 < alone.token_seconds < alone.first_token_seconds
+
+
+def test_what_a_wave_holds_and_reads(asked: list[Request], answered: tuple[Wave, Wave]) -> None:
+    together = answered[0]
+    pages = sum(-(-len(request.prompt) // 32) for request in asked)
+    assert together.held_blocks == pytest.approx(pages, abs=12), "less the prefix that all share"
+    assert together.peak_blocks >= together.held_blocks
+    assert together.read == together.cached
+    assert together.queries > sum(len(r.forced) + r.new_tokens - 1 for r in asked)
+
+
+def test_forced_tokens_under_policies_of_requests(
+    engine: Any, random_llama: Any, prompts: Any
+) -> None:
+    """``kvplug`` and forced tokens side by side in custom_params, many requests at once, some of
+    them retracted: each goes on where it was."""
+    from kvplug_evals.engines.forced_sglang import FORCED, SCORED, SCORES, ForcedTokens
+
+    policies = ["snapkv(budget=64, window=16)", "dense"]
+    offer = json.dumps({"policy": "dense", "allow": ["snapkv"], "max_budget": 512})
+    batch = prompts(371, 204, 143, 388, 256, 300, 271, 119, 340, 224, seed=4)
+    small = {"max_total_tokens": 1536, "schedule_conservativeness": 0.05}
+    with engine(random_llama(), offer, enable_custom_logit_processor=True, **small) as server:
+
+        def send(number: int, forced: list[int]) -> str:
+            custom = {"kvplug": policies[number % 3 > 0], FORCED: forced, SCORED: len(forced)}
+            rid: str = server.send(batch[number], 120, custom_params=custom, ignore_eos=False)
+            server._inbox[-1].custom_logit_processor = ForcedTokens.to_str() if forced else None
+            return rid
+
+        alone = []
+        for number in range(len(batch)):
+            rid = send(number, [])
+            server.drain()
+            alone.append(server.output(rid))
+        assert alone[0] != server.generate([batch[0]], 120, "dense", ignore_eos=False)[0]
+        server.forget()
+        rids = [send(number, tokens[:60]) for number, tokens in enumerate(alone[:-1])]
+        wrong = send(len(batch) - 1, [7, 8, 9])
+        server.drain()
+        assert sum(server.requests[rid].retraction_count for rid in rids), "too much room"
+        for rid, tokens in zip(rids, alone[:-1], strict=True):
+            assert server.output(rid) == tokens
+            scores = server.requests[rid].customized_info[SCORES]
+            assert len(scores) == len(tokens[:60])
+            assert all(agreed and logprob < 0 for logprob, agreed in scores)
+        assert server.output(wrong)[:3] == [7, 8, 9]
+        assert not any(agreed for _, agreed in server.requests[wrong].customized_info[SCORES])
+
+
+def runs(process: int) -> bool:
+    """A zombie does not."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def test_a_killed_evaluation_leaves_no_server() -> None:
+    """Any process in the server's place."""
+    code = (
+        "import os, sys, time; from kvplug_evals.engines.sglang import Server\n"
+        "sleeps = [sys.executable, '-c', 'import time; time.sleep(600)']\n"
+        "server = Server(sleeps, dict(os.environ)); server.log.unlink()\n"
+        "print(server.process.pid, flush=True); time.sleep(600)"
+    )
+    evaluation = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert evaluation.stdout is not None
+    server = int(evaluation.stdout.readline())
+    assert runs(server)
+    evaluation.kill()
+    evaluation.communicate()
+    deadline = time.monotonic() + 30
+    while runs(server) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not runs(server)
+
+
+@pytest.mark.parametrize(
+    "options, policy, message",
+    [
+        ({"model": "nowhere"}, "dense", "no model in nowhere; run make models"),
+        ({"multiprocess": False}, "dense", "drop --in-process"),
+        ({}, "qest", "Did you mean 'quest'"),
+        ({}, "pyramid(snapkv(budget=64))", "(?s)layers budgets of their own.*choose another"),
+    ],
+)
+def test_what_cannot_run_says_what_to_do(
+    options: dict[str, Any], policy: str, message: str
+) -> None:
+    given = {"model": str(RECALL), "max_model_len": 1600, "max_num_seqs": 4, **options}
+    with pytest.raises(EngineError, match=message):
+        start_engine("sglang", policy, EngineOptions(**given))
+
+
+def test_the_command_says_what_to_do(tmp_path: Path) -> None:
+    code, said = kvplug_eval("--suite", "smoke", "--in-process", "--out", str(tmp_path))
+    assert code == 1
+    assert "drop --in-process" in " ".join(said.split())
+    assert "Traceback" not in said
