@@ -41,8 +41,8 @@ def demo(
     """Serve one long conversation under several policies and compare them. Takes minutes."""
     try:
         from kvplug_evals.demo.report import NothingSaved
-        from kvplug_evals.demo.server import ServerError
         from kvplug_evals.demo.session import configure, run_demo
+        from kvplug_evals.engines.interface import EngineError
     except ModuleNotFoundError as error:
         raise SystemExit(
             f"the demo needs {error.name}; install it with: pip install 'kvplug[cli,plot,evals]'"
@@ -59,7 +59,7 @@ def demo(
     except KeyboardInterrupt:
         failed.print("stopped; no server is left running")
         raise typer.Exit(130) from None
-    except (ServerError, NothingSaved, ValueError, OSError) as error:
+    except (EngineError, NothingSaved, ValueError, OSError) as error:
         failed.print(f"[bold red]kvplug demo:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from None
 

@@ -34,10 +34,12 @@ from kvplug_evals.demo.report import (  # noqa: E402
     check_savings,
     say_result,
 )
-from kvplug_evals.demo.server import ServerError, diagnose, serve  # noqa: E402
+from kvplug_evals.demo.server import serve  # noqa: E402
 from kvplug_evals.demo.session import configure, policies  # noqa: E402
 from kvplug_evals.demo.sglang import SGLang  # noqa: E402
 from kvplug_evals.demo.vllm import VLLM  # noqa: E402
+from kvplug_evals.engines.interface import EngineError  # noqa: E402
+from kvplug_evals.serving import diagnose  # noqa: E402
 
 ENGINES = [VLLM, SGLang]
 
@@ -339,7 +341,7 @@ def test_no_process_outlives_the_server(end, tmp_path):
 def test_a_server_that_dies_shows_its_reason_and_a_way_out(tmp_path):
     code = "raise ValueError('No available memory for the cache blocks.')"
     with (
-        pytest.raises(ServerError, match="ended with 1") as caught,
+        pytest.raises(EngineError, match="ended with 1") as caught,
         serve(Script(model=tmp_path, code=code), "dense", tmp_path / "server.log"),
     ):
         pass

@@ -66,7 +66,7 @@ def check_model(model: Path) -> None:
 
 
 def run_demo(lines: Sequence[str], engine: Engine, out: Path, console: Console) -> None:
-    """Raises ServerError, report.NothingSaved, ValueError and OSError; no server is left."""
+    """Raises EngineError, report.NothingSaved, ValueError and OSError; no server is left."""
     check_model(engine.model)
     compared = policies(type(engine), lines)
     out.mkdir(parents=True, exist_ok=True)

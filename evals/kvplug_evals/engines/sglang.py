@@ -8,15 +8,9 @@ request brings along, so it listens on this machine alone.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.metadata
 import json
 import os
-import re
-import shlex
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -31,12 +25,14 @@ import httpx
 import torch
 
 from kvplug import read_offer
+from kvplug_evals import serving
 from kvplug_evals.engines.forced_sglang import FORCED, SCORED, SCORES, ForcedTokens
 from kvplug_evals.engines.interface import EngineError, EngineOptions, MiB, Reply, Request, Wave
 from kvplug_evals.models.folder import dtype, token_bytes
 from kvplug_evals.scbench.documents import encoder
+from kvplug_evals.serving import free_port
 
-START_SECONDS, STOP_SECONDS = 900, 10
+START_SECONDS = 900
 FLUSH_SECONDS = 60
 SAMPLE_SECONDS = 0.05
 SETTLED = 3
@@ -47,20 +43,6 @@ SPARED = 2
 """Tokens of its context length that SGLang never serves."""
 COUNTERS = [f"kvplug_{name}_total" for name in ("decode_queries", "cached_tokens", "read_tokens")]
 GiB = 1 << 30
-LINE, LINES = 400, 8
-TELLING = re.compile(r"\b\w*(Error|Exception|Killed)\b|kvplug cannot|^- |error: ")
-ADVICE = {
-    r"No module named '(torchvision|sgl_kernel)": "on a CPU SGLang needs stand-ins for these; in "
-    "a checkout of kvplug, put tests/sglang/shims on PYTHONPATH and run the command again",
-    r"invalid choice: 'kvplug'|No module named": "the environment is incomplete; run "
-    "make setup-sglang, or pip install 'kvplug[sglang]'",
-    r"kvplug cannot serve": "kvplug refused, the reason is above; choose another --policy",
-    r"Address already in use": "another program took the port meanwhile; run the command again",
-    r"[Nn]ot enough memory|[Oo]ut of memory|Cannot allocate memory": "free some memory, or ask "
-    "for fewer --contexts or --tokens",
-}
-DIE_WITH_PARENT = 1
-"""PR_SET_PDEATHSIG of prctl."""
 
 
 class SGLangEngine:
@@ -136,7 +118,7 @@ class SGLangEngine:
 
     def close(self) -> None:
         self.server.stop()
-        self.server.log.unlink(missing_ok=True)
+        self.server.process.log.unlink(missing_ok=True)
 
     def _check(self, requests: Sequence[Request]) -> None:
         for request in requests:
@@ -199,9 +181,9 @@ class SGLangEngine:
         state.gone = True
         if not state.done:
             wanted = len(state.request.forced) + state.request.new_tokens
-            raise EngineError(
+            raise self.server.process.failure(
                 f"SGLang ended {state.request.key} after {len(state.tokens)} of {wanted} tokens: "
-                f"{why.get('message') or why['type']}.\n{self.server.last_lines()}"
+                f"{why.get('message') or why['type']}"
             )
 
     def _complete(self, state: _Running) -> bool:
@@ -354,67 +336,23 @@ class Meter:
 
 
 class Server:
-    """A process that always ends, and how it is asked. Raises EngineError with its last words."""
+    """How a server is asked. Raises EngineError with its last words."""
 
     def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
-        port = _free_port()
+        port = free_port()
         whole = [*arguments, "--host", "127.0.0.1", "--port", str(port)]
         file, name = tempfile.mkstemp(prefix="kvplug-sglang-", suffix=".log")
-        self.log = Path(name)
-        with os.fdopen(file, "w") as out:
-            out.write(f"$ {shlex.join(whole)}\n")
-            out.flush()
-            self.process = subprocess.Popen(
-                whole,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,  # a group of its own: one signal reaches all of it
-                preexec_fn=_die_with_parent,
-            )
+        os.close(file)
+        self.process = serving.Server("SGLang", whole, environment, Path(name))
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
 
     def wait(self) -> None:
         """Until it answers."""
-        deadline = time.monotonic() + START_SECONDS
-        while self.process.poll() is None and time.monotonic() < deadline:
-            if self._answers():
-                return
-            time.sleep(0.25)
-        ended = self.process.poll()
-        what = f"did not start within {START_SECONDS} s"
-        raise EngineError(
-            f"SGLang {what if ended is None else f'ended with {ended} before it answered'}.\n"
-            f"{self.last_lines()}"
-        )
+        self.process.wait(self._answers, START_SECONDS)
 
     def stop(self) -> None:
-        try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.terminate()
-                self.process.wait(STOP_SECONDS)
-        finally:  # whatever is left, also when Ctrl-C cuts the wait short
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.client.close()
-
-    def last_lines(self) -> str:
-        """What its log ends with, the lines before that tell why, and what to do."""
-        text = self.log.read_text(errors="replace")
-        lines = [line.rstrip() for line in text.splitlines()]
-        said = [li[:LINE] for li in lines if li and not li.strip().startswith("[--")]  # usage
-        telling = [line for line in said[:-LINES] if TELLING.search(line)]
-        shown = [*dict.fromkeys(telling[-LINES:]), *said[-LINES:]]
-        advice = [what for pattern, what in ADVICE.items() if re.search(pattern, text)][:1]
-        return "\n".join(
-            [
-                f"The last that {self.log} says of it:",
-                *(f"    {line}" for line in shown),
-                f"What to do: {advice[0] if advice else 'change what these lines name'}",
-            ]
-        )
+        self.process.stop()
+        self.client.close()
 
     def stream(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Events of ``/generate`` as they come."""
@@ -487,24 +425,7 @@ class Server:
         try:
             yield
         except httpx.HTTPError as error:
-            what = f"{type(error).__name__} {error}".strip()
-            raise EngineError(
-                f"a request to SGLang's server failed: {what}.\n{self.last_lines()}"
-            ) from error
-
-
-LIBC = ctypes.CDLL(None)
-
-
-def _die_with_parent() -> None:
-    """Between fork and exec. SGLang's own children do the same."""
-    LIBC.prctl(DIE_WITH_PARENT, signal.SIGKILL)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+            raise self.process.request_failure(error) from error
 
 
 def command(policy: str, options: EngineOptions) -> list[str]:
@@ -521,7 +442,7 @@ def command(policy: str, options: EngineOptions) -> list[str]:
         *("--context-length", str(options.max_model_len)),
         *("--max-running-requests", str(options.max_num_seqs)),
         *("--chunked-prefill-size", str(options.max_num_batched_tokens)),
-        *("--nccl-port", str(_free_port())),
+        *("--nccl-port", str(free_port())),
         *("--enable-metrics", "--load-snapshot-publish-interval", "1"),
         *("--enable-custom-logit-processor", "--incremental-streaming-output"),
         *("--skip-tokenizer-init", "--skip-server-warmup", "--sleep-on-idle"),
