@@ -15,16 +15,16 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("lm_eval")
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
-
-from kvplug_evals.engines.interface import (  # noqa: E402
+from kvplug_evals.engines.interface import (
     EngineError,
     EngineOptions,
     Request,
     Wave,
     start_engine,
 )
+from kvplug_evals.models.random_llama import build_random_gemma3
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[2]
 RECALL = ROOT / ".models" / "recall"
@@ -262,7 +262,7 @@ def test_a_killed_evaluation_leaves_no_server() -> None:
     code = (
         "import os, sys, time; from kvplug_evals.engines.sglang import Server\n"
         "sleeps = [sys.executable, '-c', 'import time; time.sleep(600)']\n"
-        "server = Server(sleeps, dict(os.environ)); server.log.unlink()\n"
+        "server = Server(sleeps, dict(os.environ)).process; server.log.unlink()\n"
         "print(server.process.pid, flush=True); time.sleep(600)"
     )
     evaluation = subprocess.Popen(
@@ -285,13 +285,16 @@ def test_a_killed_evaluation_leaves_no_server() -> None:
         ({"model": "nowhere"}, "dense", "no model in nowhere; run make models"),
         ({"multiprocess": False}, "dense", "drop --in-process"),
         ({}, "qest", "Did you mean 'quest'"),
-        ({}, "pyramid(snapkv(budget=64))", "(?s)layers budgets of their own.*choose another"),
+        ({"model": "{windowed}"}, "knorm", "(?s)the model has windowed layers.*another --policy"),
     ],
 )
 def test_what_cannot_run_says_what_to_do(
-    options: dict[str, Any], policy: str, message: str
+    options: dict[str, Any], policy: str, message: str, tmp_path: Path
 ) -> None:
     given = {"model": str(RECALL), "max_model_len": 1600, "max_num_seqs": 4, **options}
+    if given["model"] == "{windowed}":
+        build_random_gemma3(tmp_path)
+        given["model"] = str(tmp_path)
     with pytest.raises(EngineError, match=message):
         start_engine("sglang", policy, EngineOptions(**given))
 

@@ -126,7 +126,6 @@ def test_dense_is_served_where_a_policy_is_not(resolve):
     "policy, message",
     [
         ("snapkv(bugdet=64)", "Did you mean 'budget'"),
-        ("pyramid(snapkv(budget=256))", "none would be freed; use snapkv(budget=256"),
         ('{"policy": "quest", "allow": ["snapkv"]}', "max_budget must say"),
         ('{"policy": "quest"', "a policy line or a JSON object"),
     ],
@@ -226,9 +225,28 @@ def test_what_is_left_open_is_decided(resolve):
     assert resolved_view(resolve("")).page_size == 32, "the default policy selects"
     quest = resolved_view(resolve("quest(budget=64)"))
     assert quest.page_size == 32
-    assert quest.cuda_graph_config.decode.backend == "disabled"
+    assert quest.cuda_graph_config.decode.backend == "disabled", "there is no graph of a CPU"
     assert resolved_view(resolve("snapkv(budget=64)")).page_size == 1
     assert resolved_view(resolve("quest(budget=64)", page_size=16)).page_size == 16
+
+
+def test_decode_alone_is_captured():
+    from types import SimpleNamespace
+
+    from sglang.srt.model_executor.cuda_graph_config import default_cuda_graph_config
+
+    from kvplug_sglang import compat
+
+    view = SimpleNamespace(device="cuda", cuda_graph_config=default_cuda_graph_config())
+    assert not compat.breaks_decode_graphs(view)
+    decided = compat.graphs_of_decode_alone(view)["cuda_graph_config"]
+    assert (decided.decode.backend, decided.prefill.backend) == ("full", "disabled")
+
+
+def test_graphs_that_were_never_run(resolve):
+    broken = {"decode": {"backend": "breakable"}}
+    with pytest.raises(ValueError, match="breakable CUDA graphs of decode were never run"):
+        resolve("quest(budget=64)", cuda_graph_config=broken)
 
 
 def test_the_flag_needs_the_backend():
