@@ -24,6 +24,8 @@ POLICIES = [
     "keydiff(budget=4096) + quest(budget=4096, dense_layers=0)",
     "streaming_llm(window=4096) + quest(budget=4096, dense_layers=1)",
 ]
+PYRAMID = "pyramid(snapkv(budget=4096), beta=2)"
+"""Its last layers keep half of that, which is enough."""
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def expected(engine, random_llama, conversation):
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [*POLICIES, PYRAMID])
 def test_full_budget_equals_stock(engine, random_llama, conversation, expected, policy, page_size):
     with engine(random_llama(), policy, page_size=page_size) as planned:
         assert [planned.generate(batch, 12) for batch in conversation] == expected
@@ -48,7 +50,7 @@ def test_full_budget_equals_stock(engine, random_llama, conversation, expected, 
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
-@pytest.mark.parametrize("policy", POLICIES[1:])
+@pytest.mark.parametrize("policy", [*POLICIES[1:], PYRAMID])
 def test_so_it_does_the_long_way_round(
     engine, random_llama, conversation, expected, policy, page_size
 ):

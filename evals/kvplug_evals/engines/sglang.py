@@ -28,6 +28,7 @@ from kvplug import read_offer
 from kvplug_evals import serving
 from kvplug_evals.engines.forced_sglang import FORCED, SCORED, SCORES, ForcedTokens
 from kvplug_evals.engines.interface import EngineError, EngineOptions, MiB, Reply, Request, Wave
+from kvplug_evals.engines.running import COUNTERS, SETTLED, STAY, Running
 from kvplug_evals.models.folder import dtype, token_bytes
 from kvplug_evals.scbench.documents import encoder
 from kvplug_evals.serving import free_port
@@ -35,13 +36,8 @@ from kvplug_evals.serving import free_port
 START_SECONDS = 900
 FLUSH_SECONDS = 60
 SAMPLE_SECONDS = 0.05
-SETTLED = 3
-"""Output tokens after which a prompt's compression has freed what it frees."""
-STAY = 64
-"""Tokens that a request may decode beyond its answer while others are still submitted."""
 SPARED = 2
 """Tokens of its context length that SGLang never serves."""
-COUNTERS = [f"kvplug_{name}_total" for name in ("decode_queries", "cached_tokens", "read_tokens")]
 GiB = 1 << 30
 
 
@@ -94,7 +90,7 @@ class SGLangEngine:
                 now, state = time.monotonic(), running[event["meta_info"]["id"]]
                 self._see(state, event, now)
                 if state.done and state.request.key not in replies:
-                    reply = replies[state.request.key] = self._reply(state)
+                    reply = replies[state.request.key] = state.reply(self.tokenizer)
                     if finished is not None:
                         finished(reply)
                 if all(state.steps >= SETTLED for state in running.values()):
@@ -130,15 +126,15 @@ class SGLangEngine:
                     "room, more"
                 )
 
-    def _named(self, requests: Sequence[Request], started: float) -> dict[str, _Running]:
+    def _named(self, requests: Sequence[Request], started: float) -> dict[str, Running]:
         first = self.requests
         self.requests += len(requests)
         return {
-            f"kvplug-{number}": _Running(request, started)
+            f"kvplug-{number}": Running(request, started)
             for number, request in enumerate(requests, start=first)
         }
 
-    def _body(self, running: dict[str, _Running]) -> dict[str, Any]:
+    def _body(self, running: dict[str, Running]) -> dict[str, Any]:
         """One request of all prompts."""
         requests = [state.request for state in running.values()]
         steps = (
@@ -164,7 +160,7 @@ class SGLangEngine:
             parameters["custom_params"] = {FORCED: list(request.forced), SCORED: request.scored}
         return parameters
 
-    def _see(self, state: _Running, event: dict[str, Any], now: float) -> None:
+    def _see(self, state: Running, event: dict[str, Any], now: float) -> None:
         told = event["meta_info"]
         if not state.steps:  # a retracted request would later find its own
             state.cached = told["cached_tokens"]
@@ -174,7 +170,8 @@ class SGLangEngine:
             if not state.done:
                 state.tokens.append(token)
                 state.first, state.last = state.first or now, now
-                state.done = self._complete(state)
+                state.done = token in self.ends and bool(state.free)
+                state.done |= state.complete(self.tokenizer)
         why = told["finish_reason"]
         if why is None:
             return
@@ -186,69 +183,16 @@ class SGLangEngine:
                 f"{why.get('message') or why['type']}"
             )
 
-    def _complete(self, state: _Running) -> bool:
-        """After each token."""
-        request, free = state.request, state.free
-        if len(free) >= request.new_tokens and len(state.tokens) >= len(request.forced):
-            return True
-        if not free:
-            return False
-        if free[-1] in self.ends:
-            return True
-        text = self.tokenizer.decode(free) if request.until else ""
-        return any(stop in text for stop in request.until)
-
-    def _dismiss(self, running: dict[str, _Running]) -> None:
+    def _dismiss(self, running: dict[str, Running]) -> None:
         for name, state in running.items():
             if state.done and not state.gone and not state.dismissed:
                 state.dismissed = True
                 self.server.abort(name)
 
-    def _reply(self, state: _Running) -> Reply:
-        request = state.request
-        text = self.tokenizer.decode(state.free, skip_special_tokens=True)
-        for stop in request.until:
-            text = text.partition(stop)[0]
-        scored = state.scores[len(request.forced) - request.scored : len(request.forced)]
-        steps = len(state.tokens) - 1
-        return Reply(
-            key=request.key,
-            text=text,
-            tokens=state.free,
-            prompt_tokens=len(request.prompt),
-            cached_tokens=state.cached,
-            first_token_seconds=state.first - state.started,
-            token_seconds=(state.last - state.first) / steps if steps else 0.0,
-            losses=[-logprob for logprob, _ in scored],
-            agreed=[agreed for _, agreed in scored],
-        )
-
     def _counted(self) -> tuple[float, float, float]:
         """Decode queries, tokens behind them and tokens read, since the server's start."""
         queries, cached, read = self.server.counters(COUNTERS)
         return queries, cached, read
-
-
-class _Running:
-    def __init__(self, request: Request, started: float) -> None:
-        self.request = request
-        self.started = started
-        self.first = self.last = 0.0
-        self.cached = 0
-        self.steps = 0
-        """Tokens that the server decoded of it."""
-        self.done = False
-        """Its answer is whole."""
-        self.dismissed = False
-        """The server was told to end it."""
-        self.gone = False
-        """The server holds nothing of it any more."""
-        self.tokens: list[int] = []
-        self.scores: list[Any] = []
-
-    @property
-    def free(self) -> list[int]:
-        return self.tokens[len(self.request.forced) :]
 
 
 def _ends(model: str) -> set[int]:

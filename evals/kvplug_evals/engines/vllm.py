@@ -22,15 +22,11 @@ import torch
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from kvplug_evals.engines.interface import EngineError, EngineOptions, MiB, Reply, Request, Wave
+from kvplug_evals.engines.running import COUNTERS, SETTLED, STAY, Running
 from kvplug_evals.engines.stock import Stock, is_stock, parse_stock
 
 FORCED = "kvplug_forced"
 READS = 20
-SETTLED = 3
-"""Output tokens after which a prompt's compression has freed what it frees."""
-STAY = 64
-"""Tokens that a request may decode beyond its answer while others are still submitted."""
-COUNTERS = [f"kvplug_{name}_total" for name in ("decode_queries", "cached_tokens", "read_tokens")]
 
 
 class Usage(StatLoggerBase):
@@ -122,7 +118,7 @@ class VLLMEngine:
             sum(len(request.prompt) for request in requests) // self.options.max_num_batched_tokens
         )
         running = {
-            self._submit(request, STAY + steps): _Running(request, started) for request in requests
+            self._submit(request, STAY + steps): Running(request, started) for request in requests
         }
         replies: dict[str, Reply] = {}
         peak, held, settled = 0, [], False
@@ -132,11 +128,11 @@ class VLLMEngine:
             peak = max(peak, blocks)
             for output in outputs:
                 state = running[output.request_id]
-                state.see(output, now)
+                see(state, output, now)
                 state.gone |= output.finished
-                if not state.done and (state.gone or self._complete(state)):
+                if not state.done and (state.gone or state.complete(self.tokenizer)):
                     state.done = True
-                    reply = self._reply(state)
+                    reply = state.reply(self.tokenizer)
                     replies[state.request.key] = reply
                     if finished is not None:
                         finished(reply)
@@ -206,34 +202,6 @@ class VLLMEngine:
         assert self.usage is not None
         return round(self.usage.share * self.blocks)
 
-    def _complete(self, state: _Running) -> bool:
-        request = state.request
-        if len(state.tokens) == len(request.forced) + request.new_tokens:
-            return True
-        if not request.until or not state.free:
-            return False
-        text = self.tokenizer.decode(state.free)
-        return any(stop in text for stop in request.until)
-
-    def _reply(self, state: _Running) -> Reply:
-        request = state.request
-        text = self.tokenizer.decode(state.free, skip_special_tokens=True)
-        for stop in request.until:
-            text = text.partition(stop)[0]
-        scored = state.scored[len(request.forced) - request.scored : len(request.forced)]
-        steps = len(state.tokens) - 1
-        return Reply(
-            key=request.key,
-            text=text,
-            tokens=state.free,
-            prompt_tokens=len(request.prompt),
-            cached_tokens=state.cached,
-            first_token_seconds=state.first - state.started,
-            token_seconds=(state.last - state.first) / steps if steps else 0.0,
-            losses=[-logprob for logprob, _ in scored],
-            agreed=[rank == 1 for _, rank in scored],
-        )
-
     def _counted(self) -> tuple[float, float, float]:
         """Decode queries, tokens behind them and tokens read, since the engine's start."""
         from prometheus_client import REGISTRY, CollectorRegistry
@@ -263,39 +231,21 @@ class VLLMEngine:
         raise AssertionError
 
 
-class _Running:
-    def __init__(self, request: Request, started: float) -> None:
-        self.request = request
-        self.started = started
-        self.first = self.last = 0.0
-        self.cached = 0
-        self.done = False
-        """Its answer is whole."""
-        self.gone = False
-        """The engine holds nothing of it any more."""
-        self.steps = 0
-        self.tokens: list[int] = []
-        self.scored: list[tuple[float, int]] = []
-
-    @property
-    def free(self) -> list[int]:
-        return self.tokens[len(self.request.forced) :]
-
-    def see(self, output: Any, now: float) -> None:
-        completion = output.outputs[0]
-        if not self.tokens and completion.token_ids:
-            self.first = now
-        self.steps = len(completion.token_ids)
-        if self.done:
-            return
-        most = len(self.request.forced) + self.request.new_tokens
-        self.tokens, self.last = list(completion.token_ids[:most]), now
-        self.cached = output.num_cached_tokens or self.cached
-        if completion.logprobs:
-            self.scored = [
-                (step[token].logprob, step[token].rank)
-                for token, step in zip(self.tokens, completion.logprobs, strict=False)
-            ]
+def see(state: Running, output: Any, now: float) -> None:
+    completion = output.outputs[0]
+    if not state.tokens and completion.token_ids:
+        state.first = now
+    state.steps = len(completion.token_ids)
+    if state.done:
+        return
+    most = len(state.request.forced) + state.request.new_tokens
+    state.tokens, state.last = list(completion.token_ids[:most]), now
+    state.cached = output.num_cached_tokens or state.cached
+    if completion.logprobs:
+        state.scores = [
+            (step[token].logprob, step[token].rank == 1)
+            for token, step in zip(state.tokens, completion.logprobs, strict=False)
+        ]
 
 
 def served_by_kvplug(policy: str) -> dict[str, Any]:
@@ -305,7 +255,7 @@ def served_by_kvplug(policy: str) -> dict[str, Any]:
     }
 
 
-def computed(stock: Stock, states: Iterable[_Running]) -> tuple[int, int, int]:
+def computed(stock: Stock, states: Iterable[Running]) -> tuple[int, int, int]:
     """What kvplug's counters would say: each token but the first is a decode query's."""
     behind = [
         len(state.request.prompt) + step for state in states for step in range(1, state.steps)

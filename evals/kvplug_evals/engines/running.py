@@ -1,0 +1,67 @@
+"""What one request of a wave has done so far, in whichever engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvplug_evals.engines.interface import Reply, Request
+
+SETTLED = 3
+"""Output tokens after which a prompt's compression has freed what it frees."""
+STAY = 64
+"""Tokens that a request may decode beyond its answer while others are still submitted."""
+COUNTERS = [f"kvplug_{name}_total" for name in ("decode_queries", "cached_tokens", "read_tokens")]
+
+
+class Running:
+    def __init__(self, request: Request, started: float) -> None:
+        self.request = request
+        self.started = started
+        self.first = self.last = 0.0
+        """When its first and its last token so far came."""
+        self.cached = 0
+        self.steps = 0
+        """Tokens that the engine decoded of it."""
+        self.done = False
+        """Its answer is whole."""
+        self.dismissed = False
+        """The engine was told to end it."""
+        self.gone = False
+        """The engine holds nothing of it any more."""
+        self.tokens: list[int] = []
+        """Of forced and free parts, none beyond the answer."""
+        self.scores: list[Any] = []
+        """For each token that was asked for: (log p, whether it is the model's first choice)."""
+
+    @property
+    def free(self) -> list[int]:
+        return self.tokens[len(self.request.forced) :]
+
+    def complete(self, tokenizer: Any) -> bool:
+        """Whether nothing is to come, but for an end that the model itself puts."""
+        request, free = self.request, self.free
+        if len(free) >= request.new_tokens and len(self.tokens) >= len(request.forced):
+            return True
+        if not request.until or not free:
+            return False
+        text = tokenizer.decode(free)
+        return any(stop in text for stop in request.until)
+
+    def reply(self, tokenizer: Any) -> Reply:
+        request = self.request
+        text = tokenizer.decode(self.free, skip_special_tokens=True)
+        for stop in request.until:
+            text = text.partition(stop)[0]
+        scored = self.scores[len(request.forced) - request.scored : len(request.forced)]
+        steps = len(self.tokens) - 1
+        return Reply(
+            key=request.key,
+            text=text,
+            tokens=self.free,
+            prompt_tokens=len(request.prompt),
+            cached_tokens=self.cached,
+            first_token_seconds=self.first - self.started,
+            token_seconds=(self.last - self.first) / steps if steps else 0.0,
+            losses=[-logprob for logprob, _ in scored],
+            agreed=[agreed for _, agreed in scored],
+        )
