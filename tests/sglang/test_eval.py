@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,21 @@ def asked() -> list[Request]:
 
 
 @pytest.fixture(scope="module")
-def answered(asked: list[Request]) -> tuple[Wave, Wave]:
-    """At once, with overlap and chunks; then the first alone, from a cache that was emptied."""
+def likely(asked: list[Request]) -> Request:
+    """A false answer, all of it scored."""
+    return replace(asked[1], scored=len(asked[1].forced))
+
+
+@pytest.fixture(scope="module")
+def answered(asked: list[Request], likely: Request) -> tuple[Wave, Wave, tuple[float, bool]]:
+    """At once, with overlap and chunks; then the first alone, from a cache that was emptied; and
+    what lm-eval is told of another."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.registry import get_model
+    from transformers import AutoTokenizer
+
+    import kvplug_evals.lm  # noqa: F401  registers the models
+
     options = EngineOptions(
         model=str(RECALL), max_model_len=1600, max_num_seqs=4, kv_cache_mib=64,
         max_num_batched_tokens=256,
@@ -149,6 +163,13 @@ def answered(asked: list[Request]) -> tuple[Wave, Wave]:
         together = engine.run(asked)
         engine.forget()
         alone = engine.run(asked[:1])
+        decode = AutoTokenizer.from_pretrained(RECALL).decode
+        instance = Instance(
+            request_type="loglikelihood", doc={}, idx=0, metadata=("mine", 0, 1),
+            arguments=(decode(likely.prompt), decode(likely.forced)),
+        )  # fmt: skip
+        lm = get_model("kvplug-sglang")(str(RECALL), engine=engine)
+        [likelihood] = lm.loglikelihood([instance])
         full = Request(key="full", prompt=(asked[0].prompt * 2)[:1590], new_tokens=8)
         assert len(engine.run([full]).replies[0].tokens) == 8, "the most that is let in"
         with pytest.raises(EngineError, match=r"long needs 2,\d+ tokens .* serves 1,598"):
@@ -157,7 +178,7 @@ def answered(asked: list[Request]) -> tuple[Wave, Wave]:
         engine.close()
     assert engine.server.process.returncode is not None
     assert not engine.server.log.exists()
-    return together, alone
+    return together, alone, likelihood
 
 
 @torch.inference_mode()
@@ -179,7 +200,7 @@ def expected(request: Request) -> tuple[list[float], list[bool], list[int]]:
 
 
 def test_forced_tokens_cost_what_the_model_says_of_them(
-    asked: list[Request], answered: tuple[Wave, Wave]
+    asked: list[Request], answered: tuple[Wave, Wave, tuple[float, bool]]
 ) -> None:
     verdicts = []
     for request, reply in zip(asked, answered[0].replies, strict=True):
@@ -194,7 +215,16 @@ def test_forced_tokens_cost_what_the_model_says_of_them(
     assert False in verdicts
 
 
-def test_together_is_as_alone(answered: tuple[Wave, Wave]) -> None:
+def test_lm_eval_is_told_the_models_own_log_likelihood(
+    likely: Request, answered: tuple[Wave, Wave, tuple[float, bool]]
+) -> None:
+    losses, agreed, _ = expected(likely)
+    assert answered[2] == (pytest.approx(-sum(losses), rel=1e-3), all(agreed))
+    assert answered[2][0] < -10
+    assert not all(agreed)
+
+
+def test_together_is_as_alone(answered: tuple[Wave, Wave, tuple[float, bool]]) -> None:
     together, alone = answered[0].replies[0], answered[1].replies[0]
     assert alone.cached_tokens == 0
     assert (together.tokens, together.agreed) == (alone.tokens, alone.agreed)
@@ -202,7 +232,9 @@ def test_together_is_as_alone(answered: tuple[Wave, Wave]) -> None:
     assert 0 < alone.token_seconds < alone.first_token_seconds
 
 
-def test_what_a_wave_holds_and_reads(asked: list[Request], answered: tuple[Wave, Wave]) -> None:
+def test_what_a_wave_holds_and_reads(
+    asked: list[Request], answered: tuple[Wave, Wave, tuple[float, bool]]
+) -> None:
     together = answered[0]
     pages = sum(-(-len(request.prompt) // 32) for request in asked)
     assert together.held_blocks == pytest.approx(pages, abs=12), "less the prefix that all share"
