@@ -53,7 +53,9 @@ def draw(found: Sequence[Result], out: Path) -> list[Path]:
     files = []
     for (suite, tokens, task), panels in pages.items():
         file = out / f"{suite}-{task}-{tokens}.png"
-        _page(f"{task}, contexts of {tokens:,} tokens", panels, styles, file)
+        prompts = [line.means.get("prompt_tokens", tokens) for _, made in panels for line in made]
+        title = f"{suite}: {task}, prompts of {sum(prompts) / len(prompts):,.0f} tokens on average"
+        _page(title, panels, styles, file)
         files.append(file)
     return files
 
@@ -85,8 +87,16 @@ def _page(
                 row[2].plot(range(1, len(values) + 1), values, label=kind, **styles[kind])
     for axes, label in zip(grid[-1], COLUMNS, strict=True):
         axes.set_xlabel(label, fontsize=9)
-    handles, labels = grid[0, 1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=9, frameon=False)
+    drawn = [axes.get_legend_handles_labels() for axes in grid[:, 1]]
+    told = {label: handle for pair in drawn for handle, label in zip(*pair, strict=True)}
+    figure.legend(
+        [told[label] for label in ("dense", *kinds) if label in told],
+        [label for label in ("dense", *kinds) if label in told],
+        loc="outside lower center",
+        ncols=6,
+        fontsize=9,
+        frameon=False,
+    )
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     figure.savefig(file, dpi=110)
 
