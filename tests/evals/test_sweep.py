@@ -258,6 +258,7 @@ def finish(out: Path, policy: str, some, mode: str = "multi-turn", seconds: floa
 def out(tmp_path):
     finish(tmp_path / "a", "dense", rows([1.0, 1.0]))
     finish(tmp_path / "a", "snapkv(budget=512)", rows([1.0, 0.5], held_bytes=1e6))
+    finish(tmp_path / "a", "random(budget=512)", rows([0.0, 0.5], held_bytes=1e6))
     finish(tmp_path / "a", "quest(budget=4096)", rows([1.0, 1.0]))
     finish(tmp_path / "a", "dense", rows([0.25, 0.5]), mode="multi-request")
     finish(tmp_path / "a", "knorm", rows([0.25, 0.0], held_bytes=1e6), mode="multi-request")
@@ -274,11 +275,12 @@ def test_the_report_ranks_only_what_says_something(out):
             table.setdefault(line.split("|")[1].strip(), line)
     assert "-0.25 [-0.25, -0.25]" in table["`snapkv(budget=512)`"]
     assert "| 25% |" in table["`snapkv(budget=512)`"]
+    assert "| -0.50 [-0.50, -0.50] |" in table["`snapkv(budget=512)`"], "beats random"
     assert "**= dense**" in table["`quest(budget=4096)`"]
     assert "**no signal**" in table["`knorm`"]
     assert "[" not in table["`knorm`"].split("|")[3], "nothing is ranked without a signal"
     assert "0 / 2,000" in text
-    assert "5 minutes of answering" in text
+    assert "6 minutes of answering" in text
     assert "6 contexts, 12 questions, prompts of 2,048 tokens on average" in text
     assert "    kvplug eval --suite mine\n" in text
     assert [plot.name for plot in plots] == ["mine-kvplug_recall-2048.png"]

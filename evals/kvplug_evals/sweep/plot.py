@@ -111,6 +111,8 @@ def _frame(row: Sequence[Any], dense: Line) -> None:
     for axes in (row[0], row[1], row[3]):
         axes.set_xlim(0, 110)
     row[2].set_xticks(range(1, len(dense.means["turns"]) + 1))
+    row[2].set_visible(len(dense.means["turns"]) > 1)
+    row[3].set_visible("loss" in dense.means)
     if "loss" in dense.means:
         row[3].axhline(dense.means["loss"], color="black", lw=1, ls="--")
 

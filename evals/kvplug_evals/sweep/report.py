@@ -10,6 +10,7 @@ from typing import Any
 
 from kvplug_evals.engines.stock import is_stock
 from kvplug_evals.sweep.session import REFUSED, finished, summary
+from kvplug_evals.sweep.settings import budget_of
 from kvplug_evals.sweep.stats import Difference, paired
 
 SIGNAL = 0.5
@@ -84,6 +85,8 @@ class Line:
     dense: dict[str, Any]
     accuracy: Difference | None
     loss: Difference | None
+    beyond_random: Difference | None
+    """Its loss less that of random with the same budget."""
 
     @property
     def is_dense(self) -> bool:
@@ -125,6 +128,7 @@ def lines(found: Sequence[Result], place: tuple[Any, ...], task: str) -> list[Li
     if dense is None:
         return []
     base = dense.of_task(task)
+    random = {budget_of(r.policy): r.of_task(task) for r in here if r.policy.startswith("random(")}
     made = [
         Line(
             result=result,
@@ -133,6 +137,9 @@ def lines(found: Sequence[Result], place: tuple[Any, ...], task: str) -> list[Li
             dense=summary(base)[task],
             accuracy=paired(result.of_task(task), base, "fixed"),
             loss=paired(result.of_task(task), base, "loss"),
+            beyond_random=paired(
+                result.of_task(task), random.get(budget_of(result.policy), []), "loss"
+            ),
         )
         for result in here
     ]
@@ -156,6 +163,7 @@ HEAD = (
     "Δ dense [95 %]",
     "compat",
     "Δ loss [95 %]",
+    "Δ loss to random",
     "agrees",
     "KV held",
     "vs dense",
@@ -208,7 +216,8 @@ def _preface(found: Sequence[Result]) -> list[str]:
         "Accuracy is the `fixed` score; `compat` is SCBench's own, defects included. Δ is the "
         "mean paired difference to dense on the same questions; the interval is a bootstrap over "
         "contexts. Loss is the mean -log p, in nats, of the true answer's tokens, forced one by "
-        "one through decoding; *agrees* is the share of them that are the model's first choice. "
+        "one through decoding, *to random* that of `random` with the same budget (below zero: it "
+        "beats random); *agrees* is the share of them that are the model's first choice. "
         "*KV held* is the engine's blocks per request while all decode, in bytes of its own "
         "pages; *read/step* is tokens per decode query, mean over the layers, as kvplug counts "
         "them; with a * it is arithmetic, since `engine(...)` is vLLM's own attention with that "
@@ -246,6 +255,7 @@ def _row(line: Line) -> list[str]:
         _interval(line.accuracy) if ranked else "",
         f"{means['compat']:.2f}",
         _interval(line.loss) if not line.is_dense else _number(means.get("loss"), ".2f"),
+        "" if _is_random(line) else _interval(line.beyond_random),
         _number(means.get("agreement"), ".0%"),
         _number(means.get("held_bytes"), ",.1f", MiB, " MiB"),
         _number(line.held, ".0%"),
@@ -256,6 +266,10 @@ def _row(line: Line) -> list[str]:
         _number(means.get("token_seconds"), ".0f", 1e-3, " ms"),
         f"**{line.verdict}**" if line.verdict else "",
     ]
+
+
+def _is_random(line: Line) -> bool:
+    return line.result.policy.startswith("random(")
 
 
 def _interval(difference: Difference | None) -> str:

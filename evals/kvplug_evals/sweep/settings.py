@@ -183,29 +183,29 @@ def filled(template: str, tokens: int, budgets: Iterable[float], page: int) -> l
 
 def same_bytes(lines: Iterable[str]) -> list[str]:
     """random and streaming_llm with the budget of each policy."""
-    added = []
-    for line in lines:
-        if line.startswith("llmlingua"):
-            continue
-        if is_stock(line):
-            added += baselines_of(parse_stock(line).sliding_window)
-            continue
-        policy = parse(line)
-        budget = 0
-        if policy.scored is not None:
-            budget = policy.scored.budget
-        elif policy.eviction is not None:
-            budget = policy.eviction.most_tokens()
-        elif policy.selector is not None:
-            budget = policy.selector.budget
-        added += baselines_of(budget)
-    return added
+    return [
+        baseline
+        for budget in map(budget_of, lines)
+        if budget > 2 * SINKS
+        for baseline in (
+            f"random(budget={budget})",
+            f"streaming_llm(sinks={SINKS}, window={budget - SINKS})",
+        )
+    ]
 
 
-def baselines_of(budget: int) -> list[str]:
-    if budget <= 2 * SINKS:
-        return []
-    return [f"random(budget={budget})", f"streaming_llm(sinks={SINKS}, window={budget - SINKS})"]
+def budget_of(line: str) -> int:
+    """Tokens that a policy keeps, or reads where it keeps all; 0 without such a number."""
+    if line.startswith("llmlingua"):
+        return 0
+    if is_stock(line):
+        return parse_stock(line).sliding_window
+    policy = parse(line)
+    if policy.scored is not None:
+        return policy.scored.budget
+    if policy.eviction is not None:
+        return policy.eviction.most_tokens()
+    return policy.selector.budget if policy.selector is not None else 0
 
 
 def canonical(lines: Iterable[str]) -> list[str]:
