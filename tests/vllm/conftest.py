@@ -93,7 +93,7 @@ class Engine:
             if builder.planner is not None:
                 batch = builder.planner
                 settings = replace(batch.planners[0].settings, shortcut=False)
-                batch.planners[0] = Planner(settings, batch.page_size, batch.budget)
+                batch.planners[0] = Planner(settings, batch.page_size, *batch.budgets)
 
     def generate(
         self, prompts: list[list[int]], tokens: int = 16, **sampling: Any
