@@ -16,7 +16,7 @@ import pytest
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
-NEW = 4
+NEW = 3
 ALONE = [None] * 3
 MIXED = '{"policy": "dense", "allow": ["snapkv", "knorm", "quest"], "max_budget": 96}'
 SELECTING = (
