@@ -176,8 +176,8 @@ def answered(asked: list[Request], likely: Request) -> tuple[Wave, Wave, tuple[f
             engine.run([Request(key="long", prompt=asked[0].prompt, new_tokens=2000)])
     finally:
         engine.close()
-    assert engine.server.process.returncode is not None
-    assert not engine.server.log.exists()
+    assert engine.server.process.process.returncode is not None
+    assert not engine.server.process.log.exists()
     return together, alone, likelihood
 
 
