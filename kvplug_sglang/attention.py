@@ -73,6 +73,7 @@ class PlannedAttention:
             computed = np.array(forward_batch.extend_prefix_lens_cpu, np.int64)
         tenants = self.engine.router.of(getattr(forward_batch, "rids", None) or [])
         # Rows of nobody: padding, a graph that is captured, an engine without a scheduler.
+        assert mode.is_decode() or len(tenants) in (0, len(total)), "requests without an id"
         prompts = (computed if mode.is_decode() else total)[len(tenants) :]
         tenants += [Tenant(OWN, prompt) for prompt in prompts.tolist()]
         return Batch(forward_batch.req_pool_indices.long(), computed, total, tenants)
