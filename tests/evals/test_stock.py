@@ -1,6 +1,7 @@
 """The engine's own fp8 cache and sliding window, as rows of a sweep."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,8 @@ def asked():
     )
     found = {}
     for policy in ("dense", FP8, WINDOW):
-        engine = start_engine("vllm", policy, options)
+        dtype = "float32" if policy == WINDOW else "auto"
+        engine = start_engine("vllm", policy, replace(options, dtype=dtype))
         try:
             wave = engine.run(requests)
             backend = engine.engine.vllm_config.attention_config.backend
@@ -107,6 +109,11 @@ class TestInVLLM:
         assert right == still == [True, True]
         assert fp8.held_blocks == dense.held_blocks
         assert half * 2 == block
+
+    def test_the_cache_is_of_the_dtype_that_was_asked_for(self, asked):
+        numbers = 2 * 2 * 2 * 128  # of a token: layers, key and value, KV heads, head_dim
+        assert asked["dense"][2] == 32 * 2 * numbers
+        assert asked[WINDOW][2] == 32 * 4 * numbers
 
     def test_a_window_holds_and_finds_what_is_in_it(self, asked):
         wave, right, _, _ = asked[WINDOW]

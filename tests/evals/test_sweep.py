@@ -94,6 +94,7 @@ def test_every_suite_that_we_bring_is_whole(name):
             "modes must be of multi-turn, multi-request, got 'chat'",
         ),
         ("tasks: {a: {}}\nanswers: none", "answers must be of golden, own, got 'none'"),
+        ("tasks: {a: {}}\ndtype: fp8", "dtype must be of auto, .*bfloat16, .*got 'fp8'"),
     ],
 )
 def test_a_wrong_suite_is_refused(text, message, tmp_path):
@@ -229,10 +230,11 @@ def test_paired_differences_are_on_the_same_questions():
     assert not wide.is_clear
 
 
-def finish(out: Path, policy: str, some, mode: str = "multi-turn", seconds: float = 60.0):
-    directory = out / f"{mode}-{re.sub('[^a-z0-9]+', '-', policy)}"
+def finish(out: Path, policy: str, some, mode: str = "multi-turn", engine: str = "vllm"):
+    directory = out / f"{engine}-{mode}-{re.sub('[^a-z0-9]+', '-', policy)}"
     directory.mkdir(parents=True)
     config = {
+        "engine": engine,
         "policy": policy,
         "tokens": 2048,
         "mode": mode,
@@ -245,8 +247,8 @@ def finish(out: Path, policy: str, some, mode: str = "multi-turn", seconds: floa
         "cpu": "two cores",
         "threads": 1,
         "engine_processes": "its own",
-        "vllm": "0.32",
-        "seconds": seconds,
+        engine: "0.32",
+        "seconds": 60.0,
     }
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "environment.json").write_text(json.dumps(environment))
@@ -300,13 +302,31 @@ def test_a_report_is_written_anew_and_nothing_is_run(out):
 
 
 def test_every_row_saves_or_is_marked(out):
-    for _, _, made in tables(results(out)):
+    for _, made in tables(results(out)):
         for line in made:
             assert line.is_dense or line.saves or line.verdict == "= dense"
 
 
+def test_settings_of_two_engines_are_never_compared_in_one_table(out):
+    finish(out, "dense", rows([0.5, 1.0]), engine="sglang")
+    finish(out, "knorm", rows([0.5, 0.5], held_bytes=1e6), engine="sglang")
+    made = {(m[0].result.engine, m[0].result.place[2]): m for _, m in tables(results(out))}
+    assert set(made) == {
+        ("vllm", "multi-turn"), ("vllm", "multi-request"), ("sglang", "multi-turn")
+    }  # fmt: skip
+    dense, knorm = made["sglang", "multi-turn"]
+    assert dense.is_dense
+    assert dense.means["fixed"] == 0.75
+    assert knorm.accuracy.mean == pytest.approx(-0.25)
+    text = write_report(out, draw(results(out), out)).read_text()
+    assert text.count(", sglang\n") == 1
+    assert "vllm 0.32, sglang 0.32" in text
+
+
 def test_families_of_compositions():
     assert family("snapkv(budget=1, window=2) + quest(budget=3)") == "snapkv + quest"
+    assert family("quest(budget=3, dense_layers=0)") == "quest"
+    assert family("quest(budget=3, top_p=0.9, dense_layers=0)") == "quest top_p"
 
 
 def test_two_directories_are_compared_where_they_meet(out, tmp_path):

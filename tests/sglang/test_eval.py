@@ -90,7 +90,7 @@ def test_dense_recalls_everything_and_later_turns_hit_the_prefix_cache(out: Path
     assert cached[0] == 0
     assert all(tokens >= 2000 for tokens in cached[1:])
     assert dense["read_per_step"] == dense["cached_per_step"]
-    pages = dense["held_bytes"] / (32 * 4096)
+    pages = dense["held_bytes"] / (32 * 2048)
     assert pages == pytest.approx(dense["cached_per_step"] / 32, abs=3)
 
 
@@ -156,7 +156,7 @@ def answered(asked: list[Request], likely: Request) -> tuple[Wave, Wave, tuple[f
 
     options = EngineOptions(
         model=str(RECALL), max_model_len=1600, max_num_seqs=4, kv_cache_mib=64,
-        max_num_batched_tokens=256,
+        max_num_batched_tokens=256, dtype="float32",
     )  # fmt: skip
     engine = start_engine("sglang", "dense", options)
     try:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from kvplug_evals.models.folder import AUTO
+
 MiB = 1 << 20
 
 
@@ -80,6 +82,8 @@ class EngineOptions:
     threads: int = 1
     enforce_eager: bool = True
     kv_cache_mib: int = 512
+    dtype: str = AUTO
+    """Of weights and cache; see `served_dtype`."""
     multiprocess: bool = True
     """An engine in processes of its own, where kvplug's compiled CPU code serves."""
 

@@ -29,7 +29,7 @@ from kvplug_evals import serving
 from kvplug_evals.engines.forced_sglang import FORCED, SCORED, SCORES, ForcedTokens
 from kvplug_evals.engines.interface import EngineError, EngineOptions, MiB, Reply, Request, Wave
 from kvplug_evals.engines.running import COUNTERS, SETTLED, STAY, Running
-from kvplug_evals.models.folder import dtype, token_bytes
+from kvplug_evals.models.folder import served_dtype, token_bytes
 from kvplug_evals.scbench.documents import encoder
 from kvplug_evals.serving import free_port
 
@@ -51,7 +51,8 @@ class SGLangEngine:
             )
         try:
             digest = read_offer({"policy": policy}, environ={}).digest
-            of_token = token_bytes(Path(options.model))
+            model = Path(options.model)
+            of_token = token_bytes(model, served_dtype(model, options.dtype))
         except ValueError as error:
             raise EngineError(f"SGLang cannot serve {policy!r}: {error}") from None
         self.options = options
@@ -375,13 +376,13 @@ class Server:
 def command(policy: str, options: EngineOptions) -> list[str]:
     """What starts a server, its address aside."""
     model, size = Path(options.model), options.block_size
-    tokens = options.kv_cache_mib * MiB // token_bytes(model) // size * size
-    float32 = dtype(model) == "float32"  # which SGLang by itself would halve
+    dtype = served_dtype(model, options.dtype)
+    tokens = options.kv_cache_mib * MiB // token_bytes(model, dtype) // size * size
     eager = ("--disable-decode-cuda-graph", "--disable-prefill-cuda-graph")
     return [
         *(sys.executable, "-m", "sglang.launch_server", "--model-path", options.model),
         *("--attention-backend", "kvplug", "--kvplug-policy", policy),
-        *("--dtype", "float32" if float32 else "auto", "--random-seed", "0"),
+        *("--dtype", dtype, "--random-seed", "0"),
         *("--page-size", str(size), "--max-total-tokens", str(tokens)),
         *("--context-length", str(options.max_model_len)),
         *("--max-running-requests", str(options.max_num_seqs)),

@@ -24,6 +24,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from kvplug_evals.engines.interface import EngineError, EngineOptions, MiB, Reply, Request, Wave
 from kvplug_evals.engines.running import COUNTERS, SETTLED, STAY, Running
 from kvplug_evals.engines.stock import Stock, is_stock, parse_stock
+from kvplug_evals.models.folder import served_dtype
 
 FORCED = "kvplug_forced"
 READS = 20
@@ -76,6 +77,7 @@ class VLLMEngine:
 
         arguments = EngineArgs(
             model=options.model,
+            dtype=served_dtype(Path(options.model), options.dtype),
             **(self.stock.arguments if self.stock else served_by_kvplug(policy)),
             block_size=options.block_size,
             max_model_len=options.max_model_len,

@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+AUTO = "auto"
+DTYPES = (AUTO, "float32", "bfloat16", "float16")
+
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
@@ -53,20 +56,25 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def dtype(folder: Path) -> str:
-    """Of the weights. Raises ValueError."""
-    config = read_config(folder)
-    return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+def served_dtype(folder: Path, asked: str = AUTO) -> str:
+    """What a model is served in; ``auto`` is its weights' own, bfloat16 for those of float32.
 
-
-def token_bytes(folder: Path) -> int:
-    """KV bytes of a token over all layers, as the model's own dtype holds them.
-
-    Raises ValueError.
+    vLLM decides so by itself; SGLang would take float16 for these. Raises ValueError.
     """
+    if asked not in DTYPES:
+        raise ValueError(f"dtype must be {', '.join(DTYPES)}, got {asked!r}")
+    if asked != AUTO:
+        return asked
+    config = read_config(folder)
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    return "bfloat16" if stored == "float32" else stored
+
+
+def token_bytes(folder: Path, dtype: str) -> int:
+    """KV bytes of a token over all layers, served in dtype. Raises ValueError."""
     config = read_config(folder)
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    size = 4 if dtype(folder) == "float32" else 2
+    size = 4 if dtype == "float32" else 2
     kv_heads = config.get("num_key_value_heads") or heads
     return int(2 * config["num_hidden_layers"] * kv_heads * head_dim * size)

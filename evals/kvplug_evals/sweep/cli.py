@@ -59,6 +59,13 @@ def evaluate(
         str | None, typer.Option(help="generated, hub, or a JSONL file in SCBench's schema.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the data.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of weights and cache: float32, bfloat16, float16; auto is the weights' own, "
+            "bfloat16 for those of float32."
+        ),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(help="Documents of each of lm-eval's own tasks.", min=1)
     ] = None,
@@ -129,6 +136,7 @@ def evaluate(
             budgets=_tuple(budget),
             data=data,
             seed=seed,
+            dtype=dtype,
             limit=limit,
             losses=losses,
         )

@@ -30,20 +30,27 @@ COLUMNS = (
 
 
 def family(policy: str) -> str:
-    """snapkv(budget=1024) + quest(budget=512) -> snapkv + quest; an engine's option by its name"""
+    """snapkv(budget=1024) + quest(budget=512) -> snapkv + quest; an engine's option by its name,
+    a selection of as many as carry a share (``top_p``) apart from one of a fixed number
+    """
     if is_stock(policy):
         return re.sub(r"sliding_window=\d+", "sliding_window", policy)
     if policy.startswith("pyramid("):
         return "pyramid"
-    return " + ".join(part.partition("(")[0].strip() for part in policy.split(" + "))
+    return " + ".join(
+        part.partition("(")[0].strip() + " top_p" * ("top_p=" in part)
+        for part in policy.split(" + ")
+    )
 
 
 def draw(found: Sequence[Result], out: Path) -> list[Path]:
     """A file for each suite, context length and task; those without a policy are left out."""
+    several = len({r.engine for r in found}) > 1
     pages: dict[tuple[Any, ...], list[tuple[str, list[Line]]]] = {}
-    for (suite, tokens, mode, question), task, made in tables(found):
+    for task, made in tables(found):
         if len(made) > 1:
-            title = f"{mode}, {question}"
+            suite, tokens, mode, question = made[0].result.place
+            title = f"{mode}, {question}" + f", {made[0].result.engine}" * several
             pages.setdefault((suite, tokens, task), []).append((title, made))
     kinds = sorted({family(r.policy) for r in found if r.policy != "dense"})
     styles = {

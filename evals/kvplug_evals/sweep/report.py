@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,20 @@ class Result:
         return str(self.config["policy"])
 
     @property
+    def engine(self) -> str:
+        return str(self.config["engine"])
+
+    @property
     def place(self) -> tuple[str, int, str, str]:
-        """What must be the same for two policies to be compared."""
+        """What names a setting beside its policy."""
         config = self.config
         return config["suite"]["name"], config["tokens"], config["mode"], config["question"]
+
+    @property
+    def peers(self) -> str:
+        """All that must be the same for two policies to be compared."""
+        same = {k: v for k, v in self.config.items() if k not in ("policy", "command")}
+        return json.dumps(same, sort_keys=True)
 
     def of_task(self, task: str) -> list[dict[str, Any]]:
         return [row for row in self.rows if row["task"] == task]
@@ -121,9 +132,9 @@ def _share(value: float | None, dense: float | None) -> float | None:
     return value / dense if value is not None and dense else None
 
 
-def lines(found: Sequence[Result], place: tuple[Any, ...], task: str) -> list[Line]:
+def lines(peers: Sequence[Result], task: str) -> list[Line]:
     """Dense first, then by bytes held, then read."""
-    here = [r for r in found if r.place == place and r.of_task(task)]
+    here = [r for r in peers if r.of_task(task)]
     dense = next((r for r in here if r.policy == "dense"), None)
     if dense is None:
         return []
@@ -148,13 +159,18 @@ def lines(found: Sequence[Result], place: tuple[Any, ...], task: str) -> list[Li
     )
 
 
-def tables(found: Sequence[Result]) -> Iterator[tuple[tuple[Any, ...], str, list[Line]]]:
-    for place in sorted({r.place for r in found}):
-        tasks = dict.fromkeys(row["task"] for r in found if r.place == place for row in r.rows)
-        for task in tasks:
-            made = lines(found, place, task)
+def tables(found: Sequence[Result]) -> Iterator[tuple[str, list[Line]]]:
+    """Task and lines of each group of peers: of one setting, but for the policy."""
+    for _, group in groupby(sorted(found, key=_order), key=_order):
+        peers = list(group)
+        for task in dict.fromkeys(row["task"] for r in peers for row in r.rows):
+            made = lines(peers, task)
             if made:
-                yield place, task, made
+                yield task, made
+
+
+def _order(result: Result) -> tuple[Any, ...]:
+    return result.place, result.peers
 
 
 HEAD = (
@@ -185,9 +201,10 @@ def write_report(out: Path, plots: Sequence[Path]) -> Path:
         text += ["", f"Left out, since the engine refused it: `{policy}`. {reason}"]
     for plot in plots:
         text += ["", f"![{plot.stem}]({plot.name})"]
-    for (suite, tokens, mode, question), task, made in tables(found):
-        source = made[0].means["source"]
-        title = f"## {task}, {tokens:,} tokens, {mode}, {_question(question)}"
+    for task, made in tables(found):
+        source, result = made[0].means["source"], made[0].result
+        suite, tokens, mode, question = result.place
+        title = f"## {task}, {tokens:,} tokens, {mode}, {_question(question)}, {result.engine}"
         text += ["", title, "", f"Data: {source}. Suite {suite}, {_count(made)}.", ""]
         text += _table(HEAD, [_row(line) for line in made])
         text += ["", *_by_turn(made)]
@@ -197,21 +214,24 @@ def write_report(out: Path, plots: Sequence[Path]) -> Path:
 
 
 def _preface(found: Sequence[Result]) -> list[str]:
-    first = found[0].environment
     seconds = sum(r.environment["seconds"] for r in found)
+
+    def named(key: str) -> str:
+        return ", ".join(sorted({str(r.environment[key]) for r in found if key in r.environment}))
+
     versions = ", ".join(
-        f"{name} {first[name]}"
+        f"{name} {named(name)}"
         for name in ("kvplug", "vllm", "sglang", "torch", "lm_eval")
-        if name in first
+        if named(name)
     )
     models = ", ".join(sorted({r.config["model"] for r in found}))
-    processes = ", ".join(sorted({r.environment["engine_processes"] for r in found}))
+    served = f", served in {named('dtype')}" if named("dtype") else ""
     return [
         *(f"    {command}" for command in sorted({r.config["command"] for r in found})),
         "",
-        f"Model {models}. {versions}, on {first['cpu']}, {first['threads']} thread, engine in "
-        f"{processes} process. {len(found)} settings, {seconds / 60:.0f} minutes of answering "
-        "(engine starts aside).",
+        f"Model {models}{served}. {versions}, on {named('cpu')}, threads: {named('threads')}, "
+        f"engine in {named('engine_processes')} process. {len(found)} settings, "
+        f"{seconds / 60:.0f} minutes of answering (engine starts aside).",
         "",
         "Accuracy is the `fixed` score; `compat` is SCBench's own, defects included. Δ is the "
         "mean paired difference to dense on the same questions; the interval is a bootstrap over "
@@ -224,7 +244,7 @@ def _preface(found: Sequence[Result]) -> list[str]:
         "option and no kvplug. Its fp8 cache reads as many tokens as dense, in fewer bytes. **no "
         "signal**: "
         "dense itself is below 0.5, so nothing is ranked. **= dense**: read and held as much as "
-        "dense, so no result. Times are of this machine, which others were using.",
+        "dense, so no result. Times are of this machine and of all that ran on it.",
     ]
 
 

@@ -29,7 +29,7 @@ from kvplug_evals.demo.session import machine
 from kvplug_evals.engines.interface import Engine, EngineError, EngineOptions, MiB, start_engine
 from kvplug_evals.engines.stock import is_stock
 from kvplug_evals.lm import LOSS, MODELS
-from kvplug_evals.models.folder import token_bytes
+from kvplug_evals.models.folder import served_dtype, token_bytes
 from kvplug_evals.sweep.data import SEED, load, ours
 from kvplug_evals.sweep.journal import Journal
 from kvplug_evals.sweep.settings import Setting
@@ -110,7 +110,9 @@ def _refuse(settings: Sequence[Setting], run: Run, reason: str) -> None:
 def options_of(setting: Setting, run: Run) -> EngineOptions:
     suite = setting.suite
     longest = setting.tokens + suite.room
-    size = suite.contexts * (longest + 2 * suite.block_size) * token_bytes(Path(setting.model))
+    dtype = served_dtype(Path(setting.model), suite.dtype)
+    of_token = token_bytes(Path(setting.model), dtype)
+    size = suite.contexts * (longest + 2 * suite.block_size) * of_token
     kept = max(1, sum(map(ours, suite.tasks)))  # contexts that the next setting finds again
     return EngineOptions(
         model=setting.model,
@@ -119,6 +121,7 @@ def options_of(setting: Setting, run: Run) -> EngineOptions:
         block_size=suite.block_size,
         # Compressed prompts also need blocks of their own, and the next turn finds more cached.
         kv_cache_mib=max(64, (kept + 1) * size // MiB),
+        dtype=dtype,
         threads=run.threads,
         enforce_eager=run.enforce_eager,
         multiprocess=run.multiprocess,
@@ -158,6 +161,7 @@ def _run_setting(
         **machine(setting.engine),
         **engine.environment,
         "seeds": {"data": suite.seed, "lm_eval": SEED},
+        "dtype": served_dtype(Path(setting.model), suite.dtype),
         "threads": run.threads,
         "engine_processes": "its own" if run.multiprocess else "this one",
         "kv_block_bytes": engine.block_bytes,

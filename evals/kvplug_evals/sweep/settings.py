@@ -16,6 +16,7 @@ from kvplug import parse
 from kvplug_evals import llmlingua
 from kvplug_evals.engines.stock import is_stock, parse_stock
 from kvplug_evals.lm import ANSWERS, QUESTIONS
+from kvplug_evals.models.folder import AUTO, DTYPES
 from kvplug_evals.scbench.tasks import MODES
 
 MODELS = Path(".models")
@@ -59,6 +60,8 @@ class Suite:
     room: int = 512
     """Tokens behind a context, for turns and answers."""
     block_size: int = 32
+    dtype: str = AUTO
+    """Of weights and cache: auto, float32, bfloat16 or float16."""
     about: str = ""
 
     def __post_init__(self) -> None:
@@ -66,6 +69,7 @@ class Suite:
             ("modes", self.modes, MODES),
             ("questions", self.questions, QUESTIONS),
             ("answers", (self.answers,), ANSWERS),
+            ("dtype", (self.dtype,), DTYPES),
         ):
             wrong = [value for value in values if value not in allowed]
             if wrong:
@@ -119,6 +123,8 @@ class Setting:
         suite = asdict(self.suite)
         for varied in ("policies", "budgets", "modes", "questions", "tokens", "about", "model"):
             del suite[varied]
+        if self.suite.dtype == AUTO:  # results from before the option keep their names
+            del suite["dtype"]
         return {**{f.name: getattr(self, f.name) for f in fields(self)}, "suite": suite}
 
     @property
