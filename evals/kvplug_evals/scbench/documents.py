@@ -6,6 +6,7 @@ import json
 from functools import cache
 from typing import Any
 
+from kvplug_evals.llmlingua import parse_compressor
 from kvplug_evals.scbench.generators import Order
 from kvplug_evals.scbench.scorers import score
 from kvplug_evals.scbench.tasks import MAX_TURNS, MODES, asks, load, source, task_named
@@ -31,14 +32,13 @@ def documents(
     hops: int = 4,
     distractors: int = 0,
     compressor: str = "",
-    keep: float = 1.0,
     **_model_arguments: Any,
 ) -> dict[str, Any]:
     """What ``custom_dataset`` returns. lm-eval hands over its metadata and model arguments.
 
     ``data`` is generated, hub or a JSONL path; ``mode`` multi-turn (each turn sees the earlier
-    ones with their true answers) or multi-request (the context and one question). Raises
-    ValueError.
+    ones with their true answers) or multi-request (the context and one question);
+    ``compressor`` llmlingua(rate=0.5) or none. Raises ValueError.
     """
     import datasets
 
@@ -78,13 +78,10 @@ def documents(
         order=order,
         middle=None if data == "generated" else tokens,
     )
+    packed = parse_compressor(compressor) if compressor else None
     rows = []
     for number, conversation in enumerate(found):
-        context = conversation.context
-        if compressor:
-            from kvplug_evals.llmlingua import compress
-
-            context = compress(context, compressor, keep)
+        context = packed.compress(conversation.context) if packed else conversation.context
         said: list[dict[str, str]] = []
         for ask in asks(named, conversation, turns):
             turn = conversation.turns[ask.turn]

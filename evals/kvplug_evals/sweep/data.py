@@ -10,16 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from kvplug_evals.sweep.settings import Setting, folder
+from kvplug_evals.sweep.settings import Setting, folder, ours
 
 SEED = 1234
 """Of lm-eval's random, numpy and torch."""
 LEAST = 1024
 """Of RULER's tokens: below it some generators look for a shorter text for ever, deaf to Ctrl-C."""
-
-
-def ours(task: str) -> bool:
-    return task.startswith(("scbench_", "kvplug_"))
 
 
 def load(name: str, setting: Setting, options: dict[str, Any]) -> list[Any]:
@@ -43,7 +39,7 @@ def load(name: str, setting: Setting, options: dict[str, Any]) -> list[Any]:
             **options,
         }
     if setting.compressor:
-        metadata["compressor"], metadata["keep"] = setting.compressor
+        metadata["compressor"] = setting.policy
     return _made(name, json.dumps(metadata, sort_keys=True))
 
 

@@ -30,9 +30,9 @@ from kvplug_evals.engines.interface import Engine, EngineError, EngineOptions, M
 from kvplug_evals.engines.stock import is_stock
 from kvplug_evals.lm import LOSS, MODELS
 from kvplug_evals.models.folder import served_dtype, token_bytes
-from kvplug_evals.sweep.data import SEED, load, ours
+from kvplug_evals.sweep.data import SEED, load
 from kvplug_evals.sweep.journal import Journal
-from kvplug_evals.sweep.settings import Setting
+from kvplug_evals.sweep.settings import Setting, ours
 
 REFUSED = "refused.json"
 

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from kvplug import parse
-from kvplug_evals import llmlingua
 from kvplug_evals.engines.stock import is_stock, parse_stock
+from kvplug_evals.llmlingua import is_compressor, parse_compressor
 from kvplug_evals.lm import ANSWERS, QUESTIONS
 from kvplug_evals.models.folder import AUTO, DTYPES
 from kvplug_evals.scbench.tasks import MODES
@@ -86,6 +86,11 @@ class Suite:
         return MODELS / self.model if self.model in ("recall", "smollm2") else Path(self.model)
 
 
+def ours(task: str) -> bool:
+    """A task of kvplug's, with a context and turns; not one of lm-eval's."""
+    return task.startswith(("scbench_", "kvplug_"))
+
+
 def read_suite(name: str) -> Suite:
     """A suite that kvplug brings, or a YAML file. Raises ValueError and OSError."""
     file = Path(name) if name.endswith((".yaml", ".yml")) else folder("suites") / f"{name}.yaml"
@@ -135,10 +140,9 @@ class Setting:
         return f"{self.suite.name}-{self.tokens}-{self.mode}-{self.question}-{short}-{digest}"
 
     @property
-    def compressor(self) -> tuple[str, float] | None:
-        """A prompt compressor outside the engine: llmlingua(rate=0.5)."""
-        compresses = self.policy.startswith("llmlingua")
-        return ("llmlingua", rate(self.policy)) if compresses else None
+    def compressor(self) -> bool:
+        """The policy is a prompt compressor outside the engine: llmlingua(rate=0.5)."""
+        return is_compressor(self.policy)
 
     @property
     def engine_policy(self) -> str:
@@ -149,6 +153,12 @@ def expand(suite: Suite, engine: str, policies: Sequence[str], baselines: bool) 
     """All settings, those of one engine side by side, dense first. Raises ValueError."""
     if engine != "vllm" and any(map(is_stock, policies or suite.policies)):
         raise ValueError(f"engine(...) names options of vLLM; leave it out with --engine {engine}")
+    others = [task for task in suite.tasks if not ours(task)]
+    if others and any(map(is_compressor, policies or suite.policies)):
+        raise ValueError(
+            f"llmlingua(...) compresses the contexts of kvplug's own tasks, and {others[0]} comes "
+            "with prompts of its own; leave one of them out"
+        )
     settings = []
     for tokens in suite.tokens:
         lines = [
@@ -202,7 +212,7 @@ def same_bytes(lines: Iterable[str]) -> list[str]:
 
 def budget_of(line: str) -> int:
     """Tokens that a policy keeps, or reads where it keeps all; 0 without such a number."""
-    if line.startswith("llmlingua"):
+    if is_compressor(line):
         return 0
     if is_stock(line):
         return parse_stock(line).sliding_window
@@ -218,23 +228,13 @@ def canonical(lines: Iterable[str]) -> list[str]:
     """As policies print themselves, none twice. Raises ValueError for a bad line."""
     printed = []
     for line in lines:
-        if line.startswith("llmlingua"):
-            llmlingua.check()
-            rate(line)
-            printed.append(line)
+        if is_compressor(line):
+            printed.append(str(parse_compressor(line)))
         elif is_stock(line):
             printed.append(str(parse_stock(line)))
         else:
             printed.append(str(parse(line)))
     return list(dict.fromkeys(printed))
-
-
-def rate(line: str) -> float:
-    """Of llmlingua(rate=0.5). Raises ValueError."""
-    found = re.fullmatch(r"llmlingua\(rate=(0?\.\d+|1(?:\.0)?)\)", line)
-    if found is None:
-        raise ValueError(f"write llmlingua(rate=0.5), a share between 0 and 1; got {line!r}")
-    return float(found[1])
 
 
 def changed(suite: Suite, **options: Any) -> Suite:
