@@ -120,7 +120,7 @@ def test_the_letter_is_that_of_the_right_option():
 def test_stand_ins_say_so():
     assert source("kv", "generated") == "exact recipe"
     assert source("qa_eng", "generated") == "stand-in"
-    assert source("qa_eng", "hub") == "microsoft/SCBench, scbench_qa_eng"
+    assert source("qa_eng", "hub").startswith("microsoft/SCBench, scbench_qa_eng, instructions")
     with pytest.raises(ValueError, match="qa_chn has no generator"):
         make("qa_chn", order())
 
@@ -134,6 +134,153 @@ HAND_MADE = """\
 """
 
 
+PUBLISHED = {
+    "kv": {
+        "id": 0,
+        "context": 'JSON data:\n{"a1": "b2", "c3": "d4"}',
+        "multi_turns": [
+            {"answer": "b2", "input": 'Key: "a1"\nThe value of this key is: '},
+            {"answer": "d4", "input": 'Key: "c3"\nThe value of this key is: '},
+        ],
+    },
+    "prefix_suffix": {
+        "context": "abcd, efgh",
+        "multi_turns": [{"answer": "abcd", "input": "Prefix: a, suffix: d. String:"}],
+    },
+    "vt": {
+        "context": "VAR A = 1. VAR B = A.",
+        "multi_turns": [{"answer": ["A", "B"], "input": "Variables with 1, one a line:"}],
+    },
+    "mf": {
+        "id": 3,
+        "context": [7, 1, 12],
+        "multi_turns": [
+            {"answer": 12, "input": "Answer with a number. The largest number of the list is: "},
+            {"answer": 1, "input": "Answer with a number. The smallest number of the list is: "},
+        ],
+    },
+    "many_shot": {
+        "id": 4,
+        "task": "some_task",
+        "context": "Q: 1 + 1\nA: (B)",
+        "multi_turns": [{"answer": "(A)", "input": "Q: 1 + 2\nA:"}],
+    },
+    "choice_eng": {
+        "id": 5,
+        "context": "Ann met Bob.",
+        "multi_turns": [
+            {"answer": "Bob", "input": "Whom did Ann meet?", "options": ["Al", "Bob", "Cy", "Di"]}
+        ],
+    },
+    "qa_chn": {
+        "id": 6,
+        "context": "安遇见了鲍勃。",
+        "multi_turns": [{"answer": "鲍勃", "input": "安遇见了谁？"}],
+    },
+    "repoqa_and_kv": {
+        "id": 7,
+        "lang": "python",
+        "repo": "a/b",
+        "context": "def f():\n    return 1\n\n{...}",
+        "multi_turns": [
+            {
+                "answer": "def f():\n    return 1",
+                "input": "It returns one.",
+                "name": "f",
+                "task": "scbench_repoqa",
+            },
+            {"answer": "d4", "input": "The value of c3 is: ", "name": None, "task": "scbench_kv"},
+        ],
+    },
+    "summary_with_needles": {
+        "id": 8,
+        "context": "A long text. The pass key is 71432.",
+        "multi_turns": [
+            {"answer": "A text.", "input": "Summarize it.", "task": "scbench_summary"},
+            {"answer": "71432", "input": "The pass key is", "task": "scbench_passkey"},
+        ],
+    },
+}
+"""Rows with the fields and types of the hub's, from its data set card."""
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A folder of the data set's name: datasets takes it for what it would download."""
+    from datasets import Dataset
+
+    root = tmp_path / "microsoft" / "SCBench"
+    configs = []
+    for task, row in PUBLISHED.items():
+        file = root / f"scbench_{task}" / "test-00000-of-00001.parquet"
+        file.parent.mkdir(parents=True)
+        Dataset.from_list([row, row]).to_parquet(file)
+        path = f"scbench_{task}/test-*"
+        files = [{"split": "test", "path": path}]
+        configs.append({"config_name": f"scbench_{task}", "data_files": files})
+    (root / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize("task", PUBLISHED)
+def test_rows_of_the_hub_are_put_in_words(task, tokenizer):
+    docs = documents(task, data="hub", tokenizer=tokenizer, contexts=1)["test"]
+    row = PUBLISHED[task]
+    assert len(docs) == len(row["multi_turns"])
+    for doc, turn in zip(docs, row["multi_turns"], strict=True):
+        assert str(row["context"]) in doc["context"]
+        assert turn["input"] in text(doc)
+        assert doc["source"] == source(task, "hub")
+        right = process_results(doc, [doc["gold"]])
+        assert right["fixed"] == 1, "the true answer is right"
+        assert process_results(doc, ["nothing of it"])["fixed"] == 0
+
+
+@pytest.mark.usefixtures("hub")
+def test_how_rows_of_the_hub_ask(tokenizer):
+    def asked(task):
+        docs = documents(task, data="hub", tokenizer=tokenizer, contexts=1)["test"]
+        return docs[len(docs) - 1]
+
+    kv = asked("kv")
+    assert text(kv).startswith("Extract the value of a key")
+    assert text(kv).endswith('b2"\n\nKey: "c3"\nThe value of this key is: "')
+    assert json.loads(kv["until"]) == ['"', "\n"]
+    mf = asked("mf")
+    assert mf["context"] == "[7, 1, 12]"
+    assert "What is the smallest number of the list?\n\nAnswer with" in mf["question"]
+    assert (mf["cue"], mf["gold"], json.loads(mf["until"])) == ("", "1", [])
+    choice = asked("choice_eng")
+    assert choice["question"].endswith(
+        "Question: Whom did Ann meet?\nA. Al\nB. Bob\nC. Cy\nD. Di\n"
+    )
+    assert (choice["cue"], choice["gold"]) == ("Answer:", " B")
+    assert text(asked("qa_chn")).endswith("问题：安遇见了谁？\n答案：")
+    assert asked("qa_chn")["gold"] == "鲍勃"
+    vt = asked("vt")
+    assert (vt["cue"], vt["gold"]) == ("", "\nA, B")
+
+
+def test_functions_of_a_repository_are_rivals(tokenizer, tmp_path):
+    def row(repo, name):
+        turn = {"input": f"It is {name}.", "answer": f"def {name}(a, b): return a + b"}
+        return {"context": "code", "repo": repo, "multi_turns": [turn]}
+
+    file = tmp_path / "repoqa.jsonl"
+    rows = [row("a/b", "add"), row("a/b", "added"), row("c/d", "other")]
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    docs = documents("repoqa", data=str(file), tokenizer=tokenizer, contexts=1)["test"]
+    assert sorted(json.loads(docs[0]["options"])) == [
+        "def add(a, b): return a + b", "def added(a, b): return a + b"
+    ]  # fmt: skip
+    assert docs[0]["cue"] == "```\n"
+    assert process_results(docs[0], ["def add(a, b): return a + b"])["compat"] == 1
+    assert process_results(docs[0], ["def added(a, b): return a + b"])["compat"] == 0
+
+
 def test_a_file_in_scbenchs_schema_is_accepted(tmp_path, tokenizer):
     file = tmp_path / "mine.jsonl"
     file.write_text(HAND_MADE)
@@ -145,7 +292,9 @@ def test_a_file_in_scbenchs_schema_is_accepted(tmp_path, tokenizer):
     assert [doc["turn"] for doc in docs] == [0, 1, 0]
     assert docs[1]["source"] == f"file {file}"
     assert text(docs[1]) == (
-        "apple is red. pear is green.\n\nWhat colour is an apple?red\n\nAnd a pear?"
+        "Read this book. Answer the questions in as few words as possible.\n\n"
+        "apple is red. pear is green.\n\nQuestion: What colour is an apple?\nAnswer: red"
+        "\n\nQuestion: And a pear?\nAnswer:"
     )
     assert process_results(docs[1], ["It is yellow"])["compat"] == 1
 
@@ -155,7 +304,10 @@ def test_a_file_in_scbenchs_schema_is_accepted(tmp_path, tokenizer):
     [
         ("{", "line 2: not JSON"),
         ("[]", "line 2: expected a JSON object"),
-        ('{"multi_turns": []}', "line 2: context must be a text, got nothing"),
+        (
+            '{"multi_turns": []}',
+            "line 2: context must be a text or a list of numbers, got nothing",
+        ),
         ('{"context": "a", "multi_turns": {}}', "line 2: multi_turns must be a list"),
         (
             '{"context": "a", "multi_turns": [{"input": "b"}]}',

@@ -1,8 +1,10 @@
 """SCBench's schema: a context and what is asked of it, one turn after another.
 
-    {"id": ..., "context": "...",
+    {"id"?: ..., "context": "...", "repo"?: ...,
      "multi_turns": [{"input": ..., "answer": ..., "options"?: ..., "task"?: ..., "cue"?: ...}]}
 
+A context is a text, or the numbers of an array (``mf``). ``repo`` tells where ``repoqa``'s code is
+from. What else a row holds is left alone.
 ``cue`` is ours: the beginning of the answer, which is fed while decoding. With it every token of
 an answer is read from what a policy left, also where the question stands in the prompt.
 """
@@ -16,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 Answer = str | int | float | list[str]
-
-TURN_KEYS = {"input", "answer", "options", "task", "cue"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +42,14 @@ class Conversation:
     id: str
     context: str
     turns: tuple[Turn, ...]
+    repo: str = ""
 
     def as_json(self) -> str:
         turns = [
             {k: v for k, v in asdict(turn).items() if v not in ("", ())} for turn in self.turns
         ]
-        row = {"id": self.id, "context": self.context, "multi_turns": turns}
+        repo = {"repo": self.repo} if self.repo else {}
+        row = {"id": self.id, "context": self.context, **repo, "multi_turns": turns}
         return json.dumps(row, ensure_ascii=False)
 
 
@@ -56,14 +58,19 @@ def read_conversation(row: object, place: str) -> Conversation:
     if not isinstance(row, Mapping):
         raise ValueError(f"{place}: expected a JSON object with id, context and multi_turns")
     context, turns = row.get("context"), row.get("multi_turns")
+    if isinstance(context, list) and all(type(number) in (int, float) for number in context):
+        context = str(context)
     if not isinstance(context, str) or not context:
-        raise ValueError(f"{place}: context must be a text, got {_shown(context)}")
+        raise ValueError(
+            f"{place}: context must be a text or a list of numbers, got {_shown(context)}"
+        )
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"{place}: multi_turns must be a list of turns, got {_shown(turns)}")
     return Conversation(
         id=str(row.get("id", place)),
         context=context,
         turns=tuple(_turn(t, f"{place}: multi_turns[{i}]") for i, t in enumerate(turns)),
+        repo=str(row.get("repo") or ""),
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kvplug_evals.scbench.framing import framed, with_rivals
 from kvplug_evals.scbench.generators import GENERATORS, Order, make
 from kvplug_evals.scbench.schema import Conversation, Turn, read_jsonl, read_rows
 
@@ -215,12 +216,12 @@ class Ask:
 def asks(task: Task, conversation: Conversation, turns: int) -> Iterator[Ask]:
     for place, turn in enumerate(conversation.turns[: min(turns, MAX_TURNS)]):
         how = task_of(task, turn)
-        question, cue = turn.input, turn.cue
+        question, cue, bare = turn.input, turn.cue, not turn.cue
         if how.metric == "choice_eng" and turn.options:
             letters = zip("ABCD", turn.options, strict=False)
             question += "".join(f"{letter}. {option}\n" for letter, option in letters)
-            cue = cue or "Answer:"
-        gap = "" if not cue or cue.endswith(('"', "\n", " ")) else " "
+        apart = (cue or question).endswith(('"', "：", "\n", " "))
+        gap = "" if apart else "\n" if bare else " "
         if task.lead == " ":
             cue, gap = f" {cue}", " "
         yield Ask(
@@ -228,9 +229,9 @@ def asks(task: Task, conversation: Conversation, turns: int) -> Iterator[Ask]:
             question=task.lead + question,
             cue=cue,
             gold=gap + _letter(turn, how),
-            close=how.close,
+            close="" if bare else how.close,
             new_tokens=len(turn.gold.split()) if task.name == "recall" else how.new_tokens,
-            until=how.until,
+            until=() if bare else how.until,  # an answer may begin in a new line
             metric=how.metric,
         )
 
@@ -258,10 +259,10 @@ def load(
         found = _from_hub(task)
     else:
         found = read_jsonl(Path(data))
-    found = found[:contexts]
+    found = with_rivals(name, found)[:contexts]
     if middle is not None:
         found = [replace(c, context=truncated(c.context, middle, order.count)) for c in found]
-    return found
+    return [framed(name, conversation) for conversation in found]
 
 
 def _from_hub(task: Task) -> list[Conversation]:
@@ -290,7 +291,7 @@ def truncated(context: str, tokens: int, count: Any) -> str:
 def source(name: str, data: str) -> str:
     """What to say of the data in every output."""
     if data == "hub":
-        return f"{HUB}, {task_named(name).hub_name}"
+        return f"{HUB}, {task_named(name).hub_name}, instructions in our words"
     return task_named(name).generated if data == "generated" else f"file {data}"
 
 
