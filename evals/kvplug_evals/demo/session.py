@@ -138,9 +138,10 @@ def _progress(console: Console, steps: int) -> Iterator[Progress]:
         yield progress
 
 
-def machine(engine: str) -> dict[str, str]:
-    """Versions and hardware, for the report."""
-    versions = {name: importlib.metadata.version(name) for name in ("kvplug", engine, "torch")}
+def machine(*packages: str) -> dict[str, str]:
+    """Versions, of kvplug and torch too, and hardware, for the report."""
+    names = ("kvplug", *packages, "torch")
+    versions = {name: importlib.metadata.version(name) for name in names}
     cores = len(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {

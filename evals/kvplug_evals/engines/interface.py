@@ -93,8 +93,6 @@ class Engine(Protocol):
     """Of one block over all layers, as the engine allocates it."""
     blocks: int
     """In the pool."""
-    environment: dict[str, str]
-    """Versions."""
 
     def run(
         self, requests: Sequence[Request], finished: Callable[[Reply], object] | None = None

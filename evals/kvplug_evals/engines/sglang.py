@@ -8,7 +8,6 @@ request brings along, so it listens on this machine alone.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import os
 import sys
@@ -73,8 +72,6 @@ class SGLangEngine:
         beside = digest.rows * of_token // 2 if digest else 0  # a row is a key, half a token
         self.block_bytes = round(pool / (self.blocks + 1)) + beside  # one page takes the padding
         self.requests = 0
-        names = ("kvplug", "sglang", "torch", "transformers", "lm_eval")
-        self.environment = {name: importlib.metadata.version(name) for name in names}
 
     def run(
         self, requests: Sequence[Request], finished: Callable[[Reply], object] | None = None

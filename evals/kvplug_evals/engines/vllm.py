@@ -7,7 +7,6 @@ through prometheus_client's files.
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import os
 import shutil
 import struct
@@ -106,8 +105,6 @@ class VLLMEngine:
         self.block_bytes = options.kv_cache_mib * MiB // int(config.num_gpu_blocks)
         self.tokenizer = self.engine.get_tokenizer()
         self.requests = 0
-        names = ("kvplug", "vllm", "torch", "transformers", "lm_eval")
-        self.environment = {name: importlib.metadata.version(name) for name in names}
 
     def run(
         self, requests: Sequence[Request], finished: Callable[[Reply], object] | None = None

@@ -158,8 +158,7 @@ def _run_setting(
     with (directory / "predictions.jsonl").open("w") as out:
         out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     environment = {
-        **machine(setting.engine),
-        **engine.environment,
+        **machine(setting.engine, "transformers", "lm_eval"),
         "seeds": {"data": suite.seed, "lm_eval": SEED},
         "dtype": served_dtype(Path(setting.model), suite.dtype),
         "threads": run.threads,
