@@ -20,7 +20,7 @@ from torch import Tensor
 from kvplug import PromptKV, choose_pages, keep_tokens, window_queries
 from kvplug_kernels.virtual_heads import virtual_heads
 from kvplug_sglang import compat
-from kvplug_sglang.cache import Digests
+from kvplug_sglang.cache import Digests, page_bytes
 from kvplug_sglang.router import OWN, Tenant
 from kvplug_sglang.settings import Engine
 from kvplug_sglang.step import Batch, Packing, Selected, StepPlan, StepPlanner, Whole
@@ -47,6 +47,8 @@ class PlannedAttention:
         ]
         self.step_of = {layer: n for n, each in enumerate(self.steps) for layer in each.layers}
         self.digests = Digests.of(self.engine, pool)
+        if not self.engine.dense:
+            self.engine.page_bytes = page_bytes(pool, self.digests, self.engine.page_size)
         self.plans: list[StepPlan | None] = [None] * len(self.steps)
         """Of the step at hand, for each of ``steps``."""
         self.selected_queries = 0
@@ -137,7 +139,8 @@ class PlannedAttention:
             window = each.tenant.window
             window[layer.layer_id] = window_queries(each.seen, query, window.get(layer.layer_id))
         for packing in plan.packings:
-            self._pack(layer, packing)
+            with self.engine.packing(packing.tenants[0].choice):
+                self._pack(layer, packing)
 
     def _pack(self, layer: Any, packing: Packing) -> None:
         """Copy what each KV head keeps of the prompts' whole pages into their private slots."""

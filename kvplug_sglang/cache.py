@@ -37,6 +37,14 @@ class Digests:
         self.digest.update(self.of_layer(layer), keys, slots.long(), self.page_size)
 
 
+def page_bytes(pool: Any, digests: Digests | None, page_size: int) -> int:
+    """What the pool allocates for a page on this rank: all layers' keys and values, and what
+    stands beside them for as long as the page is somebody's."""
+    layers = range(pool.start_layer, pool.start_layer + pool.layer_num)
+    token = sum(each[0].nbytes for layer in layers for each in pool.get_kv_buffer(layer))
+    return page_size * token + (0 if digests is None else digests.rows[:, 0].nbytes)
+
+
 def token_bytes(original: Any, self: Any, kvc: Any, num_layers: int) -> int:
     """Around ``DefaultPoolConfigurator._compute_cell_size``: a token's share of its digests."""
     size: int = original(self, kvc, num_layers)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from kvplug import Composition, Settings, Stage
+from kvplug import Composition, Refused, Settings, Stage
 from kvplug_sglang.compat import Hook
 from kvplug_sglang.router import Tenant
 from kvplug_sglang.settings import Engine
@@ -35,8 +35,7 @@ def admit(result: None, self: Any, *args: Any, **kwargs: Any) -> None:
     except ValueError as error:
         self.kvplug_choice = engine.choice(Settings())
         self.set_finish_with_abort(str(error))
-        if engine.metrics is not None:
-            engine.metrics.count_refused(error)
+        engine.refused(error)
         return
     if evicts_by_position(self):
         # Holes would be shared, or what they leave be locked: SGLang's tree keeps whole prefixes.
@@ -45,13 +44,18 @@ def admit(result: None, self: Any, *args: Any, **kwargs: Any) -> None:
 
 def refuse_beams(original: Any, self: Any, req: Any, recv_req: Any) -> str | None:
     """Around a beam search's own checks: its message to the client, None for none."""
-    if Engine.serving().dense:
+    engine = Engine.serving()
+    if engine.dense:
         error: str | None = original(self, req, recv_req)
         return error
-    return (
+    refused = Refused(
+        "beam search",
         "kvplug: beam search hands rows of the pool, which a policy may have rewritten, from one "
-        "beam to another; drop beam_width"
+        "beam to another; drop beam_width",
     )
+    if req.to_finish is None:  # else it was refused, and counted, when it came
+        engine.refused(refused)
+    return str(refused)
 
 
 def evicts_by_position(req: Any) -> bool:
@@ -174,7 +178,7 @@ def swap(tree: Any, req: Any, tenant: Tenant) -> None:
     req.last_node = tree.root_node_handle(req.extra_key)
     tenant.swapped, tenant.shared = True, not req.skip_radix_cache_insert
     req.skip_radix_cache_insert = True
-    engine.returned(tenant.choice, begin // engine.page_size)
+    engine.returned(tenant.choice, end // engine.page_size, tenant.private)
     engine.admit_again()
 
 

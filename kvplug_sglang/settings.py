@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from kvplug import BatchPlanner, Choices, Offer, Planner, Settings, read_offer
+from kvplug import BatchPlanner, Choices, Offer, Planner, Refused, Settings, read_offer
 from kvplug.config import ENVIRONMENT
 from kvplug_sglang import NAME
 from kvplug_sglang.router import Router
@@ -57,6 +59,8 @@ class Engine:
         self.offer = offer
         self.page_size = page_size
         self.metrics = metrics
+        self.page_bytes = 0
+        """Of a page on this rank, in all layers, where a policy may return some."""
         self.router = Router()
         self.scheduler: Any = None
         self.choices = Choices(offer.settings)
@@ -71,7 +75,8 @@ class Engine:
         from kvplug_sglang.metrics import Metrics
 
         offer = read_offer(given(), environ={})
-        cls.current = cls(offer, page_size, Metrics() if rank == 0 else None)
+        metrics = Metrics(str(offer.settings.policy)) if rank == 0 else None
+        cls.current = cls(offer, page_size, metrics)
         return cls.current
 
     @classmethod
@@ -126,18 +131,35 @@ class Engine:
     def choose(self, sampling_params: Any, in_session: bool) -> int:
         """What a request asked for, as a choice. Raises ValueError that says what it may."""
         if in_session and not self.dense:
-            raise ValueError(
+            raise Refused(
+                "session",
                 "kvplug: a session hands its row of the pool, which a policy may have rewritten, "
-                "to the next turn; send the whole prompt, which the prefix cache serves"
+                "to the next turn; send the whole prompt, which the prefix cache serves",
             )
         custom = sampling_params.custom_params
         asked = custom.get(NAME) if isinstance(custom, dict) else None
         return self.choice(self.offer.settings_for(asked))
 
-    def returned(self, choice: int, pages: int) -> None:
-        """A request that lives on gave back pages, less those it holds in their place."""
+    def policy(self, choice: int) -> str:
+        """The line that a choice is counted by."""
+        return str(self.planner(choice).settings.policy)
+
+    def returned(self, choice: int, pages: int, private: int = 0) -> None:
+        """A request that lives on gave back pages. private: those it holds in their place."""
         if self.metrics is not None:
-            self.metrics.count_returned(str(self.planner(choice).settings.policy), pages)
+            self.metrics.count_returned(self.policy(choice), pages, private, self.page_bytes)
+
+    def refused(self, error: ValueError) -> None:
+        if self.metrics is not None:
+            self.metrics.count_refused(error)
+
+    @contextmanager
+    def packing(self, choice: int) -> Iterator[None]:
+        """Time what compresses. On a GPU these are the host's seconds, not the kernels'."""
+        began = perf_counter()
+        yield
+        if self.metrics is not None:
+            self.metrics.count_packing(self.policy(choice), perf_counter() - began)
 
     def admit_again(self) -> None:
         """Memory came free while requests ran on, which SGLang only expects when one ends."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 
 MODELS = Path(__file__).parents[1] / ".models"
+DASHBOARD = Path(__file__).parents[1] / "dashboards/kvplug.json"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -59,3 +62,24 @@ def prompts() -> Callable[..., list[list[int]]]:
         return [[source.randrange(vocab) for _ in range(length)] for length in lengths]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def dashboard() -> Any:
+    return json.loads(DASHBOARD.read_text())
+
+
+@pytest.fixture(scope="session")
+def drawn(dashboard) -> set[str]:
+    """Names of the metrics in the dashboard's expressions and in its variables' queries."""
+    expressions = [t["expr"] for panel in dashboard["panels"] for t in panel["targets"]]
+    expressions += [
+        variable["query"]["query"]
+        for variable in dashboard["templating"]["list"]
+        if variable["type"] == "query"
+    ]
+    assert all(expression.count("(") == expression.count(")") for expression in expressions)
+    metric = re.compile(r"\b(?:kvplug_|vllm:|sglang:)\w+")
+    found = [metric.findall(expression) for expression in expressions]
+    assert all(found), "an expression that asks for no metric"
+    return {name for names in found for name in names}

@@ -9,6 +9,7 @@ import contextlib
 import gc
 import os
 import random
+import re
 import socket
 import sys
 from array import array
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 
 SHIMS = Path(__file__).parent / "shims"
+COUNTER = re.compile(r"kvplug_(\w+)_total")
 
 os.environ.update(
     SGLANG_USE_CPU_ENGINE="1",
@@ -40,6 +42,18 @@ def free_port() -> int:
             return port
 
 
+def counters() -> dict[tuple[str, str], float]:
+    """What kvplug counted in this process: (counter, policy) -> count."""
+    from prometheus_client import REGISTRY
+
+    return {
+        (counter[1], sample.labels["policy"]): sample.value
+        for family in REGISTRY.collect()
+        for sample in family.samples
+        if "policy" in sample.labels and (counter := COUNTER.fullmatch(sample.name))
+    }
+
+
 class Engine:
     """An SGLang scheduler and what a test asks of it. Greedy, fp32, page size 16, chunk 256."""
 
@@ -49,6 +63,7 @@ class Engine:
         from sglang.srt.server_args import PortArgs, ServerArgs
 
         load_plugins()
+        self._before = counters()
         os.environ.pop("KVPLUG_POLICY", None)
         if policy is not None:
             os.environ["KVPLUG_POLICY"] = policy
@@ -171,6 +186,15 @@ class Engine:
 
     def cached(self, rid: str) -> int:
         return self.requests[rid].cached_tokens
+
+    def counted(self, policy: str | None = None) -> dict[str, float]:
+        """What it counted under a policy, its own unless said, since it started."""
+        line = str(self.backend.engine.offer.settings.policy) if policy is None else policy
+        return {
+            counter: value - self._before.get((counter, of), 0.0)
+            for (counter, of), value in counters().items()
+            if of == line
+        }
 
     def forget(self) -> None:
         """Empty the prefix cache."""

@@ -13,6 +13,15 @@ OFFER = {
     "allow": ["quest", "keydiff", "knorm", "random"],
     "max_budget": 128,
 }
+TOKEN = 2 * 2 * 2 * 64 * 4
+"""Bytes of the pool: two layers, keys and values, two heads of 64, fp32."""
+PAGE = 16 * TOKEN + 2 * 2 * 2 * 64 * 4
+"""And what ``quest`` may be asked to read of a page: its keys' minimum and maximum."""
+COMPRESSING = {
+    "packed_prompts", "kept_tokens", "dropped_tokens", "packing_seconds", "returned_blocks",
+    "saved_bytes",
+}  # fmt: skip
+COUNTERS = COMPRESSING | {"decode_queries", "cached_tokens", "read_tokens"}
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
@@ -50,8 +59,28 @@ def test_a_dense_request_beside_compressed_ones_equals_stock(engine, random_llam
     with engine(random_llama()) as stock:
         expected = stock.generate(batch, 12)
     with engine(random_llama(), json.dumps(OFFER)) as server:
+        nothing = server.counted()
+        assert set(nothing) == COUNTERS
+        assert not any(nothing.values()), "a rate needs to have seen the zero"
         server.generate(batch, 12)
+        compressed = server.counted()
         assert server.generate(batch, 12, "dense") == expected
+        assert server.counted() == compressed
+        dense = server.counted("dense")
+        assert dense["decode_queries"] == 2 * 11
+        assert not any(dense.get(counter) for counter in COMPRESSING)
+        server.generate(batch[:1], 12)
+        again = server.counted()
+
+    assert compressed["packing_seconds"] > 0
+    assert again["packing_seconds"] > compressed["packing_seconds"]
+    whole = 600 // 16, 420 // 16
+    assert compressed["packed_prompts"] == 2
+    assert compressed["kept_tokens"] == 2 * 64 + 600 % 16 + 420 % 16
+    assert compressed["dropped_tokens"] == sum(whole) * 16 - 2 * 64
+    assert compressed["returned_blocks"] == sum(whole)
+    assert compressed["saved_bytes"] == (sum(whole) - 2 * 64 // 16) * PAGE
+    assert again["saved_bytes"] - compressed["saved_bytes"] == (whole[0] - 64 // 16) * PAGE
 
 
 @pytest.mark.parametrize(
@@ -84,6 +113,13 @@ def test_decoding_in_the_steps_of_others_prefill(engine, random_llama, prompts, 
     assert answers[0] == answers[1]
 
 
+def refused(reason):
+    from prometheus_client import REGISTRY
+
+    name = "kvplug_refused_requests_total"
+    return REGISTRY.get_sample_value(name, {"reason": reason}) or 0.0
+
+
 @pytest.mark.parametrize(
     "policy, message, counted",
     [
@@ -96,15 +132,9 @@ def test_decoding_in_the_steps_of_others_prefill(engine, random_llama, prompts, 
 def test_what_a_request_may_not_ask_for_is_refused_alone(
     engine, random_llama, prompts, policy, message, counted
 ):
-    from prometheus_client import REGISTRY
-
-    def refused():
-        name, reason = "kvplug_refused_requests_total", {"reason": counted}
-        return REGISTRY.get_sample_value(name, reason) or 0.0
-
     [prompt] = prompts(300, seed=10)
     with engine(random_llama(), json.dumps(OFFER)) as server:
-        before = refused()
+        before = refused(counted)
         [expected] = server.generate([prompt], 8)
         good, bad = server.send(prompt, 8), server.send(prompt, 8, policy)
         server.drain()
@@ -112,17 +142,19 @@ def test_what_a_request_may_not_ask_for_is_refused_alone(
         reason = server.requests[bad].finished_reason.to_json()
         assert reason["type"] == "abort"
         assert message in reason["message"]
-        assert refused() == before + 1
+        assert refused(counted) == before + 1
         assert sum(server.free) == 16384
 
 
 def test_beams_are_refused(engine, random_llama, prompts):
     [prompt] = prompts(40, seed=11)
     with engine(random_llama(), "snapkv(budget=64)", page_size=1) as server:
+        before = refused("beam search")
         server.send(prompt, 4, beam_width=2)
         server.drain()
         message = server.sent[-1].finished_reasons[0]["message"]
         assert "beam search hands rows of the pool" in message
+        assert refused("beam search") == before + 1
         assert sum(server.free) == 16384
 
 
@@ -134,8 +166,10 @@ def test_sessions_are_refused(engine, random_llama, prompts):
         server.scheduler.open_session(
             OpenSessionReqInput(capacity_of_str_len=1000, session_id="talk")
         )
+        before = refused("session")
         rid = server.send(prompt, 4, session=SessionParams(id="talk"))
         server.drain()
+        assert refused("session") == before + 1
         reason = server.requests[rid].finished_reason.to_json()
         assert reason["type"] == "abort"
         assert "a session hands its row of the pool" in reason["message"]

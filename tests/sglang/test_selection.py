@@ -43,6 +43,12 @@ def test_digests_are_their_pages_extremes(engine, random_llama, prompts, policy,
         planned.generate(batch, 16)
         assert len(set(checked)) == 4
         assert planned.backend.selected_queries > 0
+        counted = planned.counted()
+        whole = [500 // page_size, 333 // page_size] if "snapkv" in policy else []
+        rest = [pages - 96 // page_size for pages in whole]
+        page = (2 * page_size + 2) * 2 * 2 * 64 * 4  # rows of two layers' two heads of 64, fp32
+        assert counted["returned_blocks"] == sum(whole)
+        assert counted["saved_bytes"] == sum(rest) * page, "digests are freed with their pages"
 
 
 def test_a_token_costs_its_share_of_the_digests(engine, random_llama):

@@ -19,6 +19,8 @@ OFFER = json.dumps(
         "max_budget": 4096,
     }
 )
+PAGE = (2 * 16 + 2) * 2 * 1 * 64 * 4
+"""Bytes on one of two ranks: keys, values and digest of two layers, one head of 64, fp32."""
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def mixed(prompts):
     ]
 
 
-def test_tensor_parallel_mixed_policies_answer_as_alone(random_llama, tmp_path, mixed):
+def test_tensor_parallel_mixed_policies_answer_as_alone(random_llama, tmp_path, mixed, drawn):
     """TP 2, page size 16, chunk 256, overlap on; and the same as one rank, token for token."""
     model = random_llama()
     strict = {
@@ -51,6 +53,15 @@ def test_tensor_parallel_mixed_policies_answer_as_alone(random_llama, tmp_path, 
     with serve(
         model, tmp_path, *options, "--tp-size", "2", "--enable-metrics", **strict
     ) as server:
+        of_kvplug = {name for name in drawn if name.startswith("kvplug_")}
+        for name in of_kvplug - {"kvplug_refused_requests_total"}:
+            assert server.metric(name) == 0, "a rate needs to have seen the zero"
+        server.ask(*mixed[0])
+        assert server.metric("kvplug_saved_bytes_total") == (521 // 16 - 64 // 16) * PAGE
+        assert 0 < server.metric("kvplug_packing_seconds_total") < 60
+        for name in drawn:
+            if name.startswith("sglang:"):
+                server.metric(name)
         alone = []
         for request in mixed:
             server.forget()
@@ -66,6 +77,7 @@ def test_tensor_parallel_mixed_policies_answer_as_alone(random_llama, tmp_path, 
             server.ask(mixed[0][0], 4, "streaming_llm")
         assert refused.value.code == 400
         assert "does not allow streaming_llm" in refused.value.read().decode()
+        assert server.metric("kvplug_refused_requests_total") == 1
         # SGLang's own checkers, strict while busy and when idle, end a server that loses a slot.
         server.forget()
         assert server.ask(*mixed[0])["output_ids"] == alone[0]

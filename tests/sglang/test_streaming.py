@@ -105,3 +105,8 @@ def test_protected_spans_stay(engine, random_llama, prompts):
         planned.generate([prompt], 8)
         freed = {token for first, last in gone for token in range(first, last)}
         assert freed == {*range(16, 288), *range(352, 576)}
+        counted = planned.counted()
+        assert counted["returned_blocks"] == len(freed) // 16
+        # Two layers, keys and values, two heads of 64, fp32.
+        assert counted["saved_bytes"] == len(freed) * 2 * 2 * 2 * 64 * 4
+        assert counted["packing_seconds"] == counted["packed_prompts"] == 0

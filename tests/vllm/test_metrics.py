@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -19,9 +18,9 @@ httpx = pytest.importorskip("httpx")
 from kvplug import parse  # noqa: E402
 from kvplug_evals.demo.server import serve  # noqa: E402
 from kvplug_evals.demo.vllm import VLLM  # noqa: E402
+from kvplug_sglang import metrics as in_sglang  # noqa: E402
 from kvplug_vllm import counters, metrics  # noqa: E402
 
-DASHBOARD = Path(__file__).parents[2] / "dashboards/kvplug.json"
 PAGE, TOKENS, LAYERS = 32, 40, 30  # of SmolLM2
 BLOCK_BYTES = LAYERS * 2 * PAGE * 3 * 64 * 2  # keys and values, 3 heads of 64, bfloat16
 PROMPTS = (900, 1001, 96, 3)
@@ -72,7 +71,7 @@ def decoded(prompt: int) -> range:
 
 @pytest.mark.engine
 @pytest.mark.timeout(300)
-def test_a_server_shows_what_it_compressed_and_read(smollm2, tmp_path):
+def test_a_server_shows_what_it_compressed_and_read(smollm2, tmp_path, drawn):
     policy = "snapkv(budget=512, window=32) + quest(budget=256, dense_layers=2)"
     found, page, log = served(smollm2, policy, tmp_path)
     long = [prompt for prompt in PROMPTS if prompt // PAGE > 512 // PAGE]
@@ -103,8 +102,7 @@ def test_a_server_shows_what_it_compressed_and_read(smollm2, tmp_path):
     }
     assert 0 < seconds < 60
     names = {f.name for f in text_string_to_metric_families(page)}
-    asked = {name for name in metric_names(json.loads(DASHBOARD.read_text())) if ":" in name}
-    assert asked <= names
+    assert {name for name in drawn if name.startswith("vllm:")} <= names
     (line,) = [line for line in log.read_text().splitlines() if "kvplug: snapkv" in line]
     assert "min_context 0, no token protected" in line
     assert "holds 17 blocks of 32 tokens once its prompt is done, 256 before" in line
@@ -126,24 +124,17 @@ def test_and_so_do_two_api_servers_of_one_engine(smollm2, tmp_path):
     assert "holds at most " in log.read_text()
 
 
-def metric_names(dashboard) -> set[str]:
-    """Of every expression, and of the variables' queries."""
-    expressions = [t["expr"] for panel in dashboard["panels"] for t in panel["targets"]]
-    expressions += [
-        variable["query"]["query"]
-        for variable in dashboard["templating"]["list"]
-        if variable["type"] == "query"
-    ]
-    assert all(expression.count("(") == expression.count(")") for expression in expressions)
-    found = [re.findall(r"\b(?:kvplug_|vllm:)\w+", expression) for expression in expressions]
-    assert all(found), "an expression that asks for no metric"
-    return {name for names in found for name in names}
+def test_sglang_counts_the_same_by_the_same_names():
+    by_policy = {counter.name: counter.help for counter in metrics.BY_POLICY}
+    assert by_policy == in_sglang.BY_POLICY
+    assert {counter.label for counter in metrics.BY_POLICY} == {"policy"}
+    assert (metrics.REFUSED.name, metrics.REFUSED.help) == in_sglang.REFUSED
 
 
-def test_the_dashboard_asks_for_counters_that_exist():
-    dashboard = json.loads(DASHBOARD.read_text())
+def test_the_dashboard_asks_for_counters_that_exist(dashboard, drawn):
     names = {str(counter) for counter in metrics.ALL}
-    assert {name for name in metric_names(dashboard) if ":" not in name} == names
+    names.add(f"kvplug_{in_sglang.WHOLE[0]}_total")
+    assert {name for name in drawn if name.startswith("kvplug_")} == names
     ids = [panel["id"] for panel in dashboard["panels"]]
     assert len(set(ids)) == len(ids)
     places = [tuple(panel["gridPos"][axis] for axis in "xywh") for panel in dashboard["panels"]]
