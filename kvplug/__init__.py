@@ -19,7 +19,7 @@ from kvplug.config import Settings, read_settings
 from kvplug.eviction import keep_tokens, window_queries
 from kvplug.grammar import parse
 from kvplug.offer import Offer, Refused, read_offer
-from kvplug.plan import BatchPlanner, Choices, Observed, Planner, Segments
+from kvplug.plan import BatchPlanner, Choices, LayerReads, Observed, Planner, Segments
 from kvplug.policy import (
     Action,
     Digest,
@@ -47,6 +47,7 @@ __all__ = [
     "Evidence",
     "Granularity",
     "LayerBudgets",
+    "LayerReads",
     "Observed",
     "Offer",
     "Planner",

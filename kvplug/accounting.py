@@ -62,6 +62,5 @@ def reads_by_policy(
     """What each of a batch's settings cost in a step; layers: numbers of the planned ones."""
     for choice, part in segments.by_choice().items():
         planner = planners[choice]
-        selector = planner.selector
-        budgets = [selector.layer_budget(layer) if selector else None for layer in layers]
+        budgets = [planner.layer_budget(layer) for layer in layers]
         yield planner.settings, step_reads(part, planner, budgets)

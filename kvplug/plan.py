@@ -10,15 +10,19 @@ pages, its visible length is what a kernel must be told, and the adapter owns wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvplug.config import Settings
 from kvplug.policy import Positions
+
+Whole = TypeVar("Whole")
+Selected = TypeVar("Selected")
 
 _PER_SEGMENT = (
     "row", "token", "start", "stop", "kept", "first", "packed", "choice", "selects", "decodes"
@@ -223,6 +227,10 @@ class Planner:
         short = segments.stop <= self.settings.min_context
         return np.where(short, segments.pages, np.minimum(keep, segments.pages))
 
+    def layer_budget(self, layer: int) -> int | None:
+        """Tokens that a selecting query reads in a layer; None for all of them."""
+        return self.selector.layer_budget(layer) if self.selector else None
+
     def width(self, max_tokens: int) -> int:
         """The widest selection, in pages, of any request up to ``max_tokens``."""
         whole = -(-max(self.settings.min_context, 1) // self.page_size)
@@ -276,6 +284,16 @@ class Observed:
     window: int
 
 
+@dataclass(frozen=True)
+class LayerReads(Generic[Whole, Selected]):
+    """What a layer reads of a step, in an adapter's terms."""
+
+    whole: Whole | None = None
+    """The queries that read all they see; None where there are none."""
+    selected: Sequence[tuple[Selected, int]] = ()
+    """The queries of each policy that selects here, and the tokens that they read."""
+
+
 class BatchPlanner:
     """Answers for a batch whose requests have settings of their own."""
 
@@ -324,6 +342,29 @@ class BatchPlanner:
         return Segments(
             page_size=self.page_size, **{name: each[order] for name, each in joined.items()}
         )
+
+    def by_layer(
+        self, segments: Segments, layers: Iterable[int],
+        whole: Callable[[Segments], Whole], selected: Callable[[Segments], Selected],
+    ) -> dict[int, LayerReads[Whole, Selected]]:  # fmt: skip
+        """What each layer reads of a step: where a policy does not select, its queries read all.
+
+        ``selected`` puts the selecting segments of one choice into an adapter's terms, ``whole``
+        those that remain, if any: once for all layers in which the same choices select.
+        """
+        chosen = segments.where(segments.selects).by_choice()
+        terms = {one: selected(part) for one, part in chosen.items()}
+        others: dict[tuple[int, ...], Whole | None] = {}
+        reads = {}
+        for layer in layers:
+            asked = [(one, self.planners[one].layer_budget(layer)) for one in chosen]
+            here = tuple(one for one, budget in asked if budget is not None)
+            if here not in others:
+                rest = segments.where(~(segments.selects & np.isin(segments.choice, here)))
+                others[here] = whole(rest) if len(rest.row) else None
+            mine = [(terms[one], budget) for one, budget in asked if budget is not None]
+            reads[layer] = LayerReads(others[here], mine)
+        return reads
 
     def private_pages(self, choice: Positions, prompt: Positions) -> Positions:
         """``Planner.private_pages`` by choice. [B] each -> [B]"""

@@ -60,7 +60,7 @@ class PlannedAttention:
         super().init_forward_metadata(forward_batch)  # type: ignore[misc]
         batch = self._batch(forward_batch)
         self.plans = [None if batch is None else each.plan(batch) for each in self.steps]
-        self.planned_steps += any(plan is not None and not plan.stock for plan in self.plans)
+        self.planned_steps += any(any(plan.layers.values()) for plan in self.plans if plan)
 
     def _batch(self, forward_batch: Any) -> Batch | None:
         """None for a batch of no request (a dummy run) and for an idle one."""
@@ -102,9 +102,8 @@ class PlannedAttention:
             return stock(q, k, v, layer, forward_batch, save, **more)
         plan = self.plans[self.step_of[layer.layer_id]]
         query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        budgets = [] if plan is None else self._budgets(layer, plan)
-        applies = tuple(budget is not None for budget in budgets)
-        if plan is None or (plan.stock and not any(applies)):
+        reads = None if plan is None else plan.layers[layer.layer_id]
+        if plan is None or reads is None:
             output = stock(q, k, v, layer, forward_batch, save, **more)
             self._written(layer, forward_batch.out_cache_loc)
             if plan is not None:
@@ -116,12 +115,10 @@ class PlannedAttention:
         self._written(layer, forward_batch.out_cache_loc)
         self._compress(layer, query, plan)
         output = query.new_empty(*query.shape[:2], layer.v_head_dim)
-        whole = plan.whole[applies]
-        if whole is not None:
-            self._whole(layer, query, whole, output)
-        for step, budget in zip(plan.selected, budgets, strict=True):
-            if budget is not None:
-                self._selected(layer, query, step, budget, output)
+        if reads.whole is not None:
+            self._whole(layer, query, reads.whole, output)
+        for selected, budget in reads.selected:
+            self._selected(layer, query, selected, budget, output)
         return output.flatten(1)
 
     @property
@@ -135,9 +132,9 @@ class PlannedAttention:
             self.digests.update(layer.layer_id, keys[slots], slots)
 
     def _compress(self, layer: Any, query: Tensor, plan: StepPlan) -> None:
-        for each in plan.observations:
-            window = each.tenant.window
-            window[layer.layer_id] = window_queries(each.seen, query, window.get(layer.layer_id))
+        for tenant, seen in plan.observations:
+            window = tenant.window
+            window[layer.layer_id] = window_queries(seen, query, window.get(layer.layer_id))
         for packing in plan.packings:
             with self.engine.packing(packing.tenants[0].choice):
                 self._pack(layer, packing)
@@ -172,11 +169,6 @@ class PlannedAttention:
             ],
         )
         self._written(layer, packing.targets)
-
-    @staticmethod
-    def _budgets(layer: Any, plan: StepPlan) -> list[int | None]:
-        """Tokens that this layer reads of each of the plan's selections; None for all."""
-        return [step.selector.layer_budget(layer.layer_id) for step in plan.selected]
 
     def _whole(self, layer: Any, query: Tensor, whole: Whole, output: Tensor) -> None:
         keys, values = self._kv(layer.layer_id)

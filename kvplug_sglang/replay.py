@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvplug import LayerReads
 from kvplug_sglang.compat import Hook
 from kvplug_sglang.router import OWN
 from kvplug_sglang.settings import Engine
@@ -68,7 +69,7 @@ class Replayed:
         steps, size = self.steps, self.steps.page_size
         kept, first, packed, visible, *keep = self.fields[:, : len(rows)]
         table = steps.table(rows, kept, first, packed, self.held, self.column)
-        plan = StepPlan(stock=not self.rewrites)
+        whole = selected = None
         if self.own.selector is not None and self.budgets:
             selected = Selected(
                 selector=self.own.selector,
@@ -79,8 +80,6 @@ class Replayed:
                 lengths=visible.int(),
                 width=self.width,
             )
-            plan.selected = [selected]
-        whole = None
         if self.rewrites:
             whole = Whole(
                 tokens=None,
@@ -89,9 +88,14 @@ class Replayed:
                 queries=torch.ones_like(visible),
                 longest_run=1,
             )
-        for applies in steps.applies(plan.selected):
-            plan.whole[applies] = None if any(applies) else whole
-        return plan
+        layers: dict[int, LayerReads[Whole, Selected] | None] = {}
+        for layer in steps.layers:
+            budget = self.own.layer_budget(layer)
+            if selected is not None and budget is not None:
+                layers[layer] = LayerReads(selected=[(selected, budget)])
+            else:
+                layers[layer] = None if whole is None else LayerReads(whole)
+        return StepPlan(layers)
 
     def serves(self, choices: list[int]) -> bool:
         """Whether the graph that was captured holds for requests of these choices."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvplug import (
     BatchPlanner,
+    LayerReads,
     Observed,
     Planner,
     ScoredEviction,
@@ -93,20 +94,11 @@ class Packing:
 
 
 @dataclass
-class Observation:
-    tenant: Tenant
-    seen: Observed
-
-
-@dataclass
 class StepPlan:
-    stock: bool
-    """Whether layers that select nothing are served by the engine's own path."""
-    whole: dict[tuple[bool, ...], Whole | None] = field(default_factory=dict)
-    """The queries that read all they see, by which of ``selected`` apply to a layer."""
-    selected: Sequence[Selected] = ()
+    layers: Mapping[int, LayerReads[Whole, Selected] | None]
+    """What each reads; None where the engine's own path serves it."""
     packings: Sequence[Packing] = ()
-    observations: Sequence[Observation] = ()
+    observations: Sequence[tuple[Tenant, Observed]] = ()
 
 
 @dataclass
@@ -157,23 +149,11 @@ class StepPlanner:
         stock = segments.untouched and self.engine.offer.settings.shortcut
         if stock and not packings and not observations:
             return None
-        plan = StepPlan(stock, packings=packings, observations=observations)
         if stock:
-            return plan
-        chosen = segments.where(segments.selects).by_choice()
-        plan.selected = [self._selected(batch, part) for part in chosen.values()]
-        for applies in self.applies(plan.selected):
-            apart = [one for one, applied in zip(chosen, applies, strict=True) if applied]
-            rest = segments.where(~(segments.selects & np.isin(segments.choice, apart)))
-            plan.whole[applies] = self._whole(batch, rest) if len(rest.row) else None
-        return plan
-
-    def applies(self, selected: Sequence[Selected]) -> set[tuple[bool, ...]]:
-        """Which of some selections apply to a layer: all that occurs."""
-        return {
-            tuple(each.selector.layer_budget(layer) is not None for each in selected)
-            for layer in self.layers
-        }
+            return StepPlan(dict.fromkeys(self.layers), packings, observations)
+        whole, selected = partial(self._whole, batch), partial(self._selected, batch)
+        layers = self.planners.by_layer(segments, self.layers, whole, selected)
+        return StepPlan(layers, packings, observations)
 
     def segments(self, batch: Batch) -> Segments:
         self.planners.know(self.engine.choices.settings)
@@ -190,9 +170,9 @@ class StepPlanner:
             for settings, reads in counted:
                 metrics.count(str(settings.policy), reads, self.share)
 
-    def _observations(self, batch: Batch) -> list[Observation]:
+    def _observations(self, batch: Batch) -> list[tuple[Tenant, Observed]]:
         seen = self.planners.observed(batch.choice, batch.computed, batch.total, batch.prompt)
-        return [Observation(batch.tenants[each.row], each) for each in seen]
+        return [(batch.tenants[each.row], each) for each in seen]
 
     def _packings(self, batch: Batch, private: Numbers) -> list[Packing]:
         """The requests whose prompt's last token is computed in this step, by policy."""

@@ -23,9 +23,10 @@ from kvplug_kernels.pack_tokens import pack_tokens
 from kvplug_kernels.virtual_heads import virtual_heads
 from kvplug_vllm import NAME, compat, metrics
 from kvplug_vllm.cache import customize_spec, split_layers
+from kvplug_vllm.compression import Packing
 from kvplug_vllm.refusals import refuse
 from kvplug_vllm.settings import Engine
-from kvplug_vllm.step import Packing, Selected, StepPlan, Whole
+from kvplug_vllm.step import Selected, StepPlan, Whole
 
 
 class PlannedBackend:
@@ -144,30 +145,29 @@ class PlannedImpl:
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         plan: StepPlan | None = getattr(attn_metadata, "kvplug", None) if self.planned else None
-        if plan is None:
+        reads = None
+        if plan is not None:
+            self._observe(query, plan)
+            for packing in plan.packings:
+                with metrics.packing(Engine.current, packing.settings):
+                    self.pack(layer, kv_cache, packing)
+            reads = plan.layers[compat.layer_index(layer.layer_name)]
+        if reads is None:
             return super().forward(  # type: ignore[misc]
                 layer, query, key, value, kv_cache, attn_metadata, output,
                 output_scale, output_block_scale,
             )  # fmt: skip
-        self._observe(query, plan)
-        for packing in plan.packings:
-            with metrics.packing(Engine.current, packing.settings):
-                self.pack(layer, kv_cache, packing)
-        index = compat.layer_index(layer.layer_name)
-        budgets = [each.selector.layer_budget(index) for each in plan.selected]
-        whole = plan.whole[tuple(budget is not None for budget in budgets)]
-        if whole is not None:
-            self._whole(layer, query, kv_cache, whole, output)
-        for each, budget in zip(plan.selected, budgets, strict=True):
-            if budget is not None:
-                self._selected(layer, query, kv_cache, each, budget, output)
+        if reads.whole is not None:
+            self._whole(layer, query, kv_cache, reads.whole, output)
+        for selected, budget in reads.selected:
+            self._selected(layer, query, kv_cache, selected, budget, output)
         return output
 
     def _observe(self, query: Tensor, plan: StepPlan) -> None:
         """Keep the window's queries of prompts that are still being prefilled."""
-        for each in plan.observations:
-            window = self._window.pop(each.stay, None)
-            self._window[each.stay] = window_queries(each.seen, query, window)
+        for stay, seen in plan.observations:
+            window = self._window.pop(stay, None)
+            self._window[stay] = window_queries(seen, query, window)
         while len(self._window) > self._most_windows:  # of requests that were aborted
             del self._window[next(iter(self._window))]
 

@@ -15,7 +15,8 @@ from kvplug import PromptKV
 from kvplug_kernels.warm_up import warm_up
 from kvplug_vllm import compat
 from kvplug_vllm.attention import PlannedBackend, PlannedImpl
-from kvplug_vllm.step import Packing, PlannedBuilder
+from kvplug_vllm.compression import Packing
+from kvplug_vllm.step import PlannedBuilder
 
 
 class KVPlugImpl(PlannedImpl, CPUAttentionBackendImpl):
@@ -44,7 +45,7 @@ class KVPlugBuilder(PlannedBuilder, CPUAttentionMetadataBuilder):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         own_process = self.vllm_config.parallel_config.distributed_executor_backend == "mp"
-        if own_process and self.planner is not None and self.offer.digest is not None:
+        if own_process and self.layers and self.offer.digest is not None:
             warm_up(self.kv_cache_spec.dtype)
 
 

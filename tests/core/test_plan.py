@@ -7,6 +7,7 @@ query i sees page p  iff  p <= i // S, and
 """
 
 import itertools
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from kvplug import BatchPlanner, Choices, Planner, Settings, parse, read_settings
+from kvplug import BatchPlanner, Choices, Composition, Planner, Settings, parse, read_settings
+from kvplug.policies.quest import Quest
 
 LONGEST = 420
 claims = hypothesis_settings(max_examples=200, deadline=None)
@@ -540,3 +542,90 @@ def test_layers_that_share_private_pages_pack_a_prompt_as_soon_as_the_narrowest_
     planner = BatchPlanner(16, 192, 64)
     planner.know([policy, Settings(policy=parse("snapkv(budget=32, window=16)"))])
     assert [each.private for each in planner.planners] == [12, 2], "of their own, if uniform"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alternating(Quest):
+    """Selects in every other layer, with a budget of the layer's own."""
+
+    name = "alternating"
+
+    def layer_budget(self, layer: int) -> int | None:
+        return None if layer % 2 else self.budget + 16 * layer
+
+
+SELECTING = {
+    "dense": [None] * 5,
+    "knorm(budget=32)": [None] * 5,
+    "quest(budget=32, dense_layers=0)": [32] * 5,
+    "quest(budget=48)": [None, None, 48, 48, 48],
+    "knorm(budget=64) + quest(budget=32, dense_layers=9)": [None] * 5,
+}
+"""Tokens that a selecting query of each of five layers reads."""
+
+
+def reads_of(several, requests, layers):
+    """Choice and length of requests that decode -> segments, what each layer reads of them."""
+    planner = BatchPlanner(16)
+    planner.know(several)
+    choice, total = (np.array(each) for each in zip(*requests, strict=True))
+    segments = planner.plan(choice, total - 1, total, total - 1)
+    asked = []
+
+    def whole(part):
+        assert len(part.row), "nothing is no sequence for a kernel"
+        asked.append(tuple(part.row.tolist()))
+        return part
+
+    reads = planner.by_layer(segments, layers, whole, lambda part: part)
+    assert list(reads) == list(layers)
+    assert len(asked) == len(set(asked)), "once for all layers alike"
+    return segments, reads
+
+
+@claims
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(1, 200)), min_size=1, max_size=6),
+    st.booleans(),
+)
+def test_a_layer_reads_each_query_once_whole_or_by_its_policys_selection(requests, shortcut):
+    budgets = [*SELECTING.values(), [64, None, 96, None, 128]]
+    policies = [*map(parse, SELECTING), Composition((Alternating(budget=64),))]
+    several = [Settings(policy=policy, shortcut=shortcut) for policy in policies]
+    segments, reads = reads_of(several, requests, range(5))
+    selects = list(zip(segments.choice.tolist(), segments.selects.tolist(), strict=True))
+    for layer, mine in reads.items():
+        found = [(row, budget) for part, budget in mine.selected for row in part.row.tolist()]
+        if mine.whole is not None:
+            found += [(row, None) for row in mine.whole.row.tolist()]
+        wanted = [budgets[one][layer] if selected else None for one, selected in selects]
+        assert sorted(found) == list(enumerate(wanted))
+
+
+def test_a_policy_that_leaves_the_first_layers_dense_beside_one_that_does_not():
+    several = [
+        Settings(policy=parse(line))
+        for line in ("quest(budget=48, dense_layers=2)", "quest(budget=64, dense_layers=0)")
+    ]
+    _, reads = reads_of(several, [(0, 100), (1, 200), (0, 20)], range(4))
+    first, later = reads[1], reads[2]
+    assert first.whole.row.tolist() == [0, 2]
+    assert [(part.row.tolist(), budget) for part, budget in first.selected] == [([1], 64)]
+    assert later.whole.row.tolist() == [2], "a short request, which nothing is selected of"
+    assert [(part.row.tolist(), budget) for part, budget in later.selected] == [
+        ([0], 48), ([1], 64),
+    ]  # fmt: skip
+    assert first.whole is reads[0].whole
+    assert later.whole is reads[3].whole
+    assert first.selected[0][0] is later.selected[1][0], "one selection, whatever else is read"
+
+
+def test_where_no_selection_applies_a_layer_reads_all_that_the_step_brings():
+    several = [Settings(policy=parse("quest(budget=48, dense_layers=3)"))]
+    segments, reads = reads_of(several, [(0, 100), (0, 200)], range(4))
+    assert segments.selects.all()
+    for layer in range(3):
+        assert reads[layer].whole.row.tolist() == [0, 1]
+        assert reads[layer].selected == []
+    assert reads[3].whole is None, "every query selects"
+    assert reads_of(several, [(0, 20)], [2, 3])[1][3].whole.row.tolist() == [0]

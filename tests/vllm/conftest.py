@@ -90,10 +90,9 @@ class Engine:
         from kvplug import Planner
 
         for builder in self.builders:
-            if builder.planner is not None:
-                batch = builder.planner
-                settings = replace(batch.planners[0].settings, shortcut=False)
-                batch.planners[0] = Planner(settings, batch.page_size, *batch.budgets)
+            batch = builder.planner
+            settings = replace(batch.planners[0].settings, shortcut=False)
+            batch.planners[0] = Planner(settings, batch.page_size, *batch.budgets)
 
     def generate(
         self, prompts: list[list[int]], tokens: int = 16, **sampling: Any

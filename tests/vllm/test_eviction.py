@@ -47,7 +47,7 @@ class Shadow:
     """Keys, values and queries by layer and slot as the model made them, to check packing by."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from kvplug_vllm import attention
+        from kvplug_vllm import attention, compat
 
         self.rows: dict[str, dict[int, tuple[torch.Tensor, ...]]] = defaultdict(dict)
         self.asked: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
@@ -71,8 +71,9 @@ class Shadow:
                     self.asked[layer.layer_name][slot] = query[token].float().clone()
             forward(impl, layer, query, key, value, kv_cache, metadata, output, **more)
             plan = getattr(metadata, "kvplug", None)
-            if plan is not None and not plan.selected:
-                whole = plan.whole[()].metadata
+            if plan is not None:
+                reads = plan.layers[compat.layer_index(layer.layer_name)]
+                whole = metadata if reads is None else reads.whole.metadata
                 self.check_attention(impl, layer.layer_name, query, whole, output)
             return output
 

@@ -1,0 +1,128 @@
+"""Prompts that a step compresses: whose last queries it keeps, what it packs, and where.
+
+The private blocks that hold what a prompt keeps come from the scheduler (``kvplug_vllm.packing``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvplug import BatchPlanner, Observed, Segments, Settings
+from kvplug.policy import Positions
+from kvplug_vllm.metrics import Metrics
+from kvplug_vllm.metrics import packing as packing_time
+from kvplug_vllm.router import Router
+from kvplug_vllm.settings import Engine
+
+
+@dataclass
+class Packing:
+    """Prompts of one policy whose kept tokens are packed in this step; J of them."""
+
+    settings: Settings
+    pages: Tensor
+    """The prompt's pages, the partial last one too, in order. [J, P] int64"""
+    lengths: Tensor  # [J] int64 prompt tokens
+    keep: Tensor  # [J] int64 tokens kept
+    width: int
+    """The most tokens kept."""
+    private: Tensor
+    """The pages they are packed into, in order, the last one repeated. [J, Kp] int64"""
+    slots: Tensor
+    """Where kept token k of prompt j goes, and which they are: rows of [J * width]. [n] int64"""
+    packed: Tensor  # [n] int64
+    stays: list[int]
+
+    def kept(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        """What goes to ``slots``. rows [J, T, H, D], tokens [J, H, width] -> [n, H, D]"""
+        index = tokens.transpose(1, 2)[..., None].expand(-1, -1, -1, rows.shape[-1])
+        return rows.gather(1, index).flatten(0, 1)[self.packed]
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What a builder of attention metadata plans of it, for its layers."""
+
+    planner: BatchPlanner
+    tensor: Callable[[str, Positions], Tensor]
+    """The builder's own: a named array, on the device."""
+    vllm_config: Any
+    layer_names: Sequence[str]
+    metrics: Metrics | None
+
+    def observations(self, common: Any, seen: Sequence[Observed]) -> list[tuple[int, Observed]]:
+        stays = Router.stays_of(self.vllm_config, common) if seen else ()
+        return [(int(stays[each.row]), each) for each in seen]
+
+    def redirect(self, common: Any, segments: Segments) -> None:
+        """Private blocks push later blocks down the row: send new tokens where they belong.
+
+        In place, because vLLM hands the same slots to the cache update.
+        """
+        behind = segments.where(segments.packed >= 0)
+        if not len(behind.row):
+            return
+        queries = behind.queries
+        segment = np.repeat(np.arange(len(queries)), queries)
+        tokens = behind.flat
+        position = tokens - behind.token[segment] + behind.start[segment]
+        page = position // behind.page_size
+        column = page + np.where(page >= behind.packed[segment], behind.kept[segment], 0)
+        at = self.tensor("redirect.row", behind.row[segment])
+        block = common.block_table_tensor[at, self.tensor("redirect.column", column)]
+        offset = self.tensor("redirect.offset", position % behind.page_size)
+        slots = block.to(torch.int64) * behind.page_size + offset
+        common.slot_mapping[self.tensor("redirect.token", tokens)] = slots
+
+    def packings(
+        self, common: Any, rows: Positions, choice: Positions, prompt: Positions
+    ) -> list[Packing]:
+        """rows [n] of the batch whose prompts are packed; choice, prompt [B]"""
+        found = [(one, rows[choice[rows] == one]) for one in np.unique(choice[rows]).tolist()]
+        return [self._packing(common, mine, one, prompt[mine]) for one, mine in found]
+
+    def _packing(self, common: Any, rows: Positions, choice: int, prompt: Positions) -> Packing:
+        """rows, prompt [J]"""
+        planner = self.planner.planners[choice]
+        size = planner.page_size
+        private = planner.private_pages(prompt)
+        ends = -(-prompt // size)
+        table = common.block_table_tensor[self.tensor("pack.row", rows)].long()
+        columns = np.minimum(np.arange(int(ends.max()))[None], ends[:, None] - 1)
+        places = ends[:, None] + np.minimum(np.arange(int(private.max())), private[:, None] - 1)
+        blocks = table.gather(1, self.tensor("pack.private", places))
+        keep, width = private * size, int(private.max()) * size
+        if self.metrics is not None:
+            self.metrics.count_packed(prompt, keep + prompt % size, planner.settings)
+        packed = np.flatnonzero((np.arange(width)[None] < keep[:, None]).ravel())
+        slots = (blocks[:, :, None] * size + torch.arange(size, device=blocks.device)).flatten()
+        kept = self.tensor("pack.packed", packed)
+        stays = Router.stays_of(self.vllm_config, common)
+        return Packing(
+            settings=planner.settings,
+            pages=table.gather(1, self.tensor("pack.pages", columns)),
+            lengths=self.tensor("pack.lengths", prompt),
+            keep=self.tensor("pack.keep", keep),
+            width=width,
+            private=blocks,
+            slots=slots[kept],
+            packed=kept,
+            stays=stays[rows].tolist(),
+        )
+
+    def pack_now(self, packings: Sequence[Packing]) -> None:
+        """In all layers, before a step that a CUDA graph may replay without running any Python.
+
+        Nothing is missing: a single-token step passes the prompt's end with all of it cached.
+        """
+        context = self.vllm_config.compilation_config.static_forward_context
+        for layer in (context[name] for name in self.layer_names):
+            for packing in packings:
+                with packing_time(Engine.current, packing.settings):
+                    layer.impl.pack(layer, layer.kv_cache, packing)
