@@ -14,7 +14,6 @@ from kvplug_sglang.step import Whole, starts
 
 
 class KVPlugBackend(PlannedAttention, TritonAttnBackend):
-    needs_cpu_seq_lens = True
     replays: tuple[Replayed, ...] = ()
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *more: Any) -> None:
