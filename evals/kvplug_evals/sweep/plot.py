@@ -17,7 +17,7 @@ from kvplug_evals.sweep.report import Line, Result, tables
 # Okabe and Ito's colours, which every kind of colour vision tells apart; black is dense.
 COLOURS = (
     *("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F"),
-    *("#4B3B8F", "#A6A61D", "#882255", "#44AA99"),
+    *("#4B3B8F", "#A6A61D", "#882255", "#F0E442"),
 )
 MARKS = "osD^vPX*<>hp"
 STYLE = {"ms": 5, "lw": 1.2, "alpha": 0.85}

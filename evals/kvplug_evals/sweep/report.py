@@ -241,8 +241,8 @@ def _preface(found: Sequence[Result]) -> list[str]:
         "*KV held* is the engine's blocks per request while all decode, in bytes of its own "
         "pages; *read/step* is tokens per decode query, mean over the layers, as kvplug counts "
         "them; with a * it is arithmetic, since `engine(...)` is vLLM's own attention with that "
-        "option and no kvplug. Its fp8 cache reads as many tokens as dense, in fewer bytes. **no "
-        "signal**: "
+        "option and no kvplug; with a ≤ it is the budget, of which `top_p` reads what the device "
+        "decides. An fp8 cache reads as many tokens as dense, in fewer bytes. **no signal**: "
         "dense itself is below 0.5, so nothing is ranked. **= dense**: read and held as much as "
         "dense, so no result. Times are of this machine and of all that ran on it.",
     ]
@@ -279,7 +279,8 @@ def _row(line: Line) -> list[str]:
         _number(means.get("agreement"), ".0%"),
         _number(means.get("held_bytes"), ",.1f", MiB, " MiB"),
         _number(line.held, ".0%"),
-        _number(means.get("read_per_step"), ",.0f", 1, "*" * is_stock(line.result.policy)),
+        "≤ " * ("top_p=" in line.result.policy)
+        + _number(means.get("read_per_step"), ",.0f", 1, "*" * is_stock(line.result.policy)),
         _number(line.read, ".0%"),
         cached,
         _number(means.get("first_token_seconds"), ".2f", 1, " s"),
