@@ -248,6 +248,7 @@ def out(tmp_path):
     finish(tmp_path / "a", "snapkv(budget=512)", rows([1.0, 0.5], held_bytes=1e6))
     finish(tmp_path / "a", "random(budget=512)", rows([0.0, 0.5], held_bytes=1e6))
     finish(tmp_path / "a", "quest(budget=4096)", rows([1.0, 1.0]))
+    finish(tmp_path / "a", "quest(budget=512, top_p=0.9)", rows([1.0, 1.0], read_per_step=512.0))
     finish(tmp_path / "a", "dense", rows([0.25, 0.5]), mode="multi-request")
     finish(tmp_path / "a", "knorm", rows([0.25, 0.0], held_bytes=1e6), mode="multi-request")
     (tmp_path / "a" / "unfinished").mkdir()
@@ -267,8 +268,10 @@ def test_the_report_ranks_only_what_says_something(out):
     assert "**= dense**" in table["`quest(budget=4096)`"]
     assert "**no signal**" in table["`knorm`"]
     assert "[" not in table["`knorm`"].split("|")[3], "nothing is ranked without a signal"
+    assert "| ≤ 512 | 26% |" in table["`quest(budget=512, top_p=0.9)`"], "the device decides"
+    assert "≤" not in table["`quest(budget=4096)`"]
     assert "0 / 2,000" in text
-    assert "6 minutes of answering" in text
+    assert "7 minutes of answering" in text
     assert "6 contexts, 12 questions, prompts of 2,048 tokens on average" in text
     assert "    kvplug eval --suite mine\n" in text
     assert [plot.name for plot in plots] == ["mine-kvplug_recall-2048.png"]

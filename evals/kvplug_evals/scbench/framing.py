@@ -62,12 +62,11 @@ def framed(name: str, conversation: Conversation) -> Conversation:
 
 
 def _framed(name: str, turn: Turn) -> Turn:
-    own = turn.task.removeprefix("scbench_") or name
-    if own == "mf":
+    if _task(name, turn) == "mf":
         named = ASKED_FOR.search(turn.input)
         asked = f"What is the {named[1]}?\n\n" if named else ""
         return replace(turn, input=asked + turn.input)
-    frame = FRAMES.get(own, BARE)
+    frame = FRAMES.get(_task(name, turn), BARE)
     return replace(turn, input=frame.question.format(turn.input), cue=frame.cue)
 
 
@@ -76,14 +75,14 @@ def with_rivals(name: str, found: Sequence[Conversation]) -> list[Conversation]:
     functions: dict[str, dict[str, None]] = defaultdict(dict)
     for conversation in found:
         for turn in conversation.turns:
-            if _asks_for_code(name, turn):
+            if _task(name, turn) == "repoqa":
                 functions[conversation.repo or conversation.id][turn.gold] = None
     return [
         replace(
             one,
             turns=tuple(
                 replace(turn, options=tuple(functions[one.repo or one.id]))
-                if _asks_for_code(name, turn) and not turn.options
+                if _task(name, turn) == "repoqa" and not turn.options
                 else turn
                 for turn in one.turns
             ),
@@ -92,5 +91,6 @@ def with_rivals(name: str, found: Sequence[Conversation]) -> list[Conversation]:
     ]
 
 
-def _asks_for_code(name: str, turn: Turn) -> bool:
-    return (turn.task.removeprefix("scbench_") or name) == "repoqa"
+def _task(name: str, turn: Turn) -> str:
+    """A turn of a mixed task names its own, as ``scbench_kv``."""
+    return turn.task.removeprefix("scbench_") or name

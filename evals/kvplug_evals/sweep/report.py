@@ -279,14 +279,19 @@ def _row(line: Line) -> list[str]:
         _number(means.get("agreement"), ".0%"),
         _number(means.get("held_bytes"), ",.1f", MiB, " MiB"),
         _number(line.held, ".0%"),
-        "≤ " * ("top_p=" in line.result.policy)
-        + _number(means.get("read_per_step"), ",.0f", 1, "*" * is_stock(line.result.policy)),
+        _read(line.result.policy, means.get("read_per_step")),
         _number(line.read, ".0%"),
         cached,
         _number(means.get("first_token_seconds"), ".2f", 1, " s"),
         _number(means.get("token_seconds"), ".0f", 1e-3, " ms"),
         f"**{line.verdict}**" if line.verdict else "",
     ]
+
+
+def _read(policy: str, tokens: float | None) -> str:
+    """Marked where it is arithmetic, or a bound of what the device decides."""
+    bound = "≤ " if "top_p=" in policy and tokens is not None else ""
+    return bound + _number(tokens, ",.0f", 1, "*" * is_stock(policy))
 
 
 def _is_random(line: Line) -> bool:
