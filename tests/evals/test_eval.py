@@ -173,7 +173,7 @@ def test_interrupting_leaves_a_message_and_no_engine(tmp_path):
         time.sleep(0.1)
     time.sleep(2)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=120)[0]
+    said = process.communicate(timeout=300)[0]
     assert process.returncode == 130, said
     assert "goes on from here" in said
     deadline = time.monotonic() + 60

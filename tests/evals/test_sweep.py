@@ -1,10 +1,13 @@
 """Settings, journals, intervals and reports, without an engine."""
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +19,7 @@ pytest.importorskip("lm_eval")
 pytest.importorskip("matplotlib")
 
 from kvplug_evals.engines.interface import EngineError, EngineOptions, Reply, Wave, start_engine
+from kvplug_evals.sweep.cli import Interrupts
 from kvplug_evals.sweep.compare import compare
 from kvplug_evals.sweep.journal import Journal
 from kvplug_evals.sweep.plot import draw, family
@@ -288,6 +292,23 @@ def test_a_report_is_written_anew_and_nothing_is_run(out):
     assert said.returncode == 0, said.stderr
     assert (out / "report.md").read_text().startswith("# mine")
     assert (out / "mine-kvplug_recall-2048.png").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_a_library_swallows_still_ends_the_sweep(number):
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        interrupts = Interrupts()
+        interrupts.check()
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        assert interrupts.came
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
 
 
 def test_every_row_saves_or_is_marked(out):

@@ -109,8 +109,7 @@ def evaluate(
         ) from None
 
     console, failed = Console(highlight=False), Console(stderr=True, highlight=False)
-    for stop in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(stop, signal.default_int_handler)  # as Ctrl-C: no engine outlives us
+    interrupts = Interrupts()
     command = shlex.join(["kvplug", *sys.argv[1:]])
 
     def write(directory: Path) -> None:
@@ -142,7 +141,13 @@ def evaluate(
         )
         settings = expand(chosen, engine, policy or [], baselines)
         directory = out or Path("eval-out") / f"{chosen.name}-{Path(chosen.model).name}"
-        run = Run(out=directory, command=command, threads=threads, multiprocess=not in_process)
+        run = Run(
+            out=directory,
+            command=command,
+            threads=threads,
+            multiprocess=not in_process,
+            check=interrupts.check,
+        )
         build_models(chosen)
         console.print(f"{len(settings)} settings, results in {directory}")
         try:
@@ -150,12 +155,32 @@ def evaluate(
         finally:
             if any(finished(directory / setting.name) for setting in settings):
                 write(directory)
-    except KeyboardInterrupt:
-        failed.print(f"stopped; {escape(command)} goes on from here", soft_wrap=True)
-        raise typer.Exit(130) from None
-    except (EngineError, ValueError, OSError) as error:
+    except (KeyboardInterrupt, EngineError, ValueError, OSError) as error:
+        if interrupts.came:
+            failed.print(f"stopped; {escape(command)} goes on from here", soft_wrap=True)
+            raise typer.Exit(130) from None
         failed.print(f"[bold red]kvplug eval:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from None
+
+
+class Interrupts:
+    """Ctrl-C, and all that ends a process like it, so that no engine outlives us.
+
+    Remembered, because a KeyboardInterrupt that comes while a library cleans up goes no further.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._take)
+
+    def check(self) -> None:
+        if self.came:
+            raise KeyboardInterrupt
+
+    def _take(self, number: int, frame: object) -> None:
+        self.came = True
+        raise KeyboardInterrupt
 
 
 def _tuple(values: list[str] | list[int] | list[float] | None) -> tuple[object, ...] | None:

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -46,6 +46,8 @@ class Run:
     threads: int = 1
     multiprocess: bool = True
     enforce_eager: bool = True
+    check: Callable[[], object] = lambda: None
+    """Called between answers; may raise to stop."""
 
 
 def finished(directory: Path) -> bool:
@@ -139,6 +141,12 @@ def _run_setting(
     progress.update(
         task, description=f"{escape(setting.policy)}, {setting.mode}, {setting.question}"
     )
+
+    def answered() -> None:
+        progress.advance(task)
+        run.check()
+
+    run.check()
     started = time.monotonic()
     journal = Journal(directory / "journal.jsonl")
     progress.advance(task, len(journal.replies))
@@ -150,7 +158,7 @@ def _run_setting(
         max_num_seqs=suite.contexts,
         engine=engine,
         journal=journal,
-        answered=lambda: progress.advance(task),
+        answered=answered,
     )
     rows: list[dict[str, Any]] = []
     for name, options in suite.tasks.items():
