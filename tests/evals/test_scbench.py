@@ -1,6 +1,7 @@
 """SCBench's tasks: three sources by one path, exact lengths, seeded, and what a file may hold."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,15 @@ def test_mixed_tasks_score_each_turn_as_its_own():
         ("repoqa_and_kv", ["repoqa", "kv", "repoqa", "kv", "repoqa"]),
     ):
         assert [ask.metric for ask in asks(TASKS[name], make(name, order()), 5)] == metrics
+
+
+def test_a_turn_of_an_unknown_task_is_refused():
+    made = make("kv", order())
+    turns = (replace(made.turns[0], task="scbench_kvs"),)
+    with pytest.raises(ValueError, match=r"must be repoqa, kv, .*got 'scbench_kvs'"):
+        list(asks(TASKS["kv"], replace(made, turns=turns), 5))
+    alone = next(asks(TASKS["summary"], make("summary", order()), 1))
+    assert alone.new_tokens == TASKS["summary"].new_tokens
 
 
 def test_the_letter_is_that_of_the_right_option():

@@ -195,8 +195,15 @@ def task_named(name: str) -> Task:
 
 
 def task_of(task: Task, turn: Turn) -> Task:
-    """How this turn is put and scored; a turn of the hub says ``scbench_kv``."""
-    return TURN_TASKS.get(turn.task.removeprefix("scbench_"), task) if turn.task else task
+    """How a turn is put and scored; one of the hub says ``scbench_kv``. Raises ValueError."""
+    name = turn.task.removeprefix("scbench_")
+    if name in ("", task.name):
+        return task
+    if name not in TURN_TASKS:
+        raise ValueError(
+            f"a turn's task must be {', '.join(TURN_TASKS)} or {task.name}, got {turn.task!r}"
+        )
+    return TURN_TASKS[name]
 
 
 @dataclass(frozen=True, kw_only=True)
