@@ -14,12 +14,13 @@ from kvplug.accounting import (
     reads_by_policy,
     step_reads,
 )
+from kvplug.batch import BatchPlanner, Choices, LayerReads, Observed
 from kvplug.composition import Composition
 from kvplug.config import Settings, read_settings
 from kvplug.eviction import keep_tokens, window_queries
 from kvplug.grammar import parse
 from kvplug.offer import Offer, Refused, read_offer
-from kvplug.plan import BatchPlanner, Choices, LayerReads, Observed, Planner, Segments
+from kvplug.plan import Planner
 from kvplug.policy import (
     Action,
     Digest,
@@ -34,6 +35,7 @@ from kvplug.policy import (
     Stage,
 )
 from kvplug.registry import policy_class, policy_names
+from kvplug.segments import Segments
 from kvplug.selection import choose_pages
 
 __version__ = "0.1.0"

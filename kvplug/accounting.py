@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kvplug.config import Settings
-from kvplug.plan import Planner, Segments
+from kvplug.plan import Planner
+from kvplug.segments import Segments
 
 
 def digest_bytes(rows: int, kv_heads: int, head_dim: int, itemsize: int) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvplug.plan import Observed
+from kvplug.batch import Observed
 from kvplug.policy import PromptKV, ScoredEviction
 
 INFINITY = 0x7F800000  # the bits of an fp32: no score stands above them

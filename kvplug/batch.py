@@ -1,0 +1,162 @@
+"""A batch whose requests have settings of their own: a planner for each, and one plan of all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from kvplug.config import Settings
+from kvplug.plan import Planner
+from kvplug.policy import Positions
+from kvplug.segments import Segments
+
+Whole = TypeVar("Whole")
+Selected = TypeVar("Selected")
+
+
+class Choices:
+    """The settings that requests chose so far, by number; the first is the server's own."""
+
+    def __init__(self, own: Settings) -> None:
+        self.settings = [own]
+        self._numbers = {own: 0}
+
+    def number(self, settings: Settings) -> int:
+        """The same for equal settings, as long as the server lives."""
+        number = self._numbers.setdefault(settings, len(self.settings))
+        if number == len(self.settings):
+            self.settings.append(settings)
+        return number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """Queries of a prompt's window that a step computes, wanted once the prompt has ended."""
+
+    row: int
+    """Of the batch."""
+    tokens: slice
+    """Rows of the step's flat queries."""
+    offset: int
+    """The first one's place in the window."""
+    window: int
+
+
+@dataclass(frozen=True)
+class LayerReads(Generic[Whole, Selected]):
+    """What a layer reads of a step, in an adapter's terms."""
+
+    whole: Whole | None = None
+    """The queries that read all they see; None where there are none."""
+    selected: Sequence[tuple[Selected, int]] = ()
+    """The queries of each policy that selects here, and the tokens that they read."""
+
+
+class BatchPlanner:
+    """Answers for a batch whose requests have settings of their own."""
+
+    def __init__(
+        self, page_size: int, budget: int | None = None, narrowest: int | None = None
+    ) -> None:
+        """budget, narrowest: of a policy whose layers differ, as in ``Planner``."""
+        self.page_size = page_size
+        self.budgets = budget, narrowest
+        self.planners: list[Planner] = []
+        """By the number that ``choice`` arrays give a request's settings."""
+
+    def know(self, settings: Sequence[Settings]) -> None:
+        """Settings by number: a list that only grows."""
+        for one in settings[len(self.planners) :]:
+            budgets = (None, None) if one.policy.uniform else self.budgets
+            self.planners.append(Planner(one, self.page_size, *budgets))
+
+    def plan(
+        self, choice: Positions, computed: Positions, total: Positions, prompt: Positions
+    ) -> Segments:
+        """``Planner.plan``, each request by the planner of its choice. [B] each"""
+        chosen = np.unique(choice).tolist()
+        if len(chosen) == 1:
+            segments = self.planners[chosen[0]].plan(computed, total, prompt)
+            return replace(segments, choice=np.full(len(segments.row), chosen[0]))
+        queries = total - computed
+        token = np.cumsum(queries) - queries
+        parts = []
+        for one in chosen:
+            rows = np.flatnonzero(choice == one)
+            part = self.planners[one].plan(computed[rows], total[rows], prompt[rows])
+            own = np.cumsum(queries[rows]) - queries[rows]
+            parts.append(
+                replace(
+                    part,
+                    row=rows[part.row],
+                    token=part.token - own[part.row] + token[rows[part.row]],
+                    choice=np.full(len(part.row), one),
+                )
+            )
+        return Segments.joined(parts)
+
+    def by_layer(
+        self, segments: Segments, layers: Iterable[int],
+        whole: Callable[[Segments], Whole], selected: Callable[[Segments], Selected],
+    ) -> dict[int, LayerReads[Whole, Selected]]:  # fmt: skip
+        """What each layer reads of a step: where a policy does not select, its queries read all.
+
+        ``selected`` puts the selecting segments of one choice into an adapter's terms, ``whole``
+        those that remain, if any: once for all layers in which the same choices select.
+        """
+        chosen = segments.where(segments.selects).by_choice()
+        terms = {one: selected(part) for one, part in chosen.items()}
+        others: dict[tuple[int, ...], Whole | None] = {}
+        reads = {}
+        for layer in layers:
+            asked = [(one, self.planners[one].layer_budget(layer)) for one in chosen]
+            here = tuple(one for one, budget in asked if budget is not None)
+            if here not in others:
+                rest = segments.where(~(segments.selects & np.isin(segments.choice, here)))
+                others[here] = whole(rest) if len(rest.row) else None
+            mine = [(terms[one], budget) for one, budget in asked if budget is not None]
+            reads[layer] = LayerReads(others[here], mine)
+        return reads
+
+    def private_pages(self, choice: Positions, prompt: Positions) -> Positions:
+        """``Planner.private_pages`` by choice. [B] each -> [B]"""
+        pages = np.zeros_like(prompt)
+        for one in np.unique(choice).tolist():
+            rows = choice == one
+            pages[rows] = self.planners[one].private_pages(prompt[rows])
+        return pages
+
+    def observed(
+        self, choice: Positions, computed: Positions, total: Positions, prompt: Positions
+    ) -> list[Observed]:
+        """What the scores of the prompts that will be compressed ask for of this step. [B] each"""
+        scored = [planner.scored for planner in self.planners]
+        window = np.array([each.window if each and each.needs_queries else 0 for each in scored])[
+            choice
+        ]
+        if not window.any():
+            return []
+        begin = np.maximum(computed, np.maximum(prompt - window, 0))
+        end = np.minimum(total, prompt)
+        seen = (begin < end) & (window > 0) & (self.private_pages(choice, prompt) > 0)
+        queries = total - computed
+        token = np.cumsum(queries) - queries - computed
+        return [
+            Observed(
+                row=row,
+                tokens=slice(int(token[row] + begin[row]), int(token[row] + end[row])),
+                offset=int(begin[row] - prompt[row] + window[row]),
+                window=int(window[row]),
+            )
+            for row in np.flatnonzero(seen).tolist()
+        ]
+
+    def compresses(
+        self, choice: Positions, computed: Positions, total: Positions, prompt: Positions
+    ) -> Positions:
+        """``Planner.compresses`` by choice. [B] each -> [n]"""
+        passes = (computed <= prompt) & (prompt < total)
+        return np.flatnonzero(passes & (self.private_pages(choice, prompt) > 0))

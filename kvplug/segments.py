@@ -1,0 +1,109 @@
+"""Runs of a step's queries that see the same pages, between planners and engines' adapters.
+
+Physical order, logical position and page table are three things here: a segment names logical
+pages, its visible length is what a kernel must be told, and the adapter owns where pages live.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvplug.policy import Positions
+
+_PER_SEGMENT = (
+    "row", "token", "start", "stop", "kept", "first", "packed", "choice", "selects", "decodes"
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segments:
+    """Runs of query tokens, in the order of the batch; every array is [n] int64 unless said.
+
+    A segment's queries stand at logical positions [start, stop) of request ``row`` and at
+    [token, token + stop - start) of the step's flat queries. They see ``kept`` pages instead of
+    those before ``first``, and all pages from ``first`` on, causally (``kept == first == 0``:
+    everything). The kept pages are the first of the planner's ``held`` pages or, where
+    ``packed >= 0``, private pages that hold what a compressed prompt keeps.
+    """
+
+    row: Positions
+    token: Positions
+    start: Positions
+    stop: Positions
+    kept: Positions
+    first: Positions
+    packed: Positions
+    """Column of the request's table where its private pages begin; -1 without."""
+    choice: Positions
+    """Which of the batch's settings the request has."""
+    selects: NDArray[np.bool_]
+    """The segment is one query that reads a selection of the pages it sees."""
+    decodes: NDArray[np.bool_]
+    """The queries stand behind the prompt's end."""
+    page_size: int
+
+    @property
+    def queries(self) -> Positions:
+        return self.stop - self.start
+
+    @property
+    def flat(self) -> Positions:
+        """Rows of the step's flat queries that the segments hold, in their order."""
+        ends = np.cumsum(self.queries)
+        return np.arange(ends[-1]) - np.repeat(ends - self.queries - self.token, self.queries)
+
+    @property
+    def visible(self) -> Positions:
+        """Tokens that the last query of each segment sees: the length a kernel must be told."""
+        return self.stop - (self.first - self.kept) * self.page_size
+
+    @property
+    def pages(self) -> Positions:
+        return -(-self.visible // self.page_size)
+
+    @property
+    def untouched(self) -> bool:
+        """Every query sees and reads everything: the engine's own path serves the step."""
+        return not (self.selects.any() or self.first.any())
+
+    def where(self, mask: NDArray[np.bool_]) -> Segments:
+        """The segments of a mask."""
+        return Segments(
+            page_size=self.page_size,
+            **{name: getattr(self, name)[mask] for name in _PER_SEGMENT},
+        )
+
+    def by_choice(self) -> dict[int, Segments]:
+        """The segments of each choice that occurs."""
+        found = np.unique(self.choice).tolist()
+        return {one: self.where(self.choice == one) for one in found}
+
+    def one_per_row(self, rows: int, selects: bool) -> Segments:
+        """A decode batch in a shape that depends on nothing but its size: a query for each of
+        ``rows`` rows, which reads nothing where the row has no segment. All select, or none.
+        """
+        fields = {name: np.zeros(rows, np.int64) for name in _PER_SEGMENT}
+        fields["packed"] -= 1
+        for name, values in fields.items():
+            values[self.row] = getattr(self, name)
+        index = np.arange(rows)
+        fields |= {"row": index, "token": index}
+        return Segments(
+            page_size=self.page_size,
+            **{**fields, "selects": np.full(rows, selects), "decodes": np.full(rows, True)},  # type: ignore[arg-type]
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Segments]) -> Segments:
+        """Those of some requests and those of others, in the order of the batch."""
+        fields = {
+            name: np.concatenate([getattr(part, name) for part in parts]) for name in _PER_SEGMENT
+        }
+        order = np.argsort(fields["token"], kind="stable")
+        return cls(
+            page_size=parts[0].page_size, **{name: each[order] for name, each in fields.items()}
+        )
