@@ -30,6 +30,7 @@ layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
 outputs = llm.generate(
     [{"prompt_token_ids": p} for p in json.loads(prompts)],
     SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False),
+    use_tqdm=False,
 )
 Path(out).write_text(json.dumps({
     "specs": [repr(g.kv_cache_spec) for g in core.scheduler.kv_cache_config.kv_cache_groups],

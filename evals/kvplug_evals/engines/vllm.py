@@ -13,6 +13,7 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,6 +25,7 @@ from kvplug_evals.engines.interface import EngineError, EngineOptions, MiB, Repl
 from kvplug_evals.engines.running import COUNTERS, SETTLED, STAY, Running
 from kvplug_evals.engines.stock import Stock, is_stock, parse_stock
 from kvplug_evals.models.folder import served_dtype
+from kvplug_evals.surroundings import changed_environment
 
 FORCED = "kvplug_forced"
 READS = 20
@@ -58,17 +60,25 @@ class VLLMEngine:
     def __init__(self, policy: str, options: EngineOptions) -> None:
         self.stock = parse_stock(policy) if is_stock(policy) else None
         self.counters = Path(tempfile.mkdtemp(prefix="kvplug-counters-"))
-        ours = environment(options, self.counters)
-        self.outside = {name: os.environ.get(name) for name in ours}
-        """What the environment said before, to be put back."""
-        os.environ.update(ours)
+        self.options = options
+        self.usage: Usage | None = None
+        with ExitStack() as outside:
+            outside.callback(shutil.rmtree, self.counters, ignore_errors=True)
+            outside.enter_context(changed_environment(variables(options, self.counters)))
+            self.engine = self._started(policy)
+            self.outside = outside.pop_all()
+        config = self.engine.vllm_config.cache_config
+        self.blocks = int(config.num_gpu_blocks) - 1  # one is vLLM's own, the null block
+        self.block_bytes = options.kv_cache_mib * MiB // int(config.num_gpu_blocks)
+        self.tokenizer = self.engine.get_tokenizer()
+        self.requests = 0
+
+    def _started(self, policy: str) -> Any:
+        options = self.options
         if not options.multiprocess:
             torch.set_num_threads(options.threads)  # torch is loaded, its environment read
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
-
-        self.options = options
-        self.usage: Usage | None = None
 
         def usage(vllm_config: Any, engine_index: int = 0) -> Usage:
             self.usage = Usage(vllm_config, engine_index)
@@ -91,20 +101,14 @@ class VLLMEngine:
             seed=0,
         )
         try:
-            self.engine = LLMEngine.from_engine_args(arguments, stat_loggers=[usage])
+            return LLMEngine.from_engine_args(arguments, stat_loggers=[usage])
         except (RuntimeError, ValueError) as error:
-            self._leave_environment()
             advice = "`kvplug doctor --model MODEL --policy POLICY` says what would be refused"
             if self.stock is not None:
                 advice = "kvplug has no part in it"
             raise EngineError(
                 f"vLLM did not start with {policy!r}: {error}. Its own message is above; {advice}"
             ) from error
-        config = self.engine.vllm_config.cache_config
-        self.blocks = int(config.num_gpu_blocks) - 1  # one is vLLM's own, the null block
-        self.block_bytes = options.kv_cache_mib * MiB // int(config.num_gpu_blocks)
-        self.tokenizer = self.engine.get_tokenizer()
-        self.requests = 0
 
     def run(
         self, requests: Sequence[Request], finished: Callable[[Reply], object] | None = None
@@ -171,15 +175,7 @@ class VLLMEngine:
         if not self.options.multiprocess:
             cleanup_dist_env_and_memory()
         gc.collect()
-        self._leave_environment()
-
-    def _leave_environment(self) -> None:
-        for name, before in self.outside.items():
-            if before is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = before
-        shutil.rmtree(self.counters, ignore_errors=True)
+        self.outside.close()
 
     def _submit(self, request: Request, stay: int) -> str:
         from vllm import SamplingParams
@@ -262,7 +258,7 @@ def computed(stock: Stock, states: Iterable[Running]) -> tuple[int, int, int]:
     return len(behind), sum(behind), sum(map(stock.reads, behind))
 
 
-def environment(options: EngineOptions, counters: Path) -> dict[str, str]:
+def variables(options: EngineOptions, counters: Path) -> dict[str, str]:
     """Of the engine's processes, and before it of ours, which they inherit."""
     return {
         "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(options.multiprocess)),

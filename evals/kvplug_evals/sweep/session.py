@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ from kvplug_evals.engines.interface import Engine, EngineError, EngineOptions, M
 from kvplug_evals.engines.stock import is_stock
 from kvplug_evals.lm import LOSS, MODELS
 from kvplug_evals.models.folder import served_dtype, token_bytes
+from kvplug_evals.surroundings import changed_environment
 from kvplug_evals.sweep.data import SEED, load
 from kvplug_evals.sweep.journal import Journal
 from kvplug_evals.sweep.settings import Setting, ours
@@ -56,13 +56,14 @@ def finished(directory: Path) -> bool:
 
 def run_sweep(settings: Sequence[Setting], run: Run, console: Console) -> None:
     """Raises EngineError, ValueError and OSError; what was answered so far is kept."""
-    os.environ["TQDM_DISABLE"] = "1"
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     run.out.mkdir(parents=True, exist_ok=True)
     done = [s for s in settings if finished(run.out / s.name)]
     if done:
         console.print(f"{len(done)} of {len(settings)} settings are finished already")
-    with _progress(console, settings, len(done)) as progress:
+    # One progress bar, ours. Not for longer: without a bar of its own vLLM's LLM.generate fails.
+    quiet = changed_environment({"TQDM_DISABLE": "1"})
+    with quiet, _progress(console, settings, len(done)) as progress:
         for _, group in groupby(settings, key=lambda s: (s.engine_policy, s.tokens)):
             waiting = [s for s in group if not finished(run.out / s.name)]
             if waiting:
