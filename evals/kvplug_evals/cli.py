@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from kvplug_evals.bench.cli import app as bench
+from kvplug_evals.interrupts import Interrupts
 from kvplug_evals.sweep.cli import evaluate
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -49,17 +49,15 @@ def demo(
         ) from None
 
     console, failed = Console(highlight=False), Console(stderr=True, highlight=False)
-    for stop in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(
-            stop, signal.default_int_handler
-        )  # as Ctrl-C: the servers must not outlive us
+    interrupts = Interrupts()
     try:
         options = {"kv_cache_mib": kv_cache_mib, "enforce_eager": enforce_eager}
-        run_demo(policy or [], configure(engine, model, options), out, console)
-    except KeyboardInterrupt:
-        failed.print("stopped; no server is left running")
-        raise typer.Exit(130) from None
-    except (EngineError, NothingSaved, ValueError, OSError) as error:
+        chosen = configure(engine, model, options)
+        run_demo(policy or [], chosen, out, console, interrupts.check)
+    except (KeyboardInterrupt, EngineError, NothingSaved, ValueError, OSError) as error:
+        if interrupts.came:
+            failed.print("stopped; no server is left running")
+            raise typer.Exit(130) from None
         failed.print(f"[bold red]kvplug demo:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from None
 

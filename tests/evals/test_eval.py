@@ -17,12 +17,12 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(2400)]
 
 ROOT = Path(__file__).parents[2]
 QUEST = "quest(budget=512, dense_layers=0)"
-KVPLUG = [sys.executable, "-m", "kvplug_evals.cli", "eval"]
+KVPLUG = [sys.executable, "-m", "kvplug_evals.cli"]
 
 
-def start(*options: str) -> subprocess.Popen:
+def start(*options: str, command: str = "eval") -> subprocess.Popen:
     return subprocess.Popen(
-        [*KVPLUG, *options],
+        [*KVPLUG, command, *options],
         cwd=ROOT,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -180,3 +180,31 @@ def test_interrupting_leaves_a_message_and_no_engine(tmp_path):
     while alive(process.pid) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not alive(process.pid)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_the_demo_leaves_a_message_and_no_server(number, tmp_path):
+    process = start("--model", ".models/recall", "--out", str(tmp_path), command="demo")
+    log = tmp_path / "server-1.log"
+    while not (log.exists() and log.read_text()) and process.poll() is None:
+        time.sleep(0.05)
+    words = log.read_text().split()
+    port = words[words.index("--port") + 1]
+    time.sleep(2)
+    assert running(port)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, said
+    assert said.endswith("stopped; no server is left running\n")
+    assert not running(port)
+
+
+def running(argument: str) -> list[str]:
+    """Processes with this on their command line."""
+    found = []
+    for line in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            arguments = line.read_text().split("\0")
+            if argument in arguments:
+                found.append(" ".join(arguments))
+    return found

@@ -19,7 +19,7 @@ pytest.importorskip("lm_eval")
 pytest.importorskip("matplotlib")
 
 from kvplug_evals.engines.interface import EngineError, EngineOptions, Reply, Wave, start_engine
-from kvplug_evals.sweep.cli import Interrupts
+from kvplug_evals.interrupts import Interrupts
 from kvplug_evals.sweep.compare import compare
 from kvplug_evals.sweep.journal import Journal
 from kvplug_evals.sweep.plot import draw, family

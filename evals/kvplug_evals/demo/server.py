@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,13 +24,23 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(engine: Engine, policy: str, log: Path) -> Iterator[Server]:
-    """A server that answers. Raises EngineError that says why it does not."""
+def serve(
+    engine: Engine, policy: str, log: Path, check: Callable[[], object] = lambda: None
+) -> Iterator[Server]:
+    """A server that answers. Raises EngineError that says why it does not.
+
+    ``check()`` is called until it does, and may raise to stop it.
+    """
+
+    def answers() -> bool:
+        check()
+        return _answers(url)
+
     port = serving.free_port()
     url = f"http://127.0.0.1:{port}"
     server = serving.Server(engine.title, engine.command(policy, port), engine.environment(), log)
     try:
-        server.wait(lambda: _answers(url), START_SECONDS)
+        server.wait(answers, START_SECONDS)
         yield Server(url=url, log=log, start_seconds=time.monotonic() - server.started)
     except httpx.HTTPError as error:
         raise server.request_failure(error) from error

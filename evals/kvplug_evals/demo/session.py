@@ -6,7 +6,7 @@ import asyncio
 import importlib.metadata
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
@@ -65,8 +65,17 @@ def check_model(model: Path) -> None:
         raise FileNotFoundError(f"there is no model in {model}; run make models, or give --model")
 
 
-def run_demo(lines: Sequence[str], engine: Engine, out: Path, console: Console) -> None:
-    """Raises EngineError, report.NothingSaved, ValueError and OSError; no server is left."""
+def run_demo(
+    lines: Sequence[str],
+    engine: Engine,
+    out: Path,
+    console: Console,
+    check: Callable[[], object] = lambda: None,
+) -> None:
+    """Raises EngineError, report.NothingSaved, ValueError and OSError; no server is left.
+
+    ``check()`` is called again and again, and may raise to stop.
+    """
     check_model(engine.model)
     compared = policies(type(engine), lines)
     out.mkdir(parents=True, exist_ok=True)
@@ -78,7 +87,7 @@ def run_demo(lines: Sequence[str], engine: Engine, out: Path, console: Console) 
         for place, line in enumerate(compared, start=1):
             console.print(f"[bold]{place}/{len(compared)} [cyan]{escape(line)}[/]")
             log = out / f"server-{place}.log"
-            rows.append(_converse(line, talk, engine, log, console, progress))
+            rows.append(_converse(line, talk, engine, log, console, progress, check))
     result = report.Result(
         rows=rows, engine=engine, seconds=monotonic() - began, machine=machine(engine.package)
     )
@@ -97,6 +106,7 @@ def _converse(
     log: Path,
     console: Console,
     progress: Progress,
+    check: Callable[[], object],
 ) -> Row:
     task = progress.task_ids[0]
 
@@ -104,16 +114,18 @@ def _converse(
         progress.update(task, description=what)
 
     show(f"starting {engine.title}, log in {log}")
-    with serve(engine, str(parse(line)), log) as server:
+    with serve(engine, str(parse(line)), log, check) as server:
         progress.advance(task)
         row = Row(policy=line, is_dense=parse(line).is_dense, start_seconds=server.start_seconds)
         console.print(f"    server ready in {row.start_seconds:.0f} s")
 
         def sampled(held: int) -> None:
+            check()
             turn = min(len(row.turns) + 1, TURNS)
             show(f"turn {turn} of {TURNS}, {CLIENTS} clients, {held} blocks held")
 
         def turned() -> None:
+            check()
             progress.advance(task)
             (report.say_documents if row.batch else report.say_turn)(console, row)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +11,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
+
+from kvplug_evals.interrupts import Interrupts
 
 
 def evaluate(
@@ -161,26 +162,6 @@ def evaluate(
             raise typer.Exit(130) from None
         failed.print(f"[bold red]kvplug eval:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from None
-
-
-class Interrupts:
-    """Ctrl-C, and all that ends a process like it, so that no engine outlives us.
-
-    Remembered, because a KeyboardInterrupt that comes while a library cleans up goes no further.
-    """
-
-    def __init__(self) -> None:
-        self.came = False
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._take)
-
-    def check(self) -> None:
-        if self.came:
-            raise KeyboardInterrupt
-
-    def _take(self, number: int, frame: object) -> None:
-        self.came = True
-        raise KeyboardInterrupt
 
 
 def _tuple(values: list[str] | list[int] | list[float] | None) -> tuple[object, ...] | None:
