@@ -14,17 +14,19 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("matplotlib")
 
 from kvplug_evals.engines.interface import EngineError, EngineOptions, Reply, Wave, start_engine
 from kvplug_evals.interrupts import Interrupts
+from kvplug_evals.models.recall import build_recall_model
 from kvplug_evals.sweep.compare import compare
 from kvplug_evals.sweep.journal import Journal
 from kvplug_evals.sweep.plot import draw, family
 from kvplug_evals.sweep.report import results, tables, write_report
-from kvplug_evals.sweep.session import costs, scores, summary
+from kvplug_evals.sweep.session import Run, costs, run_sweep, scores, summary
 from kvplug_evals.sweep.settings import Suite, changed, expand, folder, read_suite
 from kvplug_evals.sweep.stats import paired
 
@@ -59,7 +61,7 @@ def test_budgets_are_shares_of_the_context_in_whole_pages():
         ["256", "0"],
         ["1024", "0"],
     ]
-    with pytest.raises(ValueError, match="needs budgets"):
+    with pytest.raises(ValueError, match="needs a budget"):
         expand(suite(policies=("knorm(budget={budget})",)), "vllm", [], baselines=False)
 
 
@@ -97,6 +99,11 @@ def test_every_suite_that_we_bring_is_whole(name):
             "modes must be of multi-turn, multi-request, got 'chat'",
         ),
         ("tasks: {a: {}}\nanswers: none", "answers must be of golden, own, got 'none'"),
+        ("tasks: {a: {}}\nbudgets: [25]", "share of the context, .* such as 0.25, got 25"),
+        ("tasks: {a: {}}\ntokens: 2048", "mine.yaml: tokens: .* tuple, got 2048"),
+        ("tasks: {a: {}}\ntokens: [2048, much]", "tokens.1: .* integer.*, got 'much'"),
+        ("tasks: [a]", "mine.yaml: tasks: .* dict.*, got"),
+        ("tasks: {a: [b]}", "mine.yaml: tasks.a: .* dict.*, got"),
         ("tasks: {a: {}}\ndtype: fp8", "dtype must be of auto, .*bfloat16, .*got 'fp8'"),
     ],
 )
@@ -112,6 +119,10 @@ def test_what_cannot_run_says_what_to_do():
         read_suite("nothing")
     with pytest.raises(ValueError, match="Did you mean 'quest'"):
         expand(suite(), "vllm", ["qest"], baselines=True)
+    with pytest.raises(ValueError, match=r"needs a budget; give --budget 0.25"):
+        expand(suite(), "vllm", ["quest(budget={budget})"], baselines=True)
+    with pytest.raises(ValueError, match=r"{budgets} stands for nothing; write {budget}, "):
+        expand(suite(budgets=(0.5,)), "vllm", ["quest(budget={budgets})"], baselines=True)
     options = EngineOptions(model="m", max_model_len=64, max_num_seqs=1)
     if find_spec("sglang") is None:
         with pytest.raises(EngineError, match=r"needs sglang; install it .*kvplug\[sglang\]"):
@@ -292,6 +303,21 @@ def test_a_report_is_written_anew_and_nothing_is_run(out):
     assert said.returncode == 0, said.stderr
     assert (out / "report.md").read_text().startswith("# mine")
     assert (out / "mine-kvplug_recall-2048.png").exists()
+
+
+def test_wrong_data_is_refused_before_an_engine_starts(tmp_path, monkeypatch):
+    start = "kvplug_evals.sweep.session.start_engine"
+    monkeypatch.setattr(start, lambda *_: pytest.fail("an engine was started"))
+    model, data = tmp_path / "model", tmp_path / "mine.jsonl"
+    build_recall_model(model)
+    data.write_text('{"context": "c"}\n')
+    sweep = suite(tasks={"scbench_kv": {}}, model=str(model), data=str(data))
+    with pytest.raises(ValueError, match=r"mine.jsonl, line 1: multi_turns must be"):
+        run_sweep(
+            expand(sweep, "vllm", [], baselines=False),
+            Run(out=tmp_path, command="kvplug eval"),
+            Console(quiet=True),
+        )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

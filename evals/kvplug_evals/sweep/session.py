@@ -64,10 +64,21 @@ def run_sweep(settings: Sequence[Setting], run: Run, console: Console) -> None:
     # One progress bar, ours. Not for longer: without a bar of its own vLLM's LLM.generate fails.
     quiet = changed_environment({"TQDM_DISABLE": "1"})
     with quiet, _progress(console, settings, len(done)) as progress:
+        for setting in settings:
+            if setting not in done:
+                _make_data(setting, run, progress)
         for _, group in groupby(settings, key=lambda s: (s.engine_policy, s.tokens)):
             waiting = [s for s in group if not finished(run.out / s.name)]
             if waiting:
                 _serve(waiting, run, console, progress)
+
+
+def _make_data(setting: Setting, run: Run, progress: Progress) -> None:
+    """All of it before the first engine: what is wrong with it is said at once."""
+    for name, options in setting.suite.tasks.items():
+        run.check()
+        progress.update(progress.task_ids[0], description=f"making the data of {escape(name)}")
+        load(name, setting, options)
 
 
 def _serve(settings: Sequence[Setting], run: Run, console: Console, progress: Progress) -> None:

@@ -8,9 +8,11 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from string import Formatter
+from typing import Any, get_type_hints
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from kvplug import parse
 from kvplug_evals.engines.stock import is_stock, parse_stock
@@ -21,6 +23,8 @@ from kvplug_evals.scbench.tasks import MODES
 
 MODELS = Path(".models")
 SINKS = 32
+PLACES = ("budget", "window", "half")
+"""What a policy's line may leave to the budgets."""
 
 
 def folder(name: str) -> Path:
@@ -76,6 +80,12 @@ class Suite:
                 raise ValueError(
                     f"suite {self.name}: {name} must be of {', '.join(allowed)}, got {wrong[0]!r}"
                 )
+        wrong_shares = [share for share in self.budgets if not 0 < share <= 1]
+        if wrong_shares:
+            raise ValueError(
+                f"suite {self.name}: a budget is a share of the context, above 0 and at most 1, "
+                f"such as 0.25, got {wrong_shares[0]}; a number of tokens belongs into the policy"
+            )
 
     @property
     def model_folder(self) -> Path:
@@ -106,9 +116,23 @@ def read_suite(name: str) -> Suite:
         raise ValueError(
             f"{file}: there is no key {unknown[0]!r}; there are {', '.join(sorted(known))}"
         )
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    tasks = {task: options or {} for task, options in given.pop("tasks").items()}
-    return Suite(**{"name": file.stem, **given, "tasks": tasks})
+    if isinstance(given["tasks"], dict):
+        given["tasks"] = {task: options or {} for task, options in given["tasks"].items()}
+    return Suite(**{"name": file.stem, **_typed(given, str(file))})
+
+
+def _typed(given: dict[str, Any], file: str) -> dict[str, Any]:
+    """As Suite's annotations say. Raises ValueError."""
+    types = get_type_hints(Suite)
+    typed = {}
+    for key, value in given.items():
+        try:
+            typed[key] = TypeAdapter(types[key]).validate_python(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, (key, *first["loc"])))
+            raise ValueError(f"{file}: {where}: {first['msg']}, got {first['input']!r}") from None
+    return typed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,8 +212,16 @@ def expand(suite: Suite, engine: str, policies: Sequence[str], baselines: bool) 
 def filled(template: str, tokens: int, budgets: Iterable[float], page: int) -> list[str]:
     if "{" not in template:
         return [template]
+    unknown = [name for _, name, *_ in Formatter().parse(template) if name not in (*PLACES, None)]
+    if unknown:
+        raise ValueError(
+            f"{template!r}: {{{unknown[0]}}} stands for nothing; write "
+            f"{', '.join(f'{{{name}}}' for name in PLACES)} or a number"
+        )
     if not budgets:
-        raise ValueError(f"{template!r} needs budgets; give the suite a list of shares")
+        raise ValueError(
+            f"{template!r} needs a budget; give --budget 0.25, or budgets: [0.25] in the suite"
+        )
     lines = []
     for share in budgets:
         budget = max(2 * page, round(tokens * share / page) * page)
