@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from kvplug.policies.dense import Dense
 from kvplug.policy import (
+    LIMIT,
     LayerBudgets,
     Policy,
     PositionalEviction,
@@ -20,7 +21,8 @@ from kvplug.policy import (
 class Composition:
     """What one line names: ``streaming_llm(window=4096) + quest(budget=1024)``.
 
-    Raises ValueError, with both names, for two policies of one stage.
+    Raises ValueError, with both names, for two policies of one stage, and for a number that no
+    tensor holds.
     """
 
     policies: tuple[Policy, ...] = ()
@@ -40,6 +42,8 @@ class Composition:
                     f"{other.name} and {policy.name} both answer the stage "
                     f"{policy.stage.value!r}; keep one of them"
                 )
+        for policy in real:
+            _check_numbers(policy)
         order = list(Stage)
         object.__setattr__(
             self, "policies", tuple(sorted(real, key=lambda p: order.index(p.stage)))
@@ -93,3 +97,13 @@ class Composition:
     def publishes(self) -> bool:
         """Whether pages written under this composition may serve another request's prefix."""
         return all(policy.publishes for policy in self.policies)
+
+
+def _check_numbers(policy: Policy) -> None:
+    """A step that meets a number which no tensor holds would end the engine for everyone."""
+    for field in fields(policy):
+        value = getattr(policy, field.name)
+        if isinstance(value, Policy):
+            _check_numbers(value)
+        elif isinstance(value, int) and abs(value) >= LIMIT:
+            raise ValueError(f"{policy.name}: {field.name} must be below 2 ** 62, got {value!r}")

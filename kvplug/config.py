@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 
 from kvplug.composition import Composition
 from kvplug.grammar import parse
+from kvplug.policy import LIMIT
 from kvplug.registry import did_you_mean
 
 DEFAULT_POLICY = "quest(budget=2048)"
@@ -74,10 +75,10 @@ def read_settings(given: object = None, environ: Mapping[str, str] | None = None
 
 def token_count(value: object, name: str) -> int:
     """A setting that counts tokens. Raises ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < LIMIT:
         raise ValueError(
-            f"kvplug: {name} must be a number of tokens, at least 0, got {value!r}; "
-            f'write {{"{name}": {DEFAULT_MIN_CONTEXT}}}'
+            f"kvplug: {name} must be a number of tokens, at least 0 and below 2 ** 62, got "
+            f'{value!r}; write {{"{name}": {DEFAULT_MIN_CONTEXT}}}'
         )
     return value
 
@@ -92,12 +93,12 @@ def _spans(value: object) -> tuple[Span, ...]:
             not isinstance(span, (list, tuple))
             or len(span) != 2
             or not all(isinstance(n, int) and not isinstance(n, bool) for n in span)
-            or not 0 <= span[0] < span[1]
+            or not 0 <= span[0] < span[1] < LIMIT
         ):
             raise ValueError(
                 "kvplug: protect must be a number of first tokens or a list of spans "
-                f'[first, last) with 0 <= first < last, got {value!r}; write {{"protect": 256}} '
-                'or {"protect": [[0, 256]]}'
+                f"[first, last) with 0 <= first < last < 2 ** 62, got {value!r}; write "
+                '{"protect": 256} or {"protect": [[0, 256]]}'
             )
         spans.append((span[0], span[1]))
     return tuple(sorted(spans))

@@ -17,6 +17,7 @@ from kvplug.composition import Composition
 from kvplug.policy import Policy
 from kvplug.registry import did_you_mean, policy_class
 
+LONGEST = 4000  # characters
 EXAMPLE = "write, for example, 'quest(budget=2048)' or 'streaming_llm(sinks=4, window=1020)'"
 
 
@@ -24,6 +25,11 @@ def parse(line: str) -> Composition:
     """A policy line -> what it names. Raises ValueError that says what to write instead."""
     if not isinstance(line, str) or not line.strip():
         raise ValueError(f"a policy must be a line of text, got {line!r}; {EXAMPLE}")
+    if len(line) > LONGEST:
+        raise ValueError(
+            f"a policy must be a line of at most {LONGEST:,} characters, got {len(line):,}; "
+            f"{EXAMPLE}"
+        )
     try:
         tree = ast.parse(line.strip(), mode="eval").body
     except SyntaxError as error:

@@ -21,6 +21,9 @@ from kvplug.registry import did_you_mean, policy_class
 
 REQUEST_KEYS = ("policy", "budget", "min_context", "protect")
 DENSE = "dense"
+LONGEST = 10_000
+"""Characters of what a request says: it is remembered, and every span costs each layer."""
+MOST_SPANS = 256
 
 
 class Refused(ValueError):
@@ -130,9 +133,18 @@ class Offer:
         """
         if given is None:
             return self.settings
-        if isinstance(given, str):
-            return _settings_for(self, given)
-        return self._chosen(given)
+        if isinstance(given, str) and len(given) > LONGEST:
+            raise ValueError(
+                f"kvplug: a request may say at most {LONGEST:,} characters, got {len(given):,}; "
+                "write a policy line, and protect few spans"
+            )
+        try:
+            return _settings_for(self, given) if isinstance(given, str) else self._chosen(given)
+        except (MemoryError, RecursionError):  # MemoryError: of the stack of Python's parser
+            raise ValueError(
+                "kvplug: what the request asks for is nested too deeply; write a policy line "
+                "such as 'snapkv(budget=512)'"
+            ) from None
 
     def _chosen(self, given: object) -> Settings:
         wanted = _read(given)
@@ -145,6 +157,11 @@ class Offer:
         if rest:
             read = read_settings({"policy": DENSE, **rest}, environ={})
             base = replace(base, **{key: getattr(read, key) for key in rest})
+        if len(base.protect) > MOST_SPANS and "protect" in rest:
+            raise ValueError(
+                f"kvplug: a request may protect at most {MOST_SPANS} spans, got "
+                f"{len(base.protect):,}; join those that lie close"
+            )
         self._check(base)
         return base
 

@@ -31,6 +31,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Positions = NDArray[np.int64]
+LIMIT = 1 << 62
+"""What every whole number of a user's stays below: NumPy and torch hold it, and sums of a few."""
 
 
 class Stage(Enum):

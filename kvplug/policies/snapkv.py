@@ -47,9 +47,10 @@ class SnapKV(ScoredEviction):
             or not isinstance(self.pool, int)
             or self.pool < 1
             or self.pool % 2 == 0
+            or self.pool >= 1 << 31  # torch's own limit
         ):
             raise ValueError(
-                f"snapkv: pool must be an odd number of tokens, got {self.pool!r}; "
+                f"snapkv: pool must be an odd number of tokens below 2 ** 31, got {self.pool!r}; "
                 "write snapkv(pool=5)"
             )
 

@@ -8,10 +8,10 @@ from kvplug import parse, policy_class, policy_names, read_settings, registry
 
 EXAMPLE = "write, for example, 'quest(budget=2048)' or 'streaming_llm(sinks=4, window=1020)'"
 KNOWN = "Known: dense, keydiff, knorm, pyramid, quest, random, snapkv, streaming_llm."
-TOKENS = "must be a number of tokens, at least 0, got "
+TOKENS = "must be a number of tokens, at least 0 and below 2 ** 62, got "
 SPANS = (
     "protect must be a number of first tokens or a list of spans [first, last) with "
-    "0 <= first < last, got "
+    "0 <= first < last < 2 ** 62, got "
 )
 
 LINES = [
@@ -33,6 +33,8 @@ LINES = [
     ("quest(1024)", "cannot read '1024'", "wanted name(option=value)", EXAMPLE),
     ("quest(**{'budget': 1})", "cannot read '**'", EXAMPLE),
     ("quest(budget=1, budget=2)", "quest", "budget"),
+    ("quest" + " + quest" * 5000, "at most 4,000 characters, got 40,005", EXAMPLE),
+    (f"quest(budget={'-' * 100000}1)", "at most 4,000 characters", EXAMPLE),
     ("quest + ", "cannot read the policy", EXAMPLE),
     # Names.
     ("quset", "unknown policy 'quset'", "Did you mean 'quest'?", KNOWN),
@@ -71,6 +73,15 @@ LINES = [
     ("streaming_llm(window=0)", "window must be a number of tokens, at least 1, got 0"),
     ("streaming_llm(window=1e3)", "window must be a number of tokens, at least 1, got 1000.0"),
     ("streaming_llm(sinks=True)", "sinks must be a number of tokens, at least 0, got True"),
+    # Numbers that no tensor holds.
+    (
+        "quest(budget=4611686018427387904)",
+        "quest: budget must be below 2 ** 62, got 4611686018427387904",
+    ),
+    (f"quest(dense_layers=1{'0' * 30})", "quest: dense_layers must be below 2 ** 62, got 10000"),
+    (f"streaming_llm(window=1{'0' * 30})", "streaming_llm: window must be below 2 ** 62"),
+    (f"pyramid(knorm(budget=1{'0' * 30}))", "knorm: budget must be below 2 ** 62"),
+    (f"snapkv(pool=1{'0' * 30}1)", "snapkv: pool must be an odd number of tokens below 2 ** 31"),
     # Combinations.
     ("quest + quest(budget=1)", "quest and quest both answer the stage 'load'; keep one"),
     ("streaming_llm + streaming_llm", "both answer the stage 'compress'; keep one of them"),
@@ -87,6 +98,7 @@ SETTINGS = [
     ({"policy": 1}, "a policy must be a line of text, got 1", EXAMPLE),
     ({"policy": "quest(budget=0)"}, "budget must be a positive number of tokens, got 0"),
     ({"min_context": -1}, "min_context " + TOKENS + "-1", 'write {"min_context": 8192}'),
+    ({"min_context": 1 << 62}, "min_context " + TOKENS + "4611686018427387904"),
     ({"min_context": 1.5}, "min_context " + TOKENS + "1.5"),
     ({"min_context": "8k"}, "min_context " + TOKENS + "'8k'"),
     ({"min_context": True}, "min_context " + TOKENS + "True"),
@@ -102,13 +114,19 @@ SETTINGS = [
     ({"protect": [[256, 256]]}, SPANS + "[[256, 256]]"),
     ({"protect": [[256, 0]]}, SPANS + "[[256, 0]]"),
     ({"protect": [[-1, 2]]}, SPANS + "[[-1, 2]]"),
+    ({"protect": 10**30}, "protect " + TOKENS + "1000"),
+    ({"protect": [[0, 10**30]]}, SPANS + "[[0, 1000"),
     ({"protect": [[0, 1], [2]]}, SPANS + "[[0, 1], [2]]"),
     ({"protect": [[0, 1.5]]}, SPANS + "[[0, 1.5]]"),
     ({"protect": [[False, True]]}, SPANS + "[[False, True]]"),
 ]
 
 
-@pytest.mark.parametrize("line, parts", [(line, parts) for line, *parts in LINES], ids=repr)
+def short(value):
+    return repr(value)[:60]
+
+
+@pytest.mark.parametrize("line, parts", [(line, parts) for line, *parts in LINES], ids=short)
 def test_a_wrong_line_says_what_to_write(line, parts):
     with pytest.raises(ValueError, match=r".") as caught:
         parse(line)

@@ -479,11 +479,11 @@ BAD = [
     ("random(budget=10, sinks=6, window=5)", "at least sinks + window = 11 tokens, got 10"),
     (
         "snapkv(pool=4)",
-        "snapkv: pool must be an odd number of tokens, got 4; write snapkv(pool=5)",
+        "snapkv: pool must be an odd number of tokens below 2 ** 31, got 4; write snapkv(pool=5)",
     ),
-    ("snapkv(pool=-1)", "pool must be an odd number of tokens, got -1"),
-    ("snapkv(pool=True)", "pool must be an odd number of tokens, got True"),
-    ("snapkv(pool=5.0)", "pool must be an odd number of tokens, got 5.0"),
+    ("snapkv(pool=-1)", "pool must be an odd number of tokens below 2 ** 31, got -1"),
+    ("snapkv(pool=True)", "pool must be an odd number of tokens below 2 ** 31, got True"),
+    ("snapkv(pool=5.0)", "pool must be an odd number of tokens below 2 ** 31, got 5.0"),
     (
         "random(seed=-1)",
         "random: seed must be a whole number of at least 0 and below 2 ** 32, got "

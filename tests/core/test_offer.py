@@ -74,7 +74,20 @@ def test_tests_switch_the_shortcut_off_for_every_request():
         (64, "a request names a policy such as"),
         ({"protect": [4]}, "protect must be"),
         ({"min_context": -1}, "min_context must be"),
+        # What would end the engine for everyone: numbers beyond a tensor's, and a stack's depth.
+        (f"quest(budget=1{'0' * 30})", "quest: budget must be below 2 ** 62, got 1000"),
+        ({"policy": "quest", "budget": 10**30}, "quest: budget must be below 2 ** 62, got 1000"),
+        ({"min_context": 10**30}, "min_context must be"),
+        ({"protect": [[0, 10**30]]}, "protect must be"),
+        ("quest" + " + quest" * 100, "both answer the stage 'load'; keep one"),
+        ("quest" + " + quest" * 5000, "may say at most 10,000 characters, got 40,005"),
+        (f"quest(budget={'-' * 900}1)", "nested too deeply; write a policy line"),
+        (f"quest(budget={'-' * 3900}1)", "nested too deeply; write a policy line"),
+        ('{"policy": ' + "[" * 9000, "nested too deeply; write a policy line"),
+        ({"policy": "quest" + " + quest" * 5000}, "at most 4,000 characters, got 40,005"),
+        ({"protect": [[n, n + 1] for n in range(0, 600, 2)]}, "at most 256 spans, got 300"),
     ],
+    ids=lambda each: str(each)[:40],
 )
 def test_a_bad_choice_is_told_what_to_write(given, message):
     with pytest.raises(ValueError, match=re.escape(message)):

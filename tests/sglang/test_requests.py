@@ -127,6 +127,8 @@ def refused(reason):
         ({"budget": 4096}, "at most 128 tokens here", "over max_budget"),
         ({"polcy": "dense"}, "Did you mean 'policy'", "unreadable"),
         ("quest(bugdet=64)", "Did you mean 'budget'", "unreadable"),
+        (f"quest(budget=1{'0' * 30})", "budget must be below", "unreadable"),
+        ('{"policy": ' + "[" * 9000, "nested too deeply", "unreadable"),
     ],
 )
 def test_what_a_request_may_not_ask_for_is_refused_alone(

@@ -216,6 +216,8 @@ def traffic(engine, model, prompts, alone):
         ("pyramid(snapkv)", "does not allow pyramid"),
         ("snapkv(budget=", "cannot read the policy"),
         (7, "a request names a policy such as"),
+        (f"quest(budget=1{'0' * 30})", "budget must be below"),
+        ('{"policy": ' + "[" * 9000, "nested too deeply"),
     ],
 )
 def test_a_bad_value_is_rejected_when_it_arrives_and_nobody_notices(traffic, asked, message):
