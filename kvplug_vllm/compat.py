@@ -105,6 +105,28 @@ def announce_configurations(tell: Callable[[Any], None]) -> None:
     VllmConfig.__post_init__ = __post_init__
 
 
+def announce_sessions(tell: Callable[[Any], None]) -> None:
+    """Call ``tell`` with the configuration when a request comes whose prompt will grow turn by
+    turn (an input stream of ``AsyncLLM.generate``).
+
+    ``validate_params`` is not told. Until it is.
+    """
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    stock = InputProcessor.process_inputs
+    if getattr(stock, "_kvplug", False):
+        return
+
+    @functools.wraps(stock)
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("resumable"):
+            tell(self.vllm_config)
+        return stock(self, *args, **kwargs)
+
+    process_inputs._kvplug = True  # type: ignore[attr-defined]
+    InputProcessor.process_inputs = process_inputs
+
+
 def announce_lookups(tell: Callable[[Sequence[Any], Any], None]) -> None:
     """Call ``tell`` with the managers and the request before its cached prefix is looked up.
 

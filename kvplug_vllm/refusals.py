@@ -10,11 +10,13 @@ from kvplug import (
     Offer,
     Policy,
     PositionalEviction,
+    Refused,
     ScoredEviction,
     Selector,
     policy_class,
 )
-from kvplug_vllm.settings import offer_of
+from kvplug_vllm.metrics import count_refused
+from kvplug_vllm.settings import offer_of, selected
 
 
 def refuse(vllm_config: Any) -> None:
@@ -88,6 +90,23 @@ def refusals(vllm_config: Any) -> Iterator[str]:
                 f"{policy.eviction.name} beside the model's own windowed layers needs the hybrid "
                 "KV cache manager; drop --disable-hybrid-kv-cache-manager"
             )
+
+
+def refuse_session(vllm_config: Any) -> None:
+    """Its prompt grows by its own answers, and a compressed one has no blocks before them.
+    Raises Refused.
+    """
+    if not selected(vllm_config):
+        return
+    offer = offer_of(vllm_config)
+    if offer.mixed or offer.settings.policy.scored is not None:
+        count_refused("session")
+        raise Refused(
+            "session",
+            "kvplug: a session whose turns stream in cannot be served where prompts are "
+            "compressed; send each turn as a request with the whole prompt, which the prefix "
+            "cache serves",
+        )
 
 
 def unsupported(offer: Offer) -> Iterator[str]:

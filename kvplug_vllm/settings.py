@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from kvplug import Offer, Settings, read_offer
-from kvplug_vllm import NAME
+from kvplug_vllm import NAME, compat
 
 REQUEST_FIELD = "kvplug"
 """``vllm_xargs={"kvplug": "snapkv(budget=512)"}``, ``SamplingParams(extra_args=...)``."""
@@ -57,7 +57,8 @@ class Engine:
     def configured(cls, vllm_config: Any) -> None:
         """vLLM has made a configuration: refuse what would be wrong before anything loads."""
         if selected(vllm_config):
-            from kvplug_vllm.refusals import refuse
+            from kvplug_vllm.refusals import refuse, refuse_session
 
             refuse(vllm_config)
             cls.enter(vllm_config)
+            compat.announce_sessions(refuse_session)
