@@ -17,19 +17,39 @@ Whole = TypeVar("Whole")
 Selected = TypeVar("Selected")
 
 
+REMEMBERED = 64
+"""Settings that keep their number though no request has them: clients may send any number."""
+
+
 class Choices:
-    """The settings that requests chose so far, by number; the first is the server's own."""
+    """The settings that requests chose, by number; the first is the server's own."""
 
     def __init__(self, own: Settings) -> None:
         self.settings = [own]
         self._numbers = {own: 0}
 
-    def number(self, settings: Settings) -> int:
-        """The same for equal settings, as long as the server lives."""
-        number = self._numbers.setdefault(settings, len(self.settings))
-        if number == len(self.settings):
-            self.settings.append(settings)
+    def number(self, settings: Settings, held: Iterable[int] = ()) -> int:
+        """The same for equal settings as long as a request has them.
+
+        held: numbers that requests have. Once there are many, others are given anew.
+        """
+        number = self._numbers.get(settings)
+        if number is None:
+            number = self._unheld(held)
+            if number == len(self.settings):
+                self.settings.append(settings)
+            else:
+                del self._numbers[self.settings[number]]
+                self.settings[number] = settings
+            self._numbers[settings] = number
         return number
+
+    def _unheld(self, held: Iterable[int]) -> int:
+        end = len(self.settings)
+        if end < REMEMBERED:
+            return end
+        taken = {0, *held}
+        return next((number for number in range(end) if number not in taken), end)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +88,17 @@ class BatchPlanner:
         """By the number that ``choice`` arrays give a request's settings."""
 
     def know(self, settings: Sequence[Settings]) -> None:
-        """Settings by number: a list that only grows."""
-        for one in settings[len(self.planners) :]:
-            budgets = (None, None) if one.policy.uniform else self.budgets
-            self.planners.append(Planner(one, self.page_size, *budgets))
+        """Settings by number, as ``Choices`` gives them: all but the first may change."""
+        for number, one in enumerate(settings):
+            if number == len(self.planners):
+                self.planners.append(self.planner(one))
+            elif number and self.planners[number].settings is not one:
+                self.planners[number] = self.planner(one)
+
+    def planner(self, settings: Settings) -> Planner:
+        """Of settings that may have no number yet."""
+        budgets = (None, None) if settings.policy.uniform else self.budgets
+        return Planner(settings, self.page_size, *budgets)
 
     def plan(
         self, choice: Positions, computed: Positions, total: Positions, prompt: Positions

@@ -57,7 +57,7 @@ def canary(tree: Any, engine: Engine) -> None:
     parameters.normalize(None)
     request = Req("canary", "", array("q", range(1, tokens + 1)), parameters, extra_key="canary")
     policy = parse(f"knorm(budget={size}, sinks=0)")
-    request.kvplug_choice = engine.choice(Settings(policy=policy))
+    request.kvplug_settings = Settings(policy=policy)
     request.init_next_round_input(tree)
     request.lock = tree.lock(request.last_node)
     rows.alloc([request])

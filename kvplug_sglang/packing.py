@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from kvplug import Composition, Refused, Settings, Stage
+from kvplug import Composition, Planner, Refused, Settings, Stage
 from kvplug_sglang.compat import Hook
 from kvplug_sglang.router import Tenant
 from kvplug_sglang.settings import Engine
@@ -31,9 +31,9 @@ def admit(result: None, self: Any, *args: Any, **kwargs: Any) -> None:
     """Behind ``Req.__init__``: what the request asks for, settled once. Bad ones are refused."""
     engine = Engine.serving()
     try:
-        self.kvplug_choice = engine.choose(self.sampling_params, self.session is not None)
+        self.kvplug_settings = engine.choose(self.sampling_params, self.session is not None)
     except ValueError as error:
-        self.kvplug_choice = engine.choice(Settings())
+        self.kvplug_settings = Settings()
         self.set_finish_with_abort(str(error))
         engine.refused(error)
         return
@@ -58,9 +58,14 @@ def refuse_beams(original: Any, self: Any, req: Any, recv_req: Any) -> str | Non
     return str(refused)
 
 
+def planner_of(req: Any) -> Planner:
+    """Of a request that may hold nothing yet, so that its settings may have no number."""
+    return Engine.serving().planners.planner(req.kvplug_settings)
+
+
 def evicts_by_position(req: Any) -> bool:
     """Whether a request may lose pages before it ends, by position alone."""
-    planner = Engine.serving().planner(req.kvplug_choice)
+    planner = planner_of(req)
     if planner.eviction is None:
         return False
     longest_answer = req.sampling_params.max_new_tokens or FOREVER  # SGLang settles it later
@@ -70,7 +75,7 @@ def evicts_by_position(req: Any) -> bool:
 
 def private_tokens(req: Any) -> int:
     """Slots that will hold what the request's prompt keeps; 0 where it stays whole."""
-    planner = Engine.serving().planner(req.kvplug_choice)
+    planner = planner_of(req)
     prompt = np.array([len(req.origin_input_ids)])
     return int(planner.private_pages(prompt)[0]) * planner.page_size
 
@@ -105,7 +110,7 @@ def last_tokens(original: Any, self: Any, req: Any = None) -> int:
         return tokens
     if not private_tokens(req):
         return least
-    scored = Engine.serving().planner(req.kvplug_choice).scored
+    scored = planner_of(req).scored
     assert scored is not None
     window = scored.window if scored.needs_queries else 1
     return max(least, tokens - max(len(req.origin_input_ids) - window, 0))
@@ -120,7 +125,7 @@ def allocate(result: Any, batch: Any) -> None:
         if req.rid in engine.router.tenants:
             continue
         tenant = Tenant(
-            req.kvplug_choice,
+            engine.choice(req.kvplug_settings),
             len(req.origin_input_ids),
             row=req.kv.req_pool_idx,
             evicts=evicts_by_position(req),

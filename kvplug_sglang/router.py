@@ -52,6 +52,11 @@ class Router:
         """
         self.pages = torch.zeros(rows, width, dtype=torch.int32, device=device)
 
+    @property
+    def choices(self) -> list[int]:
+        """The numbers of the tenants' settings."""
+        return [tenant.choice for tenant in self.tenants.values()]
+
     def enter(self, rid: str, tenant: Tenant) -> None:
         self.tenants[rid] = tenant
 

@@ -115,8 +115,8 @@ class Engine:
         return classes
 
     def choice(self, settings: Settings) -> int:
-        """The number of some settings, by which ``planners`` knows them."""
-        number = self.choices.number(settings)
+        """The number of some settings, by which ``planners`` knows them while a tenant has it."""
+        number = self.choices.number(settings, self.router.choices)
         self.planners.know(self.choices.settings)
         return number
 
@@ -128,8 +128,8 @@ class Engine:
     def planner(self, choice: int) -> Planner:
         return self.planners.planners[choice]
 
-    def choose(self, sampling_params: Any, in_session: bool) -> int:
-        """What a request asked for, as a choice. Raises ValueError that says what it may."""
+    def choose(self, sampling_params: Any, in_session: bool) -> Settings:
+        """What a request asked for. Raises ValueError that says what it may."""
         if in_session and not self.dense:
             raise Refused(
                 "session",
@@ -138,7 +138,7 @@ class Engine:
             )
         custom = sampling_params.custom_params
         asked = custom.get(NAME) if isinstance(custom, dict) else None
-        return self.choice(self.offer.settings_for(asked))
+        return self.offer.settings_for(asked)
 
     def policy(self, choice: int) -> str:
         """The line that a choice is counted by."""

@@ -111,7 +111,8 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
                 table[target], table[source] = moved, displaced if swap else nobody
 
     def _choice(self, params: Any) -> int:
-        return self.choices.number(self.offer.settings_for(asked_for(params)))
+        settings = self.offer.settings_for(asked_for(params))
+        return self.choices.number(settings, self.choice.tolist())
 
     def _stay(self, output: list[int]) -> int:
         """V1 names no request, but hands over the list that it appends the answer to."""

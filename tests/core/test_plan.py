@@ -7,6 +7,7 @@ query i sees page p  iff  p <= i // S, and
 """
 
 import itertools
+import random
 from dataclasses import dataclass
 
 import numpy as np
@@ -530,6 +531,24 @@ def test_equal_settings_have_one_number():
         1, 0, 0, 1,
     ]  # fmt: skip
     assert choices.settings == [own, other]
+
+
+def test_however_many_settings_clients_send_few_are_remembered_and_none_is_mistaken():
+    own, server = Settings(policy=parse("quest(budget=64)")), BatchPlanner(16)
+    choices, source = Choices(own), random.Random(0)
+    batch: list[tuple[Settings, int]] = [(own, 0)] * 80
+    for protected in range(1, 2000):
+        one = Settings(policy=own.policy, protect=((0, protected),))
+        row = source.randrange(80 if protected > 1000 else 40)
+        batch[row] = one, choices.number(one, [number for _, number in batch])
+        server.know(choices.settings)
+        assert all(choices.settings[number] == wanted for wanted, number in batch)
+        assert all(
+            server.planners[number].settings is choices.settings[number] for _, number in batch
+        )
+        assert len(server.planners) == len(choices.settings) <= (64 if protected <= 1000 else 82)
+    again = batch[0][0]
+    assert choices.number(again, [number for _, number in batch]) == batch[0][1]
 
 
 def test_layers_that_share_private_pages_pack_a_prompt_as_soon_as_the_narrowest_does():

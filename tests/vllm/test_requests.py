@@ -201,9 +201,13 @@ def traffic(engine, model, prompts, alone):
     wanted = [(which, asks) for asks in ASKED for which in range(len(asked))]
     expected = alone([(asked[which], asks) for which, asks in wanted], TOKENS)
     answers = dict(zip(wanted, expected, strict=True))
-    with engine(
-        model, OFFER, max_model_len=512, num_gpu_blocks_override=44, max_num_batched_tokens=96
-    ) as mixed:
+    with (
+        engine(
+            model, OFFER, max_model_len=512, num_gpu_blocks_override=44, max_num_batched_tokens=96
+        ) as mixed,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr("kvplug.batch.REMEMBERED", 2)  # numbers of settings change all the time
         mixed.poison(freed=False)
         yield Traffic(mixed, asked, answers)
 

@@ -69,6 +69,17 @@ def test_choices_follow_their_requests_and_the_rest_have_the_servers_own():
     assert len(Router.chosen(config, rows(4))[0]) == 3, "equal settings are one choice"
 
 
+def test_clients_may_send_any_number_of_policies():
+    config, router_ = router()
+    for budget in range(1, 500):
+        update(router_, [(budget % 4, asks(f"quest(budget={budget})"), [0], [])])
+        settings, choice = Router.chosen(config, rows(min(budget + 1, 4)))
+        newest = settings[choice[budget % 4]].policy.selector
+        assert newest is not None
+        assert newest.budget == budget
+    assert len(settings) <= 64
+
+
 def test_a_server_without_kvplug_does_not_ignore_a_request_for_it(monkeypatch):
     monkeypatch.setattr(Engine, "current", None)
     Router.validate_params(asks(None))
