@@ -8,6 +8,7 @@ This package knows no engine. ``kvplug_vllm`` and ``kvplug_sglang`` translate.
 """
 
 from kvplug.accounting import (
+    Labels,
     StepReads,
     byte_share,
     digest_bytes,
@@ -48,6 +49,7 @@ __all__ = [
     "Digest",
     "Evidence",
     "Granularity",
+    "Labels",
     "LayerBudgets",
     "LayerReads",
     "Observed",

@@ -10,6 +10,24 @@ from kvplug.plan import Planner
 from kvplug.segments import Segments
 
 
+class Labels:
+    """What counters are kept by. Requests may name any number of policies, a scraper may not."""
+
+    MOST = 100
+    REST = "others"
+
+    def __init__(self) -> None:
+        self._known: set[str] = set()
+
+    def __call__(self, label: str) -> str:
+        """The label itself for the first ``MOST`` there are, ``REST`` for all that come later."""
+        if label not in self._known:
+            if len(self._known) == self.MOST:
+                return self.REST
+            self._known.add(label)
+        return label
+
+
 def digest_bytes(rows: int, kv_heads: int, head_dim: int, itemsize: int) -> int:
     """Bytes that a page grows by so that its digest lies behind its tokens."""
     return rows * kv_heads * head_dim * itemsize

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import Counter
 
-from kvplug import Refused, StepReads
+from kvplug import Labels, Refused, StepReads
 
 BY_POLICY = {
     "decode_queries": "Decode queries attended.",
@@ -39,6 +39,7 @@ class Metrics:
 
     def __init__(self, policy: str) -> None:
         """policy: the server's own."""
+        self._label = Labels()
         self._by_policy = {
             name: _counter(name, about, "policy") for name, about in BY_POLICY.items()
         }
@@ -82,4 +83,4 @@ class Metrics:
         self._whole.inc()
 
     def _add(self, name: str, policy: str, amount: float) -> None:
-        self._by_policy[name].labels(policy).inc(amount)
+        self._by_policy[name].labels(self._label(policy)).inc(amount)

@@ -15,6 +15,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from prometheus_client import REGISTRY, CollectorRegistry, Metric
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
+
+from kvplug import Labels
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,10 @@ class Counter:
 
     def add(self, amount: float, label: str) -> None:
         """Count in this process. Raises OSError where its file cannot be written."""
+        file = CounterFile.of_this_process()
+        label = file.labels[self.label](label)
         key = mmap_key(f"kvplug_{self.name}", str(self), [self.label], [label], self.help)
-        CounterFile.of_this_process().add(key, amount)
+        file.add(key, amount)
 
 
 class CounterFile:
@@ -54,6 +59,7 @@ class CounterFile:
     def __init__(self) -> None:
         self.process = os.getpid()
         self.lock = Lock()
+        self.labels: defaultdict[str, Labels] = defaultdict(Labels)
         folder = Path(os.environ.get("PROMETHEUS_MULTIPROC_DIR") or Meeting.enter())
         self.values = MmapedDict(str(folder / f"counter_kvplug-{self.process}.db"))
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvplug import Planner, Settings, byte_share, digest_bytes, parse, step_reads
+from kvplug import Labels, Planner, Settings, byte_share, digest_bytes, parse, step_reads
 
 S = 16
 POLICIES = [
@@ -123,3 +123,9 @@ def test_byte_share_counts_the_bytes_of_digests_and_chosen_pages():
     share = (pages * digest + chosen * page) / (pages * page)
     assert byte_share(pages * S, chosen * S, S, rows) == pytest.approx(share)
     assert byte_share(pages * S, chosen * S, S, rows=0) == pytest.approx(chosen / pages)
+
+
+def test_of_any_number_of_labels_the_first_hundred_are_kept():
+    labels = Labels()
+    assert [labels(str(n)) for n in range(100)] == [str(n) for n in range(100)]
+    assert [labels(str(n)) for n in (7, 100, 99, 5000)] == ["7", "others", "99", "others"]

@@ -206,6 +206,18 @@ if __name__ == "__main__":
     assert list(tmp_path.iterdir()) == [script], "each took its folder with it"
 
 
+def test_clients_that_name_any_number_of_policies_do_not_fill_the_page(tmp_path):
+    code = "[metrics.QUERIES.add(1, f'quest(budget={n})') for n in (*range(500), 7)]"
+    run(f"{code}; metrics.count_refused('x')", PROMETHEUS_MULTIPROC_DIR=str(tmp_path))
+    registry = CollectorRegistry()
+    counters.MultiProcessCollector(registry, path=str(tmp_path))
+    page = shown(generate_latest(registry).decode())
+    queries = page["kvplug_decode_queries_total"]
+    assert len(queries) == 101
+    assert (queries["quest(budget=7)"], queries["others"]) == (2, 400)
+    assert page["kvplug_refused_requests_total"] == {"x": 1}
+
+
 def test_what_a_killed_server_left_goes_when_the_next_one_counts(tmp_path):
     code = "metrics.count_refused('x'); print('counted', flush=True); sys.stdin.read()"
     killed, living = (child(code, TMPDIR=str(tmp_path)) for _ in range(2))
