@@ -25,6 +25,8 @@ def choose_pages(
     keep [B] at most so many (never above ``width``) -> chosen [B, H, width], counts [B, H] int32.
     The newest page is always among them. Nothing synchronises, so a CUDA graph may capture it.
     """
+    if digest is not None:
+        query = query.to(digest.dtype)  # of the cache, which need not be the model's
     scores = selector.score(query, digest, page_table, pages)
     if selector.mass is not None:
         scores = scores * scale

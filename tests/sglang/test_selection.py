@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -82,3 +84,13 @@ def test_selection_reads_what_it_says(engine, random_llama, prompts):
         read, cached = total("read_tokens") - before[0], total("cached_tokens") - before[1]
         assert cached == 497 + 498 + 241 + 242
         assert read == 2 * (49 + 50), "three full pages and what the last one holds"
+
+
+def test_a_cache_in_another_dtype_than_the_models(engine, random_llama, prompts):
+    batch = prompts(500, 40, seed=17)
+    with engine(random_llama(), kv_cache_dtype="bfloat16") as stock:
+        expected = stock.generate(batch, 12)
+    everything = {"policy": "quest(budget=4096, dense_layers=0)", "shortcut": False}
+    with engine(random_llama(), json.dumps(everything), kv_cache_dtype="bfloat16") as planned:
+        assert planned.generate(batch, 12) == expected
+        assert planned.backend.selected_queries > 0
