@@ -331,13 +331,45 @@ def test_a_file_in_scbenchs_schema_is_accepted(tmp_path, tokenizer):
             '{"context": "a", "multi_turns": [{"input": "b", "answer": "c", "options": "d"}]}',
             "options must be a list of texts, got 'd'",
         ),
+        (
+            '{"context": "a", "multi_turns": [{"input": "b", "answer": NaN}]}',
+            "line 2: not JSON: NaN is no number",
+        ),
+        (
+            '{"context": "a", "multi_turns": [{"input": "b", "answer": [true]}]}',
+            r"line 2: multi_turns\[0\]: answer must be a text, a number or a list of texts",
+        ),
+        ('{"context": "\udcff"}', "line 2: not JSON: 'utf-8' codec can't decode byte 0xff"),
     ],
 )
 def test_a_malformed_line_is_refused_with_its_number(line, reason, tmp_path):
     file = tmp_path / "bad.jsonl"
-    file.write_text(HAND_MADE.split("\n")[0] + "\n" + line + "\n")
+    text = HAND_MADE.split("\n")[0] + "\n" + line + "\n"
+    file.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=reason):
         read_jsonl(file)
+
+
+@pytest.mark.parametrize(
+    "task, turn, reason",
+    [
+        ("kv", {"answer": "c", "task": "scbench_kvs"}, "must be repoqa, .*got 'scbench_kvs'"),
+        ("kv", {"answer": " "}, "answer is empty"),
+        ("mf", {"answer": "twelve"}, "answer of mf must be a number, got 'twelve'"),
+        ("mf", {"answer": "1.5"}, "answer of mf must be a number, got '1.5'"),
+        ("choice_eng", {"answer": "e", "options": ["d"]}, "'e' is none of the options"),
+        ("choice_eng", {"answer": "e", "options": [*"abcde"]}, "at most 4 options, got 5"),
+    ],
+)
+def test_a_turn_that_its_task_cannot_put_or_score_is_refused_with_its_line(
+    task, turn, reason, tmp_path, tokenizer
+):
+    good = {"context": "a", "multi_turns": [{"input": "b", "answer": "1"}]}
+    bad = {"context": "a", "multi_turns": [*good["multi_turns"], {"input": "b", **turn}]}
+    file = tmp_path / "bad.jsonl"
+    file.write_text(f"{json.dumps(good)}\n\n{json.dumps(bad)}\n")
+    with pytest.raises(ValueError, match=rf"bad.jsonl, line 3: multi_turns\[1\]: .*{reason}"):
+        documents(task, data=str(file), tokenizer=tokenizer, contexts=1)
 
 
 def test_what_is_written_is_read_again(tmp_path):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ class Conversation:
     context: str
     turns: tuple[Turn, ...]
     repo: str = ""
+    place: str = field(default="", compare=False)
+    """Where the row stands, for errors."""
 
     def as_json(self) -> str:
         turns = [
@@ -67,10 +69,11 @@ def read_conversation(row: object, place: str) -> Conversation:
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"{place}: multi_turns must be a list of turns, got {_shown(turns)}")
     return Conversation(
-        id=str(row.get("id", place)),
+        id=place if row.get("id") is None else str(row["id"]),
         context=context,
         turns=tuple(_turn(t, f"{place}: multi_turns[{i}]") for i, t in enumerate(turns)),
         repo=str(row.get("repo") or ""),
+        place=place,
     )
 
 
@@ -84,7 +87,7 @@ def _turn(turn: object, place: str) -> Turn:
         raise ValueError(f"{place}: input must be a text, got {_shown(turn['input'])}")
     answer, options = turn["answer"], turn.get("options") or []
     plain = isinstance(answer, (str, int, float)) and not isinstance(answer, bool)
-    if isinstance(answer, list) and answer and all(isinstance(a, (str, int)) for a in answer):
+    if isinstance(answer, list) and answer and all(type(a) in (str, int) for a in answer):
         answer = [str(a) for a in answer]
     elif not plain:
         raise ValueError(
@@ -104,18 +107,22 @@ def _turn(turn: object, place: str) -> Turn:
 def read_jsonl(file: Path) -> list[Conversation]:
     """Raises ValueError with the line number and the reason, and OSError."""
     found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         place = f"{file}, line {number}"
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = json.loads(line, parse_constant=_refused)
+        except ValueError as error:  # also of bytes that are no UTF-8
             raise ValueError(f"{place}: not JSON: {error}") from None
         found.append(read_conversation(row, place))
     if not found:
         raise ValueError(f"{file}: there is no conversation in it")
     return found
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
 
 
 def read_rows(rows: Iterable[object], source: str) -> list[Conversation]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from kvplug_evals.scbench.framing import framed, with_rivals
 from kvplug_evals.scbench.generators import GENERATORS, Order, make
-from kvplug_evals.scbench.schema import Conversation, Turn, read_jsonl, read_rows
+from kvplug_evals.scbench.schema import Answer, Conversation, Turn, read_jsonl, read_rows
 
 HUB = "microsoft/SCBench"
 MAX_TURNS = 5
@@ -245,11 +246,32 @@ def asks(task: Task, conversation: Conversation, turns: int) -> Iterator[Ask]:
 
 def _letter(turn: Turn, how: Task) -> str:
     """Data of the hub may give a choice by its text."""
+    if how.metric == "choice_eng" and len(turn.options) > 4:
+        raise ValueError(f"a choice is between at most 4 options, got {len(turn.options)}")
     if how.metric == "choice_eng" and turn.options and turn.gold not in tuple("ABCD"):
         if turn.gold not in turn.options:
             raise ValueError(f"the answer {turn.gold!r} is none of the options {turn.options}")
         return "ABCD"[turn.options.index(turn.gold)]
     return turn.gold
+
+
+def check(task: Task, conversation: Conversation) -> None:
+    """Raises ValueError, with its place, for a turn that cannot be put or scored."""
+    for number, turn in enumerate(conversation.turns):
+        try:
+            how = task_of(task, turn)
+            _letter(turn, how)
+            if not turn.gold.strip():
+                raise ValueError("answer is empty")
+            if how.metric in ("mf", "passkey") and not _is_number(turn.answer):
+                raise ValueError(f"answer of {how.name} must be a number, got {turn.gold!r}")
+        except ValueError as error:
+            raise ValueError(f"{conversation.place}: multi_turns[{number}]: {error}") from None
+
+
+def _is_number(answer: Answer) -> bool:
+    first = answer[0] if isinstance(answer, list) else answer
+    return not isinstance(first, str) or re.fullmatch(r"\s*[-+]?\d+\s*", first) is not None
 
 
 def load(
@@ -262,14 +284,13 @@ def load(
     task = task_named(name)
     if data == "generated":
         return [make(name, replace(order, index=i)) for i in range(contexts)]
-    if data == "hub":
-        found = _from_hub(task)
-    else:
-        found = read_jsonl(Path(data))
-    found = with_rivals(name, found)[:contexts]
+    found = _from_hub(task) if data == "hub" else read_jsonl(Path(data))
+    used = with_rivals(name, found)[:contexts]
+    for conversation in used if data == "hub" else found:
+        check(task, conversation)
     if middle is not None:
-        found = [replace(c, context=truncated(c.context, middle, order.count)) for c in found]
-    return [framed(name, conversation) for conversation in found]
+        used = [replace(c, context=truncated(c.context, middle, order.count)) for c in used]
+    return [framed(name, conversation) for conversation in used]
 
 
 def _from_hub(task: Task) -> list[Conversation]:
