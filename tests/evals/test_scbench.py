@@ -372,6 +372,16 @@ def test_a_turn_that_its_task_cannot_put_or_score_is_refused_with_its_line(
         documents(task, data=str(file), tokenizer=tokenizer, contexts=1)
 
 
+@pytest.mark.parametrize("ids", [{"id": 0}, {"id": None}, {}])
+def test_rows_that_share_an_id_are_two_conversations(ids, tmp_path, tokenizer):
+    """Results are paired by it: they would be taken for the same questions."""
+    turns = [{"input": "b", "answer": "c"}]
+    file = tmp_path / "mine.jsonl"
+    file.write_text(f"{json.dumps({**ids, 'context': 'a', 'multi_turns': turns})}\n" * 2)
+    docs = documents("kv", data=str(file), tokenizer=tokenizer)["test"]
+    assert len(set(docs["conversation"])) == 2
+
+
 def test_what_is_written_is_read_again(tmp_path):
     made = [make(name, order()) for name in ("kv", "vt", "choice_eng", "repoqa_and_kv")]
     file = tmp_path / "made.jsonl"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -284,13 +285,25 @@ def load(
     task = task_named(name)
     if data == "generated":
         return [make(name, replace(order, index=i)) for i in range(contexts)]
-    found = _from_hub(task) if data == "hub" else read_jsonl(Path(data))
+    found = told_apart(_from_hub(task) if data == "hub" else read_jsonl(Path(data)))
     used = with_rivals(name, found)[:contexts]
     for conversation in used if data == "hub" else found:
         check(task, conversation)
     if middle is not None:
         used = [replace(c, context=truncated(c.context, middle, order.count)) for c in used]
     return [framed(name, conversation) for conversation in used]
+
+
+def told_apart(found: Iterable[Conversation]) -> list[Conversation]:
+    """Results are paired by conversation, so rows that share an id are numbered."""
+    seen: Counter[str] = Counter()
+    apart = []
+    for conversation in found:
+        seen[conversation.id] += 1
+        again = seen[conversation.id] > 1
+        name = f"{conversation.id}#{seen[conversation.id]}" if again else conversation.id
+        apart.append(replace(conversation, id=name))
+    return apart
 
 
 def _from_hub(task: Task) -> list[Conversation]:
