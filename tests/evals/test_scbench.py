@@ -417,6 +417,7 @@ def test_later_turns_quote_the_true_answers_and_single_requests_do_not(tokenizer
         ({"turns": 6}, "at most 5 turns"),
         ({"tokens": 0}, "tokens must be a positive number"),
         ({"mode": "chat"}, "mode must be multi-turn or multi-request"),
+        ({"vocabulary": "word"}, "vocabulary must be uuid or words, got 'word'"),
         ({"tokens": 5}, "the shortest such context has"),
     ],
 )

@@ -61,6 +61,9 @@ def test_budgets_are_shares_of_the_context_in_whole_pages():
         ["256", "0"],
         ["1024", "0"],
     ]
+    for wrong in ("knorm(budget={bugdet})", "knorm(budget={})", "knorm(budget={budget)"):
+        with pytest.raises(ValueError, match=r"may hold \{budget\}, \{window\}"):
+            expand(replace(sweep, policies=(wrong,)), "vllm", [], baselines=False)
     with pytest.raises(ValueError, match="needs a budget"):
         expand(suite(policies=("knorm(budget={budget})",)), "vllm", [], baselines=False)
 
@@ -100,10 +103,18 @@ def test_every_suite_that_we_bring_is_whole(name):
         ),
         ("tasks: {a: {}}\nanswers: none", "answers must be of golden, own, got 'none'"),
         ("tasks: {a: {}}\nbudgets: [25]", "share of the context, .* such as 0.25, got 25"),
+        ("tasks: {a: {}}\nbudgets: 0.25", "mine.yaml: budgets: .* tuple, got 0.25"),
         ("tasks: {a: {}}\ntokens: 2048", "mine.yaml: tokens: .* tuple, got 2048"),
         ("tasks: {a: {}}\ntokens: [2048, much]", "tokens.1: .* integer.*, got 'much'"),
+        ("tasks: {a: {}}\nmodes: multi-turn", "modes: .* tuple, got 'multi-turn'"),
+        ("tasks: {a: {}}\nseed: a", "seed: .* integer.*, got 'a'"),
         ("tasks: [a]", "mine.yaml: tasks: .* dict.*, got"),
         ("tasks: {a: [b]}", "mine.yaml: tasks.a: .* dict.*, got"),
+        ("tasks: {a: {}", "mine.yaml: not YAML: while parsing a flow mapping"),
+        (
+            "tasks: {kvplug_recall: {pars: 3}}",
+            "kvplug_recall has no option 'pars'; there are vocabulary, pairs, hops",
+        ),
         ("tasks: {a: {}}\ndtype: fp8", "dtype must be of auto, .*bfloat16, .*got 'fp8'"),
     ],
 )
@@ -121,8 +132,6 @@ def test_what_cannot_run_says_what_to_do():
         expand(suite(), "vllm", ["qest"], baselines=True)
     with pytest.raises(ValueError, match=r"needs a budget; give --budget 0.25"):
         expand(suite(), "vllm", ["quest(budget={budget})"], baselines=True)
-    with pytest.raises(ValueError, match=r"{budgets} stands for nothing; write {budget}, "):
-        expand(suite(budgets=(0.5,)), "vllm", ["quest(budget={budgets})"], baselines=True)
     options = EngineOptions(model="m", max_model_len=64, max_num_seqs=1)
     if find_spec("sglang") is None:
         with pytest.raises(EngineError, match=r"needs sglang; install it .*kvplug\[sglang\]"):

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from kvplug_evals.llmlingua import parse_compressor
-from kvplug_evals.scbench.generators import Order
+from kvplug_evals.scbench.generators import VOCABULARIES, Order
 from kvplug_evals.scbench.scorers import score
 from kvplug_evals.scbench.tasks import MAX_TURNS, MODES, asks, load, source, task_named
 
@@ -49,6 +49,8 @@ def documents(
         raise ValueError(f"SCBench asks at most {MAX_TURNS} turns, got turns={turns}")
     if mode not in MODES:
         raise ValueError(f"mode must be {' or '.join(MODES)}, got {mode!r}")
+    if vocabulary not in VOCABULARIES:
+        raise ValueError(f"vocabulary must be {' or '.join(VOCABULARIES)}, got {vocabulary!r}")
     folder = tokenizer or pretrained
     if folder is None:
         raise ValueError(

@@ -33,6 +33,7 @@ NOISE = (
     "A path runs along the river. Two boats wait at the pier. Rain is expected in the evening. "
     "Somebody has left the gate open. It will be closed again."
 )
+VOCABULARIES = ("uuid", "words")
 Built = tuple[str, list[Turn]]
 
 

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from string import Formatter
 from typing import Any, get_type_hints
 
 import yaml
@@ -19,18 +18,21 @@ from kvplug_evals.engines.stock import is_stock, parse_stock
 from kvplug_evals.llmlingua import is_compressor, parse_compressor
 from kvplug_evals.lm import ANSWERS, QUESTIONS
 from kvplug_evals.models.folder import AUTO, DTYPES
+from kvplug_evals.scbench.documents import COUNTS
 from kvplug_evals.scbench.tasks import MODES
 
 MODELS = Path(".models")
 SINKS = 32
-PLACES = ("budget", "window", "half")
-"""What a policy's line may leave to the budgets."""
 
 
 def folder(name: str) -> Path:
     """``tasks`` or ``suites``: in the package once installed, beside it in a checkout."""
     inside = Path(__file__).parents[1] / name
     return inside if inside.exists() else Path(__file__).parents[2] / name
+
+
+OPTIONS = ("vocabulary", "pairs", "hops", "distractors", "data", *COUNTS, "mode", "seed")
+"""Of the data of a task of ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,13 @@ class Suite:
     about: str = ""
 
     def __post_init__(self) -> None:
+        for task, options in self.tasks.items():
+            unknown = sorted(set(options) - set(OPTIONS)) if ours(task) else []
+            if unknown:
+                raise ValueError(
+                    f"suite {self.name}: {task} has no option {unknown[0]!r}; there are "
+                    f"{', '.join(OPTIONS)}"
+                )
         for name, values, allowed in (
             ("modes", self.modes, MODES),
             ("questions", self.questions, QUESTIONS),
@@ -107,7 +116,10 @@ def read_suite(name: str) -> Suite:
     if not file.exists():
         there = ", ".join(sorted(f.stem for f in folder("suites").glob("*.yaml")))
         raise ValueError(f"there is no suite {name!r}; there are {there}, or give a YAML file")
-    given = yaml.safe_load(file.read_text())
+    try:
+        given = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: not YAML: {error}") from None
     known = {f.name for f in fields(Suite)}
     if not isinstance(given, dict) or not given.get("tasks"):
         raise ValueError(f"{file}: a suite is a mapping that names its tasks")
@@ -212,12 +224,6 @@ def expand(suite: Suite, engine: str, policies: Sequence[str], baselines: bool) 
 def filled(template: str, tokens: int, budgets: Iterable[float], page: int) -> list[str]:
     if "{" not in template:
         return [template]
-    unknown = [name for _, name, *_ in Formatter().parse(template) if name not in (*PLACES, None)]
-    if unknown:
-        raise ValueError(
-            f"{template!r}: {{{unknown[0]}}} stands for nothing; write "
-            f"{', '.join(f'{{{name}}}' for name in PLACES)} or a number"
-        )
     if not budgets:
         raise ValueError(
             f"{template!r} needs a budget; give --budget 0.25, or budgets: [0.25] in the suite"
@@ -225,7 +231,12 @@ def filled(template: str, tokens: int, budgets: Iterable[float], page: int) -> l
     lines = []
     for share in budgets:
         budget = max(2 * page, round(tokens * share / page) * page)
-        lines.append(template.format(budget=budget, window=budget - SINKS, half=budget // 2))
+        try:
+            lines.append(template.format(budget=budget, window=budget - SINKS, half=budget // 2))
+        except (LookupError, ValueError):
+            raise ValueError(
+                f"{template!r} may hold {{budget}}, {{window}} and {{half}}, and no other braces"
+            ) from None
     return lines
 
 
