@@ -183,6 +183,31 @@ def test_a_journal_survives_a_kill_in_the_middle_of_a_line(tmp_path):
     assert list(Journal(file).replies) == ["t/0", "t/1", "t/2"]
 
 
+def test_a_journal_survives_a_kill_while_it_is_read(tmp_path, monkeypatch):
+    file = tmp_path / "journal.jsonl"
+    Journal(file).add(reply("t/0"))
+
+    def killed(path, text):
+        path.write_bytes(text[: len(text) // 2].encode())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with contextlib.suppress(KeyboardInterrupt):
+        Journal(file)
+    monkeypatch.undo()
+    assert list(Journal(file).replies) == ["t/0"]
+
+
+@pytest.mark.parametrize("junk", [b"\0" * 37, b"\xff\xfe", b'{"reply": {"text": "\xe2'])
+def test_a_journal_survives_what_a_crash_left_of_its_end(junk, tmp_path):
+    file = tmp_path / "journal.jsonl"
+    Journal(file).add(reply("t/0"))
+    with file.open("ab") as out:
+        out.write(junk)
+    Journal(file).add(reply("t/1"))
+    assert list(Journal(file).replies) == ["t/0", "t/1"]
+
+
 def test_costs_are_a_requests_share_of_its_wave():
     found = costs({**WAVE, "keys": ["a", "b"], "block_bytes": 100})
     assert found["held_bytes"] == 400

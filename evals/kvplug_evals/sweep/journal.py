@@ -25,15 +25,17 @@ class Journal:
         for line in file.read_bytes().split(b"\n"):
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the line that a kill cut short
+            except ValueError:
+                continue  # the line that a kill cut short, or bytes that are no text
             whole.append(json.dumps(row))
             if "reply" in row:
                 reply = Reply(**row["reply"])
                 self.replies[reply.key] = reply
             else:
                 self.waves.append(row["wave"])
-        file.write_text("".join(f"{line}\n" for line in whole))
+        draft = file.with_suffix(".new")
+        draft.write_text("".join(f"{line}\n" for line in whole))
+        draft.replace(file)  # a kill meanwhile leaves one or the other
 
     def add(self, reply: Reply) -> None:
         self.replies[reply.key] = reply
