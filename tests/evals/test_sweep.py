@@ -183,6 +183,14 @@ def test_a_journal_survives_a_kill_in_the_middle_of_a_line(tmp_path):
     assert list(Journal(file).replies) == ["t/0", "t/1", "t/2"]
 
 
+def test_the_seconds_of_a_setting_are_those_of_all_its_starts(tmp_path, monkeypatch):
+    clock = iter([0.0, 40.0, 1000.0, 1002.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    file = tmp_path / "journal.jsonl"
+    Journal(file).add_wave(Wave(replies=[reply("t/0")], **WAVE), block_bytes=100)
+    assert Journal(file).seconds == 42
+
+
 def test_a_journal_survives_a_kill_while_it_is_read(tmp_path, monkeypatch):
     file = tmp_path / "journal.jsonl"
     Journal(file).add(reply("t/0"))

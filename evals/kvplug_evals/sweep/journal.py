@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ class Journal:
         self.file = file
         self.replies: dict[str, Reply] = {}
         self.waves: list[dict[str, Any]] = []
+        self.opened, self.before = time.monotonic(), 0.0
         if file is not None and file.exists():
             self._read(file)
 
@@ -33,9 +35,15 @@ class Journal:
                 self.replies[reply.key] = reply
             else:
                 self.waves.append(row["wave"])
+                self.before = row["wave"].get("elapsed", 0.0)
         draft = file.with_suffix(".new")
         draft.write_text("".join(f"{line}\n" for line in whole))
         draft.replace(file)  # a kill meanwhile leaves one or the other
+
+    @property
+    def seconds(self) -> float:
+        """Since the setting began, without the time between its last wave and a restart."""
+        return self.before + time.monotonic() - self.opened
 
     def add(self, reply: Reply) -> None:
         self.replies[reply.key] = reply
@@ -45,6 +53,7 @@ class Journal:
         row = {name: value for name, value in asdict(wave).items() if name != "replies"}
         row["keys"] = [reply.key for reply in wave.replies]
         row["block_bytes"] = block_bytes
+        row["elapsed"] = round(self.seconds, 3)
         self.waves.append(row)
         self._write({"wave": row})
 

@@ -159,7 +159,6 @@ def _run_setting(
         run.check()
 
     run.check()
-    started = time.monotonic()
     journal = Journal(directory / "journal.jsonl")
     progress.advance(task, len(journal.replies))
     lm = MODELS[setting.engine](
@@ -185,7 +184,7 @@ def _run_setting(
         "engine_processes": "its own" if run.multiprocess else "this one",
         "kv_block_bytes": engine.block_bytes,
         "kv_blocks": engine.blocks,
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": round(journal.seconds, 1),
     }
     _write(directory / "environment.json", environment)
     _write(directory / "metrics.json", summary(rows))  # last: it says that the setting is done
