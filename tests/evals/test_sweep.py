@@ -26,7 +26,7 @@ from kvplug_evals.sweep.compare import compare
 from kvplug_evals.sweep.journal import Journal
 from kvplug_evals.sweep.plot import draw, family
 from kvplug_evals.sweep.report import results, tables, write_report
-from kvplug_evals.sweep.session import Run, costs, run_sweep, scores, summary
+from kvplug_evals.sweep.session import Run, config_of, costs, run_sweep, scores, summary
 from kvplug_evals.sweep.settings import Suite, changed, expand, folder, read_suite
 from kvplug_evals.sweep.stats import paired
 
@@ -78,6 +78,25 @@ def test_a_setting_has_its_own_directory_and_keeps_it():
     assert {s.name for s in expand(suite(), "vllm", ["knorm"], False)} < {s.name for s in wider}
     other = expand(suite(seed=1), "vllm", ["knorm"], baselines=False)
     assert not {s.name for s in other} & {s.name for s in wider}
+
+
+def test_answers_to_a_file_that_was_changed_are_not_taken_for_answers_to_it(tmp_path):
+    from rich.console import Console
+
+    data = tmp_path / "mine.jsonl"
+    data.write_text("as it was\n")
+    settings = expand(suite(data=str(data), model=str(tmp_path)), "vllm", [], baselines=False)
+    run = Run(out=tmp_path / "out", command="kvplug eval")
+    with pytest.raises(ValueError, match="there is no model"):  # begun, and no further
+        run_sweep(settings, run, Console(quiet=True))
+    directory = run.out / settings[0].name
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config_of(settings[0], run)))
+    (directory / "metrics.json").write_text("{}")
+    run_sweep(settings, run, Console(quiet=True))  # finished
+    data.write_text("as it is\n")
+    with pytest.raises(ValueError, match=r"mine.jsonl is not what it was when .*another --out"):
+        run_sweep(settings, run, Console(quiet=True))
 
 
 @pytest.mark.parametrize("name", [f.stem for f in folder("suites").glob("*.yaml")])

@@ -16,6 +16,8 @@ from kvplug_evals.scbench.schema import Answer, Conversation, Turn, read_jsonl, 
 HUB = "microsoft/SCBench"
 MAX_TURNS = 5
 MODES = ("multi-turn", "multi-request")
+SOURCES = ("generated", "hub")
+"""Of data; any other name is a JSONL file's."""
 EXACT, STAND_IN, LOADER, OURS = "exact recipe", "stand-in", "no generator", "our own task"
 
 

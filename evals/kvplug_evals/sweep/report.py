@@ -47,7 +47,8 @@ class Result:
     @property
     def peers(self) -> str:
         """All that must be the same for two policies to be compared."""
-        same = {k: v for k, v in self.config.items() if k not in ("policy", "command")}
+        apart = ("policy", "command", "data_sha256")
+        same = {k: v for k, v in self.config.items() if k not in apart}
         return json.dumps(same, sort_keys=True)
 
     def of_task(self, task: str) -> list[dict[str, Any]]:

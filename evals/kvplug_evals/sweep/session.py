@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -29,6 +30,7 @@ from kvplug_evals.engines.interface import Engine, EngineError, EngineOptions, M
 from kvplug_evals.engines.stock import is_stock
 from kvplug_evals.lm import LOSS, MODELS
 from kvplug_evals.models.folder import served_dtype, token_bytes
+from kvplug_evals.scbench.tasks import SOURCES
 from kvplug_evals.surroundings import changed_environment
 from kvplug_evals.sweep.data import SEED, load
 from kvplug_evals.sweep.journal import Journal
@@ -58,6 +60,8 @@ def run_sweep(settings: Sequence[Setting], run: Run, console: Console) -> None:
     """Raises EngineError, ValueError and OSError; what was answered so far is kept."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     run.out.mkdir(parents=True, exist_ok=True)
+    for setting in settings:
+        _check_data(setting, run.out / setting.name)
     done = [s for s in settings if finished(run.out / s.name)]
     if done:
         console.print(f"{len(done)} of {len(settings)} settings are finished already")
@@ -117,8 +121,33 @@ def _refuse(settings: Sequence[Setting], run: Run, reason: str) -> None:
     for setting in settings:
         directory = run.out / setting.name
         directory.mkdir(exist_ok=True)
-        _write(directory / "config.json", {**setting.config, "command": run.command})
+        _write(directory / "config.json", config_of(setting, run))
         _write(directory / REFUSED, {"reason": reason})
+
+
+def config_of(setting: Setting, run: Run) -> dict[str, Any]:
+    digest = _digest(setting)
+    data = {"data_sha256": digest} if digest else {}
+    return {**setting.config, **data, "command": run.command}
+
+
+def _digest(setting: Setting) -> str:
+    """Of a file's bytes: a setting's name holds its path alone."""
+    data = setting.suite.data
+    return "" if data in SOURCES else hashlib.sha256(Path(data).read_bytes()).hexdigest()
+
+
+def _check_data(setting: Setting, directory: Path) -> None:
+    """Raises ValueError where answers to other questions are under this setting's name."""
+    file = directory / "config.json"
+    if not file.exists():
+        return
+    before = json.loads(file.read_text()).get("data_sha256")
+    if before and before != _digest(setting):
+        raise ValueError(
+            f"{setting.suite.data} is not what it was when {directory} was begun; give another "
+            "--out, or remove that directory"
+        )
 
 
 def options_of(setting: Setting, run: Run) -> EngineOptions:
@@ -148,7 +177,7 @@ def _run_setting(
     directory, suite = run.out / setting.name, setting.suite
     directory.mkdir(exist_ok=True)
     (directory / REFUSED).unlink(missing_ok=True)
-    _write(directory / "config.json", {**setting.config, "command": run.command})
+    _write(directory / "config.json", config_of(setting, run))
     task = progress.task_ids[0]
     progress.update(
         task, description=f"{escape(setting.policy)}, {setting.mode}, {setting.question}"
