@@ -99,13 +99,14 @@ class KVPlugLM(LM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         by_turn: dict[tuple[str, int], list[Any]] = defaultdict(list)
         for instance in requests:
-            by_turn[instance.task_name, instance.doc.get("turn", 0)].append(instance)
+            turn = instance.doc["turn"] if _is_ours(instance.doc) else 0
+            by_turn[instance.task_name, turn].append(instance)
         for _, instances in sorted(by_turn.items()):
             for start in range(0, len(instances), self.most):
                 together = instances[start : start + self.most]
                 self._encode([i for i in together if self._wants_context(i)])
                 self._wave([self._generation(i) for i in together])
-                if self.losses and all("gold" in i.doc for i in together):
+                if self.losses and all(_is_ours(i.doc) for i in together):
                     self._wave([self._loss(i) for i in together])
         return [self.journal.replies[_key(instance)].text for instance in requests]
 
@@ -146,7 +147,7 @@ class KVPlugLM(LM):
         """Whether the engine is to see the context before it is asked: in multi-request mode,
         and where an interrupted conversation goes on in a new engine."""
         doc = instance.doc
-        if "context" not in doc or _key(instance) in self.journal.replies:
+        if not _is_ours(doc) or _key(instance) in self.journal.replies:
             return False
         seen = f"{instance.task_name}/{doc['number']}"
         first = seen not in self.seen
@@ -182,7 +183,7 @@ class KVPlugLM(LM):
 
     def _generation(self, instance: Any) -> Request:
         doc = instance.doc
-        if "context" not in doc or "cue" not in doc:
+        if not _is_ours(doc):
             context, options = instance.args
             until = options.get("until") or []
             return Request(
@@ -247,6 +248,11 @@ class KVPlugSGLang(KVPlugLM):
 
 
 MODELS = {cls.engine_name: cls for cls in (KVPlugVLLM, KVPlugSGLang)}
+
+
+def _is_ours(doc: dict[str, Any]) -> bool:
+    """Other tasks have documents with a context, a turn or a gold of their own."""
+    return "conversation" in doc and "cue" in doc
 
 
 def _key(instance: Any) -> str:

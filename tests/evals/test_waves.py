@@ -151,6 +151,31 @@ def test_losses_force_the_true_answer(tokenizer):
     assert (forced.scored, forced.new_tokens) == (3, 0)
 
 
+def test_documents_of_other_tasks_are_plain_prompts_whatever_they_hold(tokenizer):
+    """LongBench's have a context, others a turn or a gold."""
+    from lm_eval.api.instance import Instance
+
+    engine = Asked()
+    lm = KVPlugVLLM(tokenizer, engine=engine, max_num_seqs=2)
+    docs = [{"context": "k1", "turn": "first", "gold": 0}, {"context": "k1", "turn": 3}]
+    requests = [
+        Instance(
+            request_type="generate_until",
+            doc=doc,
+            arguments=("k1 k2", {"until": ["k9"], "max_gen_toks": 4}),
+            idx=0,
+            metadata=("other", number, 1),
+        )
+        for number, doc in enumerate(docs)
+    ]
+    lm.generate_until(requests)
+    (wave,) = engine.waves
+    assert [(r.key, r.prompt, r.forced, r.new_tokens) for r in wave] == [
+        ("other/0", [1, 2], [], 4),
+        ("other/1", [1, 2], [], 4),
+    ]
+
+
 def test_what_the_journal_has_is_not_asked_again(tokenizer, tmp_path):
     journal = Journal(tmp_path / "journal.jsonl")
     whole, samples = ask(tokenizer, journal=journal)
