@@ -286,6 +286,8 @@ def test_paired_differences_are_on_the_same_questions():
     assert paired(base, base, "fixed").mean == 0
     assert not paired(base, base, "fixed").is_clear
     assert paired(rows([1.0], loss=None), base, "loss") is None
+    alone = paired(rows([0.5], 1), rows([1.0], 1), "fixed")
+    assert (alone.mean, alone.is_clear) == (-0.5, False), "one context is no sample"
     mixed = [*rows([0.0, 0.0], 3), *rows([1.0, 1.0], 6)[6:]]
     wide = paired(mixed, rows([0.5, 0.5]), "fixed")
     assert wide.low < 0 < wide.high

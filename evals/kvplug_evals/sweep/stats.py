@@ -32,8 +32,8 @@ def paired(
 ) -> Difference | None:
     """Mean of rows - baseline over the questions that both have, with a 95 % interval.
 
-    Whole contexts are drawn, since the turns over one context are no independent questions. None
-    where nothing is shared.
+    Whole contexts are drawn, since the turns over one context are no independent questions; of
+    one context alone nothing is known but its own mean. None where nothing is shared.
     """
     before = {_question(row): row for row in baseline}
     by_context: dict[str, list[float]] = {}
@@ -49,6 +49,8 @@ def paired(
     drawn = np.random.default_rng(seed).integers(len(sums), size=(RESAMPLES, len(sums)))
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    if len(sums) == 1:
+        low, high = -np.inf, np.inf
     return Difference(
         mean=float(sums.sum() / counts.sum()),
         low=float(low),
