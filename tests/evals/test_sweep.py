@@ -422,6 +422,13 @@ def test_settings_of_two_engines_are_never_compared_in_one_table(out):
     assert "vllm 0.32, sglang 0.32" in text
 
 
+def test_what_selects_from_random_is_not_the_baseline(out):
+    finish(out, "random(budget=512) + quest(budget=64)", rows([0.0, 0.0], held_bytes=1e6))
+    found = {line.result.policy: line for _, made in tables(results(out)) for line in made}
+    assert found["snapkv(budget=512)"].beyond_random.mean == pytest.approx(-0.5)
+    assert found["random(budget=512) + quest(budget=64)"].beyond_random.mean == pytest.approx(0.25)
+
+
 def test_families_of_compositions():
     assert family("snapkv(budget=1, window=2) + quest(budget=3)") == "snapkv + quest"
     assert family("quest(budget=3, dense_layers=0)") == "quest"

@@ -140,7 +140,7 @@ def lines(peers: Sequence[Result], task: str) -> list[Line]:
     if dense is None:
         return []
     base = dense.of_task(task)
-    random = {budget_of(r.policy): r.of_task(task) for r in here if r.policy.startswith("random(")}
+    random = {budget_of(r.policy): r.of_task(task) for r in here if is_random(r.policy)}
     made = [
         Line(
             result=result,
@@ -276,7 +276,7 @@ def _row(line: Line) -> list[str]:
         _interval(line.accuracy) if ranked else "",
         f"{means['compat']:.2f}",
         _interval(line.loss) if not line.is_dense else _number(means.get("loss"), ".2f"),
-        "" if _is_random(line) else _interval(line.beyond_random),
+        "" if is_random(line.result.policy) else _interval(line.beyond_random),
         _number(means.get("agreement"), ".0%"),
         _number(means.get("held_bytes"), ",.1f", MiB, " MiB"),
         _number(line.held, ".0%"),
@@ -295,8 +295,9 @@ def _read(policy: str, tokens: float | None) -> str:
     return bound + _number(tokens, ",.0f", 1, "*" * is_stock(policy))
 
 
-def _is_random(line: Line) -> bool:
-    return line.result.policy.startswith("random(")
+def is_random(policy: str) -> bool:
+    """The baseline alone, not what selects from it."""
+    return policy.startswith("random(") and " + " not in policy
 
 
 def _interval(difference: Difference | None) -> str:
