@@ -406,6 +406,13 @@ def test_every_row_saves_or_is_marked(out):
             assert line.is_dense or line.saves or line.verdict == "= dense"
 
 
+def test_a_row_that_was_not_counted_is_not_called_dense(tmp_path):
+    finish(tmp_path, "dense", rows([1.0]))
+    finish(tmp_path, "knorm", rows([0.5], held_bytes=None, read_per_step=None))
+    ((_, (_, knorm)),) = tables(results(tmp_path))
+    assert (knorm.saves, knorm.verdict) == (None, "not counted")
+
+
 def test_settings_of_two_engines_are_never_compared_in_one_table(out):
     finish(out, "dense", rows([0.5, 1.0]), engine="sglang")
     finish(out, "knorm", rows([0.5, 0.5], held_bytes=1e6), engine="sglang")

@@ -117,13 +117,17 @@ class Line:
         return _share(self.means.get("read_per_step"), self.dense.get("read_per_step"))
 
     @property
-    def saves(self) -> bool:
-        return min(self.held or 1.0, self.read or 1.0) < SAVED
+    def saves(self) -> bool | None:
+        """None where neither was counted, as of a wave that a kill cut short."""
+        told = [share for share in (self.held, self.read) if share is not None]
+        return min(told) < SAVED if told else None
 
     @property
     def verdict(self) -> str:
         if self.is_dense:
             return "" if self.signal else "no signal"
+        if self.saves is None:
+            return "not counted"
         if not self.saves:
             return "= dense"
         return "" if self.signal else "no signal"
@@ -245,7 +249,8 @@ def _preface(found: Sequence[Result]) -> list[str]:
         "option and no kvplug; with a ≤ it is the budget, of which `top_p` reads what the device "
         "decides. An fp8 cache reads as many tokens as dense, in fewer bytes. **no signal**: "
         "dense itself is below 0.5, so nothing is ranked. **= dense**: read and held as much as "
-        "dense, so no result. Times are of this machine and of all that ran on it.",
+        "dense, so no result. **not counted**: the run was stopped in the "
+        "middle of what would have told. Times are of this machine and of all that ran on it.",
     ]
 
 
