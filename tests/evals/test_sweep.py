@@ -24,7 +24,7 @@ from kvplug_evals.interrupts import Interrupts
 from kvplug_evals.models.recall import build_recall_model
 from kvplug_evals.sweep.compare import compare
 from kvplug_evals.sweep.journal import Journal
-from kvplug_evals.sweep.plot import draw, family
+from kvplug_evals.sweep.plot import _frame, draw, family
 from kvplug_evals.sweep.report import results, tables, write_report
 from kvplug_evals.sweep.session import Run, config_of, costs, run_sweep, scores, summary
 from kvplug_evals.sweep.settings import Suite, changed, expand, folder, read_suite
@@ -434,6 +434,18 @@ def test_what_selects_from_random_is_not_the_baseline(out):
     found = {line.result.policy: line for _, made in tables(results(out)) for line in made}
     assert found["snapkv(budget=512)"].beyond_random.mean == pytest.approx(-0.5)
     assert found["random(budget=512) + quest(budget=64)"].beyond_random.mean == pytest.approx(0.25)
+
+
+def test_a_plot_shows_what_holds_more_than_dense(tmp_path):
+    from matplotlib.figure import Figure
+
+    finish(tmp_path, "dense", rows([1.0]))
+    finish(tmp_path, "snapkv(budget=512)", rows([0.5], held_bytes=7.2e6))
+    ((_, made),) = tables(results(tmp_path))
+    axes = Figure().subplots(1, 4)
+    _frame(axes, made[0], made)
+    assert axes[0].get_xlim()[1] > 100 * 7.2 / 4
+    assert axes[1].get_xlim()[1] == 110
 
 
 def test_families_of_compositions():

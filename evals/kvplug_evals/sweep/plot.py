@@ -80,7 +80,7 @@ def _page(
     grid = figure.subplots(len(panels), len(COLUMNS), squeeze=False)
     for (name, made), row in zip(panels, grid, strict=True):
         dense = next(line for line in made if line.is_dense)
-        _frame(row, dense)
+        _frame(row, dense, made)
         row[0].set_ylabel(f"{name}\naccuracy (share of answers)", fontsize=9)
         row[3].set_ylabel("loss of the true answer (nats)", fontsize=9)
         for kind in kinds:
@@ -108,15 +108,15 @@ def _page(
     figure.savefig(file, dpi=110)
 
 
-def _frame(row: Sequence[Any], dense: Line) -> None:
+def _frame(row: Sequence[Any], dense: Line, made: Sequence[Line]) -> None:
     for axes in row:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
     for axes in row[:3]:
         axes.axhline(dense.means["fixed"], color="black", lw=1, ls="--", label="dense")
         axes.set_ylim(-0.04, 1.06)
-    for axes in (row[0], row[1], row[3]):
-        axes.set_xlim(0, 110)
+    for axes, share in ((row[0], "held"), (row[1], "read"), (row[3], "read")):
+        axes.set_xlim(0, max(110, *(105 * (getattr(line, share) or 0) for line in made)))
     row[2].set_xticks(range(1, len(dense.means["turns"]) + 1))
     row[2].set_visible(len(dense.means["turns"]) > 1)
     row[3].set_visible("loss" in dense.means)
