@@ -129,6 +129,8 @@ def test_the_letter_is_that_of_the_right_option():
 
 def test_stand_ins_say_so():
     assert source("kv", "generated") == "exact recipe"
+    assert source("kv", "generated", "words") == "exact recipe but for words instead of UUIDs"
+    assert source("vt", "generated", "words") == "exact recipe"
     assert source("qa_eng", "generated") == "stand-in"
     assert source("qa_eng", "hub").startswith("microsoft/SCBench, scbench_qa_eng, instructions")
     with pytest.raises(ValueError, match="qa_chn has no generator"):

@@ -90,7 +90,7 @@ def documents(
             rows.append(
                 {
                     "task": task,
-                    "source": source(task, data),
+                    "source": source(task, data, vocabulary),
                     "conversation": conversation.id,
                     "number": number,
                     "mode": mode,

@@ -331,11 +331,18 @@ def truncated(context: str, tokens: int, count: Any) -> str:
     return context[:low] + context[len(context) - low :]
 
 
-def source(name: str, data: str) -> str:
+def source(name: str, data: str, vocabulary: str = "uuid") -> str:
     """What to say of the data in every output."""
     if data == "hub":
         return f"{HUB}, {task_named(name).hub_name}, instructions in our words"
-    return task_named(name).generated if data == "generated" else f"file {data}"
+    if data != "generated":
+        return f"file {data}"
+    told = task_named(name).generated
+    return f"{told} but for words instead of UUIDs" if _with_words(name, vocabulary) else told
+
+
+def _with_words(name: str, vocabulary: str) -> bool:
+    return vocabulary == "words" and name in ("kv", "repoqa_and_kv")
 
 
 GENERATED = tuple(GENERATORS)
