@@ -102,6 +102,16 @@ def test_statistics_are_those_of_the_array():
     assert [turn.answer for turn in made.turns] == wanted
 
 
+@pytest.mark.parametrize("half_as_many", [200, 2_000, 20_000])
+def test_an_answer_of_mf_fits_its_new_tokens(half_as_many):
+    """Where a digit is a token, as in SmolLM2 and Llama 2, and the space before it."""
+    made = make("mf", order(tokens=2 * half_as_many, count=lambda text: text.count(",")))
+    numbers = sorted(json.loads(made.context.removeprefix("List: ")))
+    assert [turn.answer for turn in made.turns][:2] == [numbers[-1], numbers[0]]
+    for ask in asks(TASKS["mf"], made, 5):
+        assert len(ask.gold) <= ask.new_tokens
+
+
 def test_mixed_tasks_score_each_turn_as_its_own():
     for name, metrics in (
         ("summary_with_needles", ["passkey", "summary", "passkey", "summary", "passkey"]),

@@ -172,8 +172,10 @@ def mf(order: Order) -> Built:
 
     def build(half: int) -> Built:
         random = order.random()
-        # An odd count, so that the median is one of them.
-        numbers = random.sample(range(max(100, 8 * half)), 2 * half + 1)
+        # An odd count, so that the median is one of them. At most four digits, or the five
+        # tokens of an answer hold none where a digit is a token; long arrays repeat some.
+        count, span = 2 * half + 1, min(max(100, 8 * half), 10_000)
+        numbers = random.sample(range(span), count, counts=[1 + count // span] * span)
         asked = [statistics[i % len(statistics)] for i in range(order.turns)]
         turns = [
             Turn(
