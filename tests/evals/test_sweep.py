@@ -144,6 +144,12 @@ def test_a_wrong_suite_is_refused(text, message, tmp_path):
         read_suite(str(file))
 
 
+@pytest.mark.parametrize("option", [{"modes": ("multi-request",)}, {"questions": ("agnostic",)}])
+def test_tasks_with_prompts_of_their_own_are_not_reported_as_what_they_were_not(option):
+    with pytest.raises(ValueError, match="ruler_vt comes with whole prompts of its own"):
+        expand(replace(read_suite("ruler"), **option), "vllm", [], baselines=True)
+
+
 def test_what_cannot_run_says_what_to_do():
     with pytest.raises(ValueError, match=r"there is no suite 'nothing'; there are .*recall"):
         read_suite("nothing")

@@ -195,6 +195,11 @@ def expand(suite: Suite, engine: str, policies: Sequence[str], baselines: bool) 
             f"llmlingua(...) compresses the contexts of kvplug's own tasks, and {others[0]} comes "
             "with prompts of its own; leave one of them out"
         )
+    if others and (set(suite.modes) - {MODES[0]} or set(suite.questions) - {QUESTIONS[0]}):
+        raise ValueError(
+            f"{others[0]} comes with whole prompts of its own, without turns: leave out "
+            f"{MODES[1]} and {QUESTIONS[1]}, or give the task a suite of its own"
+        )
     settings = []
     for tokens in suite.tokens:
         lines = [
