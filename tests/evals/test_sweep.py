@@ -26,7 +26,7 @@ from kvplug_evals.sweep.compare import compare
 from kvplug_evals.sweep.journal import Journal
 from kvplug_evals.sweep.plot import _frame, draw, family
 from kvplug_evals.sweep.report import results, tables, write_report
-from kvplug_evals.sweep.session import Run, config_of, costs, run_sweep, scores, summary
+from kvplug_evals.sweep.session import Run, _rows, config_of, costs, run_sweep, scores, summary
 from kvplug_evals.sweep.settings import Suite, changed, expand, folder, read_suite
 from kvplug_evals.sweep.stats import paired
 
@@ -254,6 +254,18 @@ def test_scores_of_other_tasks_are_found():
     ruler = {"metrics": ["4096", "8192"], "4096": 0.75, "8192": -1}
     assert scores(ruler)["fixed"] == 0.75
     assert scores({"metrics": ["acc"], "acc": 1.0})["fixed"] == 1.0
+    both = {"metrics": ["acc", "acc_norm"], "acc": 0.0, "acc_norm": 1.0}
+    assert scores(both)["fixed"] == 0.0, "one metric, not the better of two for each question"
+
+
+def test_a_question_is_one_row_however_many_filters_its_task_has():
+    samples = [
+        {"doc_id": n, "doc": {}, "target": "1", "filter": name, "metrics": ["em"], "em": em}
+        for name, em in (("strict", 0.0), ("flexible", 1.0))
+        for n in range(2)
+    ]
+    found = _rows("gsm8k", {"gsm8k": samples}, Journal())
+    assert [(row["doc"], row["fixed"]) for row in found] == [(0, 0.0), (1, 0.0)]
 
 
 def rows(values, contexts=6, **options):

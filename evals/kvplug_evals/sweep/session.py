@@ -241,7 +241,8 @@ def _rows(name: str, samples: dict[str, Any], journal: Journal) -> list[dict[str
     """A row for each question: its answer, scores and costs."""
     waves, rows = journal.wave_of(), []
     for task, found in samples.items():
-        for sample in sorted(found, key=lambda s: s["doc_id"]):
+        filtered = [s for s in found if s.get("filter") == found[0].get("filter")]
+        for sample in sorted(filtered, key=lambda s: s["doc_id"]):
             key, doc = f"{task}/{sample['doc_id']}", sample["doc"]
             reply, loss = journal.replies.get(key), journal.replies.get(key + LOSS)
             row = {
@@ -272,14 +273,14 @@ def _rows(name: str, samples: dict[str, Any], journal: Journal) -> list[dict[str
 
 
 def scores(sample: dict[str, Any]) -> dict[str, float]:
-    """Ours by name; of other tasks the one that says something (RULER's lengths are -1 or a
+    """Ours by name; of other tasks the first that says something (RULER's lengths are -1 or a
     share, a log-likelihood's is acc)."""
     if "fixed" in sample:
         return {"fixed": sample["fixed"], "compat": sample["compat"]}
     values = [sample[metric] for metric in sample["metrics"]]
     told = [float(value) for value in values if isinstance(value, (int, float)) and value >= 0]
-    best = max(told, default=0.0)
-    return {"fixed": best, "compat": best}
+    first = told[0] if told else 0.0
+    return {"fixed": first, "compat": first}
 
 
 def costs(wave: dict[str, Any] | None) -> dict[str, float]:
