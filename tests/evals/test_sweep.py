@@ -81,8 +81,6 @@ def test_a_setting_has_its_own_directory_and_keeps_it():
 
 
 def test_answers_to_a_file_that_was_changed_are_not_taken_for_answers_to_it(tmp_path):
-    from rich.console import Console
-
     data = tmp_path / "mine.jsonl"
     data.write_text("as it was\n")
     settings = expand(suite(data=str(data), model=str(tmp_path)), "vllm", [], baselines=False)

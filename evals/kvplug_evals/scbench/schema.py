@@ -106,6 +106,8 @@ def _turn(turn: object, place: str) -> Turn:
 
 def read_jsonl(file: Path) -> list[Conversation]:
     """Raises ValueError with the line number and the reason, and OSError."""
+    if not file.exists():
+        raise FileNotFoundError(f"there is no file {file}; data is generated, hub or a JSONL file")
     found = []
     for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         if not line.strip():

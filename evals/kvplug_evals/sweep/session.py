@@ -31,7 +31,6 @@ from kvplug_evals.engines.stock import is_stock
 from kvplug_evals.lm import LOSS, MODELS
 from kvplug_evals.models.folder import served_dtype, token_bytes
 from kvplug_evals.scbench.tasks import SOURCES
-from kvplug_evals.surroundings import changed_environment
 from kvplug_evals.sweep.data import SEED, load
 from kvplug_evals.sweep.journal import Journal
 from kvplug_evals.sweep.settings import Setting, ours
@@ -65,9 +64,7 @@ def run_sweep(settings: Sequence[Setting], run: Run, console: Console) -> None:
     done = [s for s in settings if finished(run.out / s.name)]
     if done:
         console.print(f"{len(done)} of {len(settings)} settings are finished already")
-    # One progress bar, ours. Not for longer: without a bar of its own vLLM's LLM.generate fails.
-    quiet = changed_environment({"TQDM_DISABLE": "1"})
-    with quiet, _progress(console, settings, len(done)) as progress:
+    with _progress(console, settings, len(done)) as progress:
         for setting in settings:
             if setting not in done:
                 _make_data(setting, run, progress)
@@ -78,7 +75,8 @@ def run_sweep(settings: Sequence[Setting], run: Run, console: Console) -> None:
 
 
 def _make_data(setting: Setting, run: Run, progress: Progress) -> None:
-    """All of it before the first engine: what is wrong with it is said at once."""
+    """All of it before the first engine: what is wrong with it, or the model, is said at once."""
+    options_of(setting, run)
     for name, options in setting.suite.tasks.items():
         run.check()
         progress.update(progress.task_ids[0], description=f"making the data of {escape(name)}")
