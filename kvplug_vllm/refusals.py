@@ -79,6 +79,11 @@ def refusals(vllm_config: Any) -> Iterator[str]:
             "the model mixes attention with recurrent (Mamba-like) layers, which was never run; "
             "use the policy 'dense'"
         )
+    if getattr(model.hf_text_config, "attention_chunk_size", None):
+        yield (
+            "some of the model's layers attend within chunks of the context, as sequences of "
+            "their own that no policy can tell apart; use the policy 'dense'"
+        )
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         if not policy.uniform:
             yield (

@@ -53,6 +53,11 @@ REFUSED = [
     ({}, {"policy": "dense", "allow": ["pyramid"]}, ["groups of their own"]),
     ({}, {"policy": "dense", "allow": ["snapkv"]}, ['write {"max_budget": 1024}']),
     ({"pipeline_parallel_size": 2}, {"policy": "quest"}, ["pipeline parallelism"]),
+    (
+        {"hf_overrides": {"attention_chunk_size": 128}},
+        {"policy": "quest"},
+        ["attend within chunks of the context", "use the policy 'dense'"],
+    ),
 ]
 
 
