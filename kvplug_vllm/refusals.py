@@ -59,6 +59,11 @@ def refusals(vllm_config: Any) -> Iterator[str]:
             "pipeline parallelism: later ranks are not told which row is which request; use "
             "--tensor-parallel-size, or the policy 'dense'"
         )
+    if parallel.use_ubatching:
+        yield (
+            "micro-batches split a step without saying whose rows are whose; drop --enable-dbo "
+            "and --ubatch-size, or use the policy 'dense'"
+        )
     if vllm_config.kv_transfer_config is not None:
         yield (
             "a KV connector moves pages without knowing their digests or holes; drop "

@@ -54,6 +54,11 @@ REFUSED = [
     ({}, {"policy": "dense", "allow": ["snapkv"]}, ['write {"max_budget": 1024}']),
     ({"pipeline_parallel_size": 2}, {"policy": "quest"}, ["pipeline parallelism"]),
     (
+        {"ubatch_size": 2, "all2all_backend": "deepep_low_latency"},
+        {"policy": "snapkv"},
+        ["micro-batches split a step", "drop --enable-dbo and --ubatch-size"],
+    ),
+    (
         {"hf_overrides": {"attention_chunk_size": 128}},
         {"policy": "quest"},
         ["attend within chunks of the context", "use the policy 'dense'"],
