@@ -338,11 +338,8 @@ def source(name: str, data: str, vocabulary: str = "uuid") -> str:
     if data != "generated":
         return f"file {data}"
     told = task_named(name).generated
-    return f"{told} but for words instead of UUIDs" if _with_words(name, vocabulary) else told
-
-
-def _with_words(name: str, vocabulary: str) -> bool:
-    return vocabulary == "words" and name in ("kv", "repoqa_and_kv")
+    words = name == "kv" and vocabulary == "words"
+    return f"{told} but for words instead of UUIDs" if words else told
 
 
 GENERATED = tuple(GENERATORS)
