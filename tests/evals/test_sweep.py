@@ -310,8 +310,11 @@ def test_paired_differences_are_on_the_same_questions():
     assert not wide.is_clear
 
 
-def finish(out: Path, policy: str, some, mode: str = "multi-turn", engine: str = "vllm"):
-    directory = out / f"{engine}-{mode}-{re.sub('[^a-z0-9]+', '-', policy)}"
+def finish(
+    out: Path, policy: str, some, mode: str = "multi-turn", engine: str = "vllm", **more: object
+):
+    about = "".join(f"-{name}-{value}" for name, value in more.items())
+    directory = out / f"{engine}-{mode}-{re.sub('[^a-z0-9]+', '-', policy)}{about}"
     directory.mkdir(parents=True)
     config = {
         "engine": engine,
@@ -320,7 +323,7 @@ def finish(out: Path, policy: str, some, mode: str = "multi-turn", engine: str =
         "mode": mode,
         "question": "aware",
         "model": "m",
-        "suite": {"name": "mine"},
+        "suite": {"name": "mine", "seed": 0, **more},
         "command": "kvplug eval --suite mine",
     }
     environment = {
@@ -427,6 +430,19 @@ def test_a_row_that_was_not_counted_is_not_called_dense(tmp_path):
     finish(tmp_path, "knorm", rows([0.5], held_bytes=None, read_per_step=None))
     ((_, (_, knorm)),) = tables(results(tmp_path))
     assert (knorm.saves, knorm.verdict) == (None, "not counted")
+
+
+def test_tables_of_two_seeds_are_told_apart(out):
+    before = write_report(out, []).read_text()
+    assert "seed" not in before
+    finish(out, "dense", rows([1.0, 0.75]), seed=1)
+    finish(out, "knorm", rows([1.0, 0.5], held_bytes=1e6), seed=1)
+    heads = [li for li in write_report(out, []).read_text().split("\n") if li.startswith("## ")]
+    assert len(set(heads)) == len(heads)
+    assert sum(", seed 1" in head for head in heads) == 1
+    draw(results(out), out)
+    finish(out / "own", "dense", rows([1.0]), answers="own")
+    assert ", answers own\n" in write_report(out / "own", []).read_text()
 
 
 def test_settings_of_two_engines_are_never_compared_in_one_table(out):

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from kvplug_evals.engines.stock import is_stock
-from kvplug_evals.sweep.report import Line, Result, tables
+from kvplug_evals.sweep.report import Line, Result, differing, tables, told
 
 # Okabe and Ito's colours, which every kind of colour vision tells apart; black is dense.
 COLOURS = (
@@ -45,12 +45,13 @@ def family(policy: str) -> str:
 
 def draw(found: Sequence[Result], out: Path) -> list[Path]:
     """A file for each suite, context length and task; those without a policy are left out."""
-    several = len({r.engine for r in found}) > 1
+    several, apart = len({r.engine for r in found}) > 1, differing(found)
     pages: dict[tuple[Any, ...], list[tuple[str, list[Line]]]] = {}
     for task, made in tables(found):
         if len(made) > 1:
             suite, tokens, mode, question = made[0].result.place
             title = f"{mode}, {question}" + f", {made[0].result.engine}" * several
+            title += told(made[0].result, apart)
             pages.setdefault((suite, tokens, task), []).append((title, made))
     kinds = sorted({family(r.policy) for r in found if r.policy != "dense"})
     styles = {

@@ -202,6 +202,7 @@ def write_report(out: Path, plots: Sequence[Path]) -> Path:
     found = results(out)
     text = [f"# {', '.join(sorted({r.place[0] for r in found}))}: what policies cost in answers"]
     text += ["", *_preface(found)]
+    apart = differing(found)
     for policy, reason in refusals(out).items():
         text += ["", f"Left out, since the engine refused it: `{policy}`. {reason}"]
     for plot in plots:
@@ -210,6 +211,7 @@ def write_report(out: Path, plots: Sequence[Path]) -> Path:
         source, result = made[0].means["source"], made[0].result
         suite, tokens, mode, question = result.place
         title = f"## {task}, {tokens:,} tokens, {mode}, {_question(question)}, {result.engine}"
+        title += told(result, apart)
         text += ["", title, "", f"Data: {source}. Suite {suite}, {_count(made)}.", ""]
         text += _table(HEAD, [_row(line) for line in made])
         text += ["", *_by_turn(made)]
@@ -252,6 +254,35 @@ def _preface(found: Sequence[Result]) -> list[str]:
         "dense, so no result. **not counted**: the run was stopped in the "
         "middle of what would have told. Times are of this machine and of all that ran on it.",
     ]
+
+
+def differing(found: Sequence[Result]) -> list[str]:
+    """What tells tables of the same suite, place and engine apart: a seed, a model, a dtype."""
+    groups: dict[tuple[Any, ...], list[dict[str, str]]] = {}
+    for result in found:
+        groups.setdefault((result.place, result.engine), []).append(_flat(result))
+    names = dict.fromkeys(name for rows in groups.values() for row in rows for name in row)
+    return [
+        name
+        for name in names
+        if any(len({row.get(name) for row in rows}) > 1 for rows in groups.values())
+    ]
+
+
+def told(result: Result, apart: Sequence[str]) -> str:
+    """, seed 1 -- and always whose answers later turns quote, where these are the model's."""
+    flat = _flat(result)
+    own = ["answers"] if flat.get("answers") == "own" else []
+    return "".join(
+        f", {name} {flat[name]}" for name in dict.fromkeys([*own, *apart]) if name in flat
+    )
+
+
+def _flat(result: Result) -> dict[str, str]:
+    same = json.loads(result.peers)
+    suite = same.pop("suite")
+    named = {**same, **{k: v for k, v in suite.items() if k != "name"}}
+    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in named.items()}
 
 
 def _question(question: str) -> str:
