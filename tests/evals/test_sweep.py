@@ -468,6 +468,15 @@ def test_what_selects_from_random_is_not_the_baseline(out):
     assert found["random(budget=512) + quest(budget=64)"].beyond_random.mean == pytest.approx(0.25)
 
 
+def test_a_plot_names_its_data(tmp_path, monkeypatch):
+    finish(tmp_path, "dense", rows([1.0], source="stand-in"))
+    finish(tmp_path, "knorm", rows([0.5], source="stand-in", held_bytes=1e6))
+    titles = []
+    monkeypatch.setattr("matplotlib.figure.Figure.suptitle", lambda _, t, **k: titles.append(t))
+    draw(results(tmp_path), tmp_path)
+    assert "kvplug_recall (stand-in)" in titles[0]
+
+
 def test_a_plot_shows_what_holds_more_than_dense(tmp_path):
     from matplotlib.figure import Figure
 
@@ -495,6 +504,7 @@ def test_two_directories_are_compared_where_they_meet(out, tmp_path):
     with console.file:
         console.print(compare(out, tmp_path / "b"))
     text = console.export_text()
+    assert "(our own task)" in " ".join(text.split()), "stand-ins are named in every output"
     assert "0.750" in text
     assert "+0.250 [+0.250, +0.250] *" in text
     assert "keydiff" not in text

@@ -35,7 +35,7 @@ def compare(before: Path, after: Path) -> Table:
             table.add_row(
                 f"{tokens:,}, {mode}, {question}",
                 new.policy,
-                task,
+                f"{task} ({rows[0]['source']})",
                 f"{summary(base)[task]['fixed']:.3f}",
                 f"{summary(rows)[task]['fixed']:.3f}",
                 "no question in common"

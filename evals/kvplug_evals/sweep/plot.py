@@ -62,7 +62,8 @@ def draw(found: Sequence[Result], out: Path) -> list[Path]:
     for (suite, tokens, task), panels in pages.items():
         file = out / f"{suite}-{task}-{tokens}.png"
         prompts = [line.means.get("prompt_tokens", tokens) for _, made in panels for line in made]
-        title = f"{suite}: {task}, prompts of {sum(prompts) / len(prompts):,.0f} tokens on average"
+        title = f"{suite}: {task} ({panels[0][1][0].means['source']}), "
+        title += f"prompts of {sum(prompts) / len(prompts):,.0f} tokens on average"
         _page(title, panels, styles, file)
         files.append(file)
     return files
