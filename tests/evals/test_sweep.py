@@ -22,7 +22,7 @@ pytest.importorskip("matplotlib")
 from kvplug_evals.engines.interface import EngineError, EngineOptions, Reply, Wave, start_engine
 from kvplug_evals.interrupts import Interrupts
 from kvplug_evals.models.recall import build_recall_model
-from kvplug_evals.sweep.compare import compare
+from kvplug_evals.sweep.compare import _pairs, compare
 from kvplug_evals.sweep.journal import Journal
 from kvplug_evals.sweep.plot import _frame, draw, family
 from kvplug_evals.sweep.report import results, tables, write_report
@@ -508,6 +508,9 @@ def test_two_directories_are_compared_where_they_meet(out, tmp_path):
     assert "0.750" in text
     assert "+0.250 [+0.250, +0.250] *" in text
     assert "keydiff" not in text
+    finish(out, "snapkv(budget=512)", rows([0.0, 0.0]), seed=1)
+    ((old, new),) = _pairs(out, tmp_path / "b")
+    assert (old.flat["seed"], new.flat["seed"]) == ("0", "0"), "of two seeds the same one"
     (tmp_path / "c").mkdir()
     finish(tmp_path / "c", "expected", rows([1.0]))
     with pytest.raises(ValueError, match="no setting in common"):

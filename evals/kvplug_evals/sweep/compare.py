@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -48,8 +49,16 @@ def compare(before: Path, after: Path) -> Table:
 
 
 def _pairs(before: Path, after: Path) -> Iterator[tuple[Result, Result]]:
-    old = {(r.place, r.policy): r for r in results(before)}
+    old: dict[tuple[Any, ...], list[Result]] = {}
+    for result in results(before):
+        old.setdefault((result.place, result.policy), []).append(result)
     for new in results(after):
-        same = old.get((new.place, new.policy))
-        if same is not None:
-            yield same, new
+        same = old.get((new.place, new.policy), [])
+        if same:
+            yield max(same, key=lambda result: _shared(result, new)), new
+
+
+def _shared(one: Result, other: Result) -> int:
+    """How much of their settings is the same: of several seeds or engines the nearest."""
+    rest = other.flat.items()
+    return sum(item in rest for item in one.flat.items())

@@ -51,6 +51,14 @@ class Result:
         same = {k: v for k, v in self.config.items() if k not in apart}
         return json.dumps(same, sort_keys=True)
 
+    @property
+    def flat(self) -> dict[str, str]:
+        """Its setting but for policy and suite's name, a text for each key."""
+        same = json.loads(self.peers)
+        suite = same.pop("suite")
+        named = {**same, **{k: v for k, v in suite.items() if k != "name"}}
+        return {k: v if isinstance(v, str) else json.dumps(v) for k, v in named.items()}
+
     def of_task(self, task: str) -> list[dict[str, Any]]:
         return [row for row in self.rows if row["task"] == task]
 
@@ -260,7 +268,7 @@ def differing(found: Sequence[Result]) -> list[str]:
     """What tells tables of the same suite, place and engine apart: a seed, a model, a dtype."""
     groups: dict[tuple[Any, ...], list[dict[str, str]]] = {}
     for result in found:
-        groups.setdefault((result.place, result.engine), []).append(_flat(result))
+        groups.setdefault((result.place, result.engine), []).append(result.flat)
     names = dict.fromkeys(name for rows in groups.values() for row in rows for name in row)
     return [
         name
@@ -271,18 +279,11 @@ def differing(found: Sequence[Result]) -> list[str]:
 
 def told(result: Result, apart: Sequence[str]) -> str:
     """, seed 1 -- and always whose answers later turns quote, where these are the model's."""
-    flat = _flat(result)
+    flat = result.flat
     own = ["answers"] if flat.get("answers") == "own" else []
     return "".join(
         f", {name} {flat[name]}" for name in dict.fromkeys([*own, *apart]) if name in flat
     )
-
-
-def _flat(result: Result) -> dict[str, str]:
-    same = json.loads(result.peers)
-    suite = same.pop("suite")
-    named = {**same, **{k: v for k, v in suite.items() if k != "name"}}
-    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in named.items()}
 
 
 def _question(question: str) -> str:
