@@ -1,5 +1,6 @@
 """The lm-eval model class: forced decoding tells what the model itself thinks of an answer."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,12 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),  # of lm-eval and vLLM
 ]
 
+from kvplug_evals.engines.interface import (  # noqa: E402
+    EngineError,
+    EngineOptions,
+    Request,
+    start_engine,
+)
 from kvplug_evals.models.recall import recall_prompt, word  # noqa: E402
 
 RECALL = Path(__file__).parents[2] / ".models" / "recall"
@@ -83,6 +90,22 @@ def test_a_policy_that_lost_the_answer_shows_in_the_loss(answered):
     (lost, greedy), _ = answered["streaming_llm(sinks=32, window=64)"]
     assert lost < dense - 5, "a prefill-only likelihood would not have moved"
     assert not greedy
+
+
+def test_a_request_that_the_engine_would_cut_short_is_refused():
+    """vLLM stops at its length without a word: an answer, or the loss of one, would be a part."""
+    options = EngineOptions(
+        model=str(RECALL), max_model_len=256, max_num_seqs=2, kv_cache_mib=64, multiprocess=False
+    )
+    fits = Request(key="fits", prompt=[1] * 240, forced=[2] * 10, new_tokens=6, scored=10)
+    engine = start_engine("vllm", "dense", options)
+    try:
+        (reply,) = engine.run([fits]).replies
+        assert (len(reply.losses), len(reply.tokens)) == (10, 6)
+        with pytest.raises(EngineError, match=r"long needs 257 tokens .* 256; give max_model_len"):
+            engine.run([replace(fits, key="long", new_tokens=7)])
+    finally:
+        engine.close()
 
 
 def test_wrong_options_are_refused():

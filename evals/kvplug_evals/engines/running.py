@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from kvplug_evals.engines.interface import Reply, Request
+from kvplug_evals.engines.interface import EngineError, Reply, Request
 
 SETTLED = 3
 """Output tokens after which a prompt's compression has freed what it frees."""
 STAY = 64
 """Tokens that a request may decode beyond its answer while others are still submitted."""
 COUNTERS = [f"kvplug_{name}_total" for name in ("decode_queries", "cached_tokens", "read_tokens")]
+
+
+def check_lengths(requests: Sequence[Request], served: int) -> None:
+    """Raises EngineError for a request that an engine would cut short at so many tokens."""
+    for request in requests:
+        wanted = len(request.prompt) + len(request.forced) + request.new_tokens
+        if wanted > served:
+            raise EngineError(
+                f"{request.key} needs {wanted:,} tokens and the engine serves {served:,}; give "
+                "max_model_len, or the suite's room, more"
+            )
 
 
 class Running:

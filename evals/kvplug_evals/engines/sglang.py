@@ -27,7 +27,7 @@ from kvplug import read_offer
 from kvplug_evals import serving
 from kvplug_evals.engines.forced_sglang import FORCED, SCORED, SCORES, ForcedTokens
 from kvplug_evals.engines.interface import EngineError, EngineOptions, MiB, Reply, Request, Wave
-from kvplug_evals.engines.running import COUNTERS, SETTLED, STAY, Running
+from kvplug_evals.engines.running import COUNTERS, SETTLED, STAY, Running, check_lengths
 from kvplug_evals.models.folder import served_dtype, token_bytes
 from kvplug_evals.scbench.documents import encoder
 from kvplug_evals.serving import free_port
@@ -79,7 +79,7 @@ class SGLangEngine:
         """All requests stay until each has decoded a little, so that what they hold together is
         seen: the first would otherwise be gone before the last is prefilled.
         """
-        self._check(requests)
+        check_lengths(requests, self.options.max_model_len - SPARED)
         before, started = self._counted(), time.monotonic()
         running = self._named(requests, started)
         replies: dict[str, Reply] = {}
@@ -113,16 +113,6 @@ class SGLangEngine:
     def close(self) -> None:
         self.server.stop()
         self.server.process.log.unlink(missing_ok=True)
-
-    def _check(self, requests: Sequence[Request]) -> None:
-        for request in requests:
-            wanted = len(request.prompt) + len(request.forced) + request.new_tokens
-            if wanted > self.options.max_model_len - SPARED:
-                raise EngineError(
-                    f"{request.key} needs {wanted:,} tokens and SGLang serves "
-                    f"{self.options.max_model_len - SPARED:,}; give max_model_len, or the suite's "
-                    "room, more"
-                )
 
     def _named(self, requests: Sequence[Request], started: float) -> dict[str, Running]:
         first = self.requests

@@ -22,7 +22,7 @@ import torch
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from kvplug_evals.engines.interface import EngineError, EngineOptions, MiB, Reply, Request, Wave
-from kvplug_evals.engines.running import COUNTERS, SETTLED, STAY, Running
+from kvplug_evals.engines.running import COUNTERS, SETTLED, STAY, Running, check_lengths
 from kvplug_evals.engines.stock import Stock, is_stock, parse_stock
 from kvplug_evals.models.folder import served_dtype
 from kvplug_evals.surroundings import changed_environment
@@ -116,6 +116,7 @@ class VLLMEngine:
         """All requests stay until each has decoded a little, so that what they hold together is
         seen: the first would otherwise be gone before the last is prefilled.
         """
+        check_lengths(requests, self.options.max_model_len)
         before, started = self._counted(), time.monotonic()
         steps = (
             sum(len(request.prompt) for request in requests) // self.options.max_num_batched_tokens
