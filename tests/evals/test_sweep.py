@@ -393,13 +393,21 @@ def test_wrong_data_is_refused_before_an_engine_starts(tmp_path, monkeypatch):
     model, data = tmp_path / "model", tmp_path / "mine.jsonl"
     build_recall_model(model)
     data.write_text('{"context": "c"}\n')
-    sweep = suite(tasks={"scbench_kv": {}}, model=str(model), data=str(data))
-    with pytest.raises(ValueError, match=r"mine.jsonl, line 1: multi_turns must be"):
-        run_sweep(
-            expand(sweep, "vllm", [], baselines=False),
-            Run(out=tmp_path, command="kvplug eval"),
-            Console(quiet=True),
-        )
+    for options, message in (
+        ({"data": str(data)}, r"mine.jsonl, line 1: multi_turns must be"),
+        ({"data": "nowhere.jsonl"}, "there is no file nowhere.jsonl; data is generated, hub or"),
+        ({"tasks": {"scbench_kvv": {}}}, "there is no task 'scbench_kvv'"),
+        ({"tasks": {"scbench_qa_chn": {}}}, "qa_chn has no generator"),
+        ({"turns": 6}, "at most 5 turns"),
+        ({"model": "nowhere"}, "there is no model in nowhere"),
+    ):
+        sweep = suite(**{"tasks": {"scbench_kv": {}}, "model": str(model), **options})
+        with pytest.raises((ValueError, OSError), match=message):
+            run_sweep(
+                expand(sweep, "vllm", [], baselines=False),
+                Run(out=tmp_path / "out", command="kvplug eval"),
+                Console(quiet=True),
+            )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

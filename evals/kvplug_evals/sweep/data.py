@@ -51,7 +51,13 @@ def _made(name: str, metadata: str) -> list[Any]:
         del sys.modules[module]  # ruler_cwe shuffles by a generator that is never seeded again
     random.seed(SEED)
     np.random.seed(SEED)
-    return list(manager.load([name])["tasks"].values())
+    try:
+        return list(manager.load([name])["tasks"].values())
+    except KeyError as error:
+        raise ValueError(
+            f"there is no task {name!r} ({error.args[0]}); `lm_eval ls tasks --include_path "
+            "evals/tasks` names those there are"
+        ) from None
 
 
 @cache
