@@ -47,6 +47,14 @@ def test_dense_and_the_same_bytes_stand_beside_every_policy():
     ]
 
 
+def test_the_smallest_budget_of_a_share_has_its_baselines_too():
+    sweep = suite(tokens=(256,), budgets=(0.25,), policies=("knorm(budget={budget})",))
+    assert [s.policy for s in expand(sweep, "vllm", [], baselines=True)][2:] == [
+        "random(budget=64, sinks=4, window=0, seed=0)",
+        "streaming_llm(sinks=32, window=32)",
+    ]
+
+
 def test_budgets_are_shares_of_the_context_in_whole_pages():
     sweep = suite(
         tokens=(2048, 8192),

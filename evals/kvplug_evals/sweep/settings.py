@@ -250,7 +250,7 @@ def same_bytes(lines: Iterable[str]) -> list[str]:
     return [
         baseline
         for budget in map(budget_of, lines)
-        if budget > 2 * SINKS
+        if budget >= 2 * SINKS
         for baseline in (
             f"random(budget={budget})",
             f"streaming_llm(sinks={SINKS}, window={budget - SINKS})",
