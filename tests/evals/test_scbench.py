@@ -55,6 +55,20 @@ def test_lengths_reach_from_1k_to_128k(tokens):
     assert 0.98 * tokens <= words(make("kv", order(tokens=tokens)).context) <= tokens
 
 
+@pytest.mark.parametrize(
+    "name, options, tokens",
+    [("kv", {"vocabulary": "words"}, 70_000), ("repoqa", {"turns": 3}, 15_000)],
+)
+def test_a_context_may_take_most_of_what_there_is(name, options, tokens):
+    """More than half of all pairs of words, and of the standard library's functions."""
+    made = make(name, order(tokens=tokens, **options))
+    assert 0.97 * tokens <= words(made.context) <= tokens
+    with pytest.raises(
+        ValueError, match=r"the longest such context has \d+ tokens, .*ask for fewer"
+    ):
+        make(name, order(tokens=10 * tokens, **options))
+
+
 @pytest.mark.parametrize("name", ["kv", "prefix_suffix", "qa_eng", "needle", "repoqa"])
 def test_every_answer_stands_in_its_context(name):
     made = make(name, order())

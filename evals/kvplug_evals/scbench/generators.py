@@ -58,8 +58,11 @@ class Order:
     def random(self) -> Random:
         return Random(f"{self.seed}/{self.index}")
 
-    def fit(self, build: Callable[[int], Built], *, least: int = 1) -> Built:
-        return build(longest(lambda n: build(n)[0], self.tokens, self.count, least=least))
+    def fit(self, build: Callable[[int], Built], *, least: int = 1, most: int = 1 << 22) -> Built:
+        def text(size: int) -> str:
+            return build(size)[0]
+
+        return build(longest(text, self.tokens, self.count, least=least, most=most))
 
 
 def make(name: str, order: Order) -> Conversation:
@@ -99,7 +102,10 @@ def kv(order: Order) -> Built:
         head = "Extract the value of a key from the JSON object below.\n\nJSON data:\n"
         return f"{head}{{{data}}}", turns
 
-    return build(order.pairs) if order.pairs else order.fit(build, least=order.turns)
+    if order.pairs:
+        return build(order.pairs)
+    most = len(WORDS) ** 2 if order.vocabulary == "words" else 1 << 22
+    return order.fit(build, least=order.turns, most=most)
 
 
 def prefix_suffix(order: Order) -> Built:
@@ -250,12 +256,7 @@ def repoqa(order: Order) -> Built:
 
     def build(count: int) -> Built:
         random = order.random()
-        chosen = random.sample(functions(), min(count, len(functions())))
-        if count > len(chosen):
-            raise ValueError(
-                f"the standard library has {len(chosen)} such functions, not enough for "
-                f"tokens={order.tokens}; ask for fewer tokens"
-            )
+        chosen = random.sample(functions(), count)
         asked = random.sample(chosen, order.turns)
         # What the answer is compared with: every function that could be meant.
         options = tuple(function.source for function in chosen)
@@ -271,7 +272,7 @@ def repoqa(order: Order) -> Built:
         ]
         return "\n\n".join(function.source for function in chosen), turns
 
-    return order.fit(build, least=order.turns)
+    return order.fit(build, least=order.turns, most=len(functions()))
 
 
 def summary(order: Order) -> Built:
@@ -348,8 +349,6 @@ def repoqa_and_kv(order: Order) -> Built:
         random = order.random()
         inner = replace(order, turns=max(1, kv_turns), pairs=max(count, kv_turns, 1))
         data, pairs = kv(inner)
-        if count > len(functions()):
-            raise ValueError(f"there is not enough code for tokens={order.tokens}; ask for fewer")
         chosen = random.sample(functions(), count)
         options = tuple(function.source for function in chosen)
         turns = [
@@ -368,7 +367,7 @@ def repoqa_and_kv(order: Order) -> Built:
         code = [function.source for function in chosen]
         return "\n\n".join([*code[:half], data, *code[half:]]), turns
 
-    return order.fit(build, least=order.turns)
+    return order.fit(build, least=order.turns, most=len(functions()))
 
 
 def needle(order: Order) -> Built:

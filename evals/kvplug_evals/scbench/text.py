@@ -84,18 +84,30 @@ def functions(most_lines: int = 20) -> tuple[Function, ...]:
 Count = Callable[[str], int]
 
 
-def longest(build: Callable[[int], str], tokens: int, count: Count, *, least: int = 1) -> int:
-    """The greatest size whose text has at most ``tokens`` tokens. Raises ValueError."""
+def longest(
+    build: Callable[[int], str],
+    tokens: int,
+    count: Count,
+    *,
+    least: int = 1,
+    most: int = 1 << 22,
+) -> int:
+    """The greatest size up to ``most`` whose text has at most ``tokens`` tokens.
+
+    Raises ValueError where the least has more, or the most fewer.
+    """
     small = count(build(least))
     if small > tokens:
         raise ValueError(
             f"the shortest such context has {small} tokens, got tokens={tokens}; ask for more"
         )
-    low, high = least, 2 * least
-    while count(build(high)) <= tokens:
-        low, high = high, 2 * high
-        if high > 1 << 22:
-            raise ValueError(f"there is not enough text for {tokens} tokens")
+    low, high = least, min(2 * least, most)
+    while (size := count(build(high))) <= tokens:
+        if high == most:
+            raise ValueError(
+                f"the longest such context has {size} tokens, got tokens={tokens}; ask for fewer"
+            )
+        low, high = high, min(2 * high, most)
     while high - low > max(1, low // 200):  # half a percent is close enough
         middle = (low + high) // 2
         if count(build(middle)) <= tokens:
