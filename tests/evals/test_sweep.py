@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import re
 import signal
@@ -410,12 +411,14 @@ def test_wrong_data_is_refused_before_an_engine_starts(tmp_path, monkeypatch):
         ({"model": "nowhere"}, "there is no model in nowhere"),
     ):
         sweep = suite(**{"tasks": {"scbench_kv": {}}, "model": str(model), **options})
+        level = logging.getLogger("lm_eval").level
         with pytest.raises((ValueError, OSError), match=message):
             run_sweep(
                 expand(sweep, "vllm", [], baselines=False),
                 Run(out=tmp_path / "out", command="kvplug eval"),
                 Console(quiet=True),
             )
+        assert logging.getLogger("lm_eval").level == level, "left as it was"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -57,14 +57,13 @@ def finished(directory: Path) -> bool:
 
 def run_sweep(settings: Sequence[Setting], run: Run, console: Console) -> None:
     """Raises EngineError, ValueError and OSError; what was answered so far is kept."""
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     run.out.mkdir(parents=True, exist_ok=True)
     for setting in settings:
         _check_data(setting, run.out / setting.name)
     done = [s for s in settings if finished(run.out / s.name)]
     if done:
         console.print(f"{len(done)} of {len(settings)} settings are finished already")
-    with _progress(console, settings, len(done)) as progress:
+    with _silent("lm_eval"), _progress(console, settings, len(done)) as progress:
         for setting in settings:
             if setting not in done:
                 _make_data(setting, run, progress)
@@ -349,6 +348,17 @@ def questions(setting: Setting) -> int:
     own = sum(map(ours, suite.tasks))
     asked = suite.contexts * suite.turns * (2 if suite.losses else 1) * own
     return asked + (len(suite.tasks) - own) * (suite.limit or 500)
+
+
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextmanager
