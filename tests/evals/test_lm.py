@@ -1,5 +1,7 @@
 """The lm-eval model class: forced decoding tells what the model itself thinks of an answer."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,16 +94,26 @@ def test_a_policy_that_lost_the_answer_shows_in_the_loss(answered):
     assert not greedy
 
 
-def test_a_request_that_the_engine_would_cut_short_is_refused():
-    """vLLM stops at its length without a word: an answer, or the loss of one, would be a part."""
+def test_what_the_engine_would_cut_short_is_refused_or_goes_on(tmp_path):
+    """vLLM stops at its length, and at an end token, without a word: an answer, or the loss of
+    one, would be a part.
+    """
+    model = tmp_path / "recall"
+    shutil.copytree(RECALL, model)
+    for name in ("config.json", "generation_config.json"):
+        config = json.loads((RECALL / name).read_text()) if (RECALL / name).exists() else {}
+        (model / name).write_text(json.dumps({**config, "eos_token_id": 2}))
     options = EngineOptions(
-        model=str(RECALL), max_model_len=256, max_num_seqs=2, kv_cache_mib=64, multiprocess=False
+        model=str(model), max_model_len=256, max_num_seqs=2, kv_cache_mib=64, multiprocess=False
     )
     fits = Request(key="fits", prompt=[1] * 240, forced=[2] * 10, new_tokens=6, scored=10)
     engine = start_engine("vllm", "dense", options)
     try:
         (reply,) = engine.run([fits]).replies
         assert (len(reply.losses), len(reply.tokens)) == (10, 6)
+        engine.ends = frozenset(reply.tokens[2:3])
+        (ended,) = engine.run([replace(fits, key="ended")]).replies
+        assert ended.tokens == reply.tokens[: reply.tokens.index(reply.tokens[2]) + 1]
         with pytest.raises(EngineError, match=r"long needs 257 tokens .* 256; give max_model_len"):
             engine.run([replace(fits, key="long", new_tokens=7)])
     finally:

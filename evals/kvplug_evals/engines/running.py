@@ -25,9 +25,23 @@ def check_lengths(requests: Sequence[Request], served: int) -> None:
             )
 
 
+def end_tokens(model: str) -> frozenset[int]:
+    """With which the model ends an answer. Engines are told to ignore them: among forced tokens
+    they end nothing, and a request stays until all are seen together.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        given = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:
+        given = AutoConfig.from_pretrained(model).eos_token_id
+    return frozenset(given if isinstance(given, list) else [given]) - {None}
+
+
 class Running:
-    def __init__(self, request: Request, started: float) -> None:
+    def __init__(self, request: Request, started: float, ends: frozenset[int]) -> None:
         self.request = request
+        self.ends = ends
         self.started = started
         self.first = self.last = 0.0
         """When its first and its last token so far came."""
@@ -50,8 +64,10 @@ class Running:
         return self.tokens[len(self.request.forced) :]
 
     def complete(self, tokenizer: Any) -> bool:
-        """Whether nothing is to come, but for an end that the model itself puts."""
+        """Whether nothing is to come."""
         request, free = self.request, self.free
+        if free and free[-1] in self.ends:
+            return True
         if len(free) >= request.new_tokens and len(self.tokens) >= len(request.forced):
             return True
         if not request.until or not free:

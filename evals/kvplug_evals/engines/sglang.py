@@ -27,7 +27,14 @@ from kvplug import read_offer
 from kvplug_evals import serving
 from kvplug_evals.engines.forced_sglang import FORCED, SCORED, SCORES, ForcedTokens
 from kvplug_evals.engines.interface import EngineError, EngineOptions, MiB, Reply, Request, Wave
-from kvplug_evals.engines.running import COUNTERS, SETTLED, STAY, Running, check_lengths
+from kvplug_evals.engines.running import (
+    COUNTERS,
+    SETTLED,
+    STAY,
+    Running,
+    check_lengths,
+    end_tokens,
+)
 from kvplug_evals.models.folder import served_dtype, token_bytes
 from kvplug_evals.scbench.documents import encoder
 from kvplug_evals.serving import free_port
@@ -56,7 +63,7 @@ class SGLangEngine:
             raise EngineError(f"SGLang cannot serve {policy!r}: {error}") from None
         self.options = options
         self.tokenizer = encoder(options.model)
-        self.ends = _ends(options.model)
+        self.ends = end_tokens(options.model)
         self.processor = ForcedTokens.to_str()
         self.server = Server(command(policy, options), environment(options))
         try:
@@ -118,7 +125,7 @@ class SGLangEngine:
         first = self.requests
         self.requests += len(requests)
         return {
-            f"kvplug-{number}": Running(request, started)
+            f"kvplug-{number}": Running(request, started, self.ends)
             for number, request in enumerate(requests, start=first)
         }
 
@@ -158,8 +165,7 @@ class SGLangEngine:
             if not state.done:
                 state.tokens.append(token)
                 state.first, state.last = state.first or now, now
-                state.done = token in self.ends and bool(state.free)
-                state.done |= state.complete(self.tokenizer)
+                state.done = state.complete(self.tokenizer)
         why = told["finish_reason"]
         if why is None:
             return
@@ -181,17 +187,6 @@ class SGLangEngine:
         """Decode queries, tokens behind them and tokens read, since the server's start."""
         queries, cached, read = self.server.counters(COUNTERS)
         return queries, cached, read
-
-
-def _ends(model: str) -> set[int]:
-    """Tokens with which the model ends an answer."""
-    from transformers import AutoConfig, GenerationConfig
-
-    try:
-        given = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:
-        given = AutoConfig.from_pretrained(model).eos_token_id
-    return set(given) if isinstance(given, list) else {given} - {None}
 
 
 @dataclass(frozen=True)

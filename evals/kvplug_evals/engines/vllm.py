@@ -22,7 +22,14 @@ import torch
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from kvplug_evals.engines.interface import EngineError, EngineOptions, MiB, Reply, Request, Wave
-from kvplug_evals.engines.running import COUNTERS, SETTLED, STAY, Running, check_lengths
+from kvplug_evals.engines.running import (
+    COUNTERS,
+    SETTLED,
+    STAY,
+    Running,
+    check_lengths,
+    end_tokens,
+)
 from kvplug_evals.engines.stock import Stock, is_stock, parse_stock
 from kvplug_evals.models.folder import served_dtype
 from kvplug_evals.surroundings import changed_environment
@@ -71,6 +78,7 @@ class VLLMEngine:
         self.blocks = int(config.num_gpu_blocks) - 1  # one is vLLM's own, the null block
         self.block_bytes = options.kv_cache_mib * MiB // int(config.num_gpu_blocks)
         self.tokenizer = self.engine.get_tokenizer()
+        self.ends = end_tokens(options.model)
         self.requests = 0
 
     def _started(self, policy: str) -> Any:
@@ -122,7 +130,8 @@ class VLLMEngine:
             sum(len(request.prompt) for request in requests) // self.options.max_num_batched_tokens
         )
         running = {
-            self._submit(request, STAY + steps): Running(request, started) for request in requests
+            self._submit(request, STAY + steps): Running(request, started, self.ends)
+            for request in requests
         }
         replies: dict[str, Reply] = {}
         peak, held, settled = 0, [], False
@@ -185,6 +194,7 @@ class VLLMEngine:
         parameters = SamplingParams(
             temperature=0,
             max_tokens=len(request.forced) + request.new_tokens + stay,
+            ignore_eos=True,
             extra_args={FORCED: list(request.forced)},
             logprobs=0 if request.scored else None,
             detokenize=False,
@@ -234,8 +244,10 @@ def see(state: Running, output: Any, now: float) -> None:
     state.steps = len(completion.token_ids)
     if state.done:
         return
-    most = len(state.request.forced) + state.request.new_tokens
-    state.tokens, state.last = list(completion.token_ids[:most]), now
+    forced = len(state.request.forced)
+    tokens = list(completion.token_ids[: forced + state.request.new_tokens])
+    last = next((i for i in range(forced, len(tokens)) if tokens[i] in state.ends), len(tokens))
+    state.tokens, state.last = tokens[: last + 1], now
     state.cached = output.num_cached_tokens or state.cached
     if completion.logprobs:
         state.scores = [
