@@ -84,6 +84,16 @@ def refusals(vllm_config: Any) -> Iterator[str]:
             "the model mixes attention with recurrent (Mamba-like) layers, which was never run; "
             "use the policy 'dense'"
         )
+    if model.runner_type == "pooling":
+        yield (
+            "a pooling model decodes nothing that a policy could spare; serve it without "
+            "--attention-backend kvplug"
+        )
+    if getattr(model.hf_text_config, "num_kv_shared_layers", 0):
+        yield (
+            "some of the model's layers read another layer's cache, which was never run; use the "
+            "policy 'dense'"
+        )
     if getattr(model.hf_text_config, "attention_chunk_size", None):
         yield (
             "some of the model's layers attend within chunks of the context, as sequences of "

@@ -63,6 +63,16 @@ REFUSED = [
         {"policy": "quest"},
         ["attend within chunks of the context", "use the policy 'dense'"],
     ),
+    (
+        {"hf_overrides": {"num_kv_shared_layers": 1}},
+        {"policy": "snapkv"},
+        ["read another layer's cache", "use the policy 'dense'"],
+    ),
+    (
+        {"runner": "pooling"},
+        {"policy": "snapkv"},
+        ["a pooling model decodes nothing", "without --attention-backend kvplug"],
+    ),
 ]
 
 
