@@ -256,6 +256,20 @@ def test_a_request_is_announced_before_its_prefix_is_looked_up(monkeypatch):
     assert found == [(("one",), "request")], "told first, then looked up"
 
 
+def test_a_session_whose_turns_stream_in_says_so_by_keyword():
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    assert "resumable" in parameters(InputProcessor.process_inputs), f"{MOVED}: sessions"
+    calls = [
+        node
+        for node in ast.walk(source_of("vllm.v1.engine.async_llm"))
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "process_inputs"
+    ]
+    assert any(k.arg == "resumable" for call in calls for k in call.keywords), (
+        f"{MOVED}: AsyncLLM hands over a session's turn in another way"
+    )
+
+
 def test_vllm_asks_the_backend_that_a_layer_shows_for_its_spec():
     from vllm.model_executor.layers.attention import Attention
     from vllm.v1.worker import gpu_model_runner
