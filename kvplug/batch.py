@@ -28,7 +28,7 @@ class Choices:
         self.settings = [own]
         self._numbers = {own: 0}
 
-    def number(self, settings: Settings, held: Iterable[int] = ()) -> int:
+    def number(self, settings: Settings, held: Iterable[int]) -> int:
         """The same for equal settings as long as a request has them.
 
         held: numbers that requests have. Once there are many, others are given anew.

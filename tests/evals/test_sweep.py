@@ -139,7 +139,7 @@ def test_every_suite_that_we_bring_is_whole(name):
         ("tasks: {a: {}", "mine.yaml: not YAML: while parsing a flow mapping"),
         (
             "tasks: {kvplug_recall: {pars: 3}}",
-            "kvplug_recall has no option 'pars'; there are vocabulary, pairs, hops",
+            "kvplug_recall has no option 'pars'; there are data, .*vocabulary, pairs, hops",
         ),
         ("tasks: {a: {}}\ndtype: fp8", "dtype must be of auto, .*bfloat16, .*got 'fp8'"),
     ],

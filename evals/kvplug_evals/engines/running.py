@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from kvplug_evals.engines.interface import EngineError, Reply, Request
@@ -63,8 +63,16 @@ class Running:
     def free(self) -> list[int]:
         return self.tokens[len(self.request.forced) :]
 
-    def complete(self, tokenizer: Any) -> bool:
-        """Whether nothing is to come."""
+    def add(self, tokens: Iterable[int], now: float, tokenizer: Any) -> None:
+        """What the engine decoded. Tokens beyond the answer are counted as steps alone."""
+        for token in tokens:
+            self.steps += 1
+            if not self.done:
+                self.tokens.append(token)
+                self.first, self.last = self.first or now, now
+                self.done = self._complete(tokenizer)
+
+    def _complete(self, tokenizer: Any) -> bool:
         request, free = self.request, self.free
         if free and free[-1] in self.ends:
             return True

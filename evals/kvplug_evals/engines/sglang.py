@@ -160,12 +160,7 @@ class SGLangEngine:
         if not state.steps:  # a retracted request would later find its own
             state.cached = told["cached_tokens"]
         state.scores += told.get(SCORES) or []
-        for token in event["output_ids"]:
-            state.steps += 1
-            if not state.done:
-                state.tokens.append(token)
-                state.first, state.last = state.first or now, now
-                state.done = state.complete(self.tokenizer)
+        state.add(event["output_ids"], now, self.tokenizer)
         why = told["finish_reason"]
         if why is None:
             return

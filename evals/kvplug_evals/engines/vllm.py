@@ -12,8 +12,8 @@ import shutil
 import struct
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,7 +32,6 @@ from kvplug_evals.engines.running import (
 )
 from kvplug_evals.engines.stock import Stock, is_stock, parse_stock
 from kvplug_evals.models.folder import served_dtype
-from kvplug_evals.surroundings import changed_environment
 
 FORCED = "kvplug_forced"
 READS = 20
@@ -141,12 +140,9 @@ class VLLMEngine:
             peak = max(peak, blocks)
             for output in outputs:
                 state = running[output.request_id]
-                see(state, output, now)
-                state.gone |= output.finished
-                if not state.done and (state.gone or state.complete(self.tokenizer)):
-                    state.done = True
-                    reply = state.reply(self.tokenizer)
-                    replies[state.request.key] = reply
+                self._see(state, output, now)
+                if state.done and state.request.key not in replies:
+                    reply = replies[state.request.key] = state.reply(self.tokenizer)
                     if finished is not None:
                         finished(reply)
             states = running.values()
@@ -204,6 +200,23 @@ class VLLMEngine:
         self.engine.add_request(name, prompt, parameters)
         return name
 
+    def _see(self, state: Running, output: Any, now: float) -> None:
+        completion = output.outputs[0]
+        state.cached = output.num_cached_tokens or state.cached
+        state.add(completion.token_ids[state.steps :], now, self.tokenizer)
+        if completion.logprobs:
+            state.scores = [
+                (step[token].logprob, step[token].rank == 1)
+                for token, step in zip(state.tokens, completion.logprobs, strict=False)
+            ]
+        state.gone |= output.finished
+        if state.gone and not state.done:
+            wanted = len(state.request.forced) + state.request.new_tokens
+            raise EngineError(
+                f"vLLM ended {state.request.key} after {len(state.tokens)} of {wanted} tokens: "
+                f"{completion.finish_reason}"
+            )
+
     def _held(self) -> int:
         assert self.usage is not None
         return round(self.usage.share * self.blocks)
@@ -237,25 +250,6 @@ class VLLMEngine:
         raise AssertionError
 
 
-def see(state: Running, output: Any, now: float) -> None:
-    completion = output.outputs[0]
-    if not state.tokens and completion.token_ids:
-        state.first = now
-    state.steps = len(completion.token_ids)
-    if state.done:
-        return
-    forced = len(state.request.forced)
-    tokens = list(completion.token_ids[: forced + state.request.new_tokens])
-    last = next((i for i in range(forced, len(tokens)) if tokens[i] in state.ends), len(tokens))
-    state.tokens, state.last = tokens[: last + 1], now
-    state.cached = output.num_cached_tokens or state.cached
-    if completion.logprobs:
-        state.scores = [
-            (step[token].logprob, step[token].rank == 1)
-            for token, step in zip(state.tokens, completion.logprobs, strict=False)
-        ]
-
-
 def served_by_kvplug(policy: str) -> dict[str, Any]:
     return {
         "attention_backend": "kvplug",
@@ -269,6 +263,21 @@ def computed(stock: Stock, states: Iterable[Running]) -> tuple[int, int, int]:
         len(state.request.prompt) + step for state in states for step in range(1, state.steps)
     ]
     return len(behind), sum(behind), sum(map(stock.reads, behind))
+
+
+@contextmanager
+def changed_environment(changes: Mapping[str, str]) -> Iterator[None]:
+    """Of this process and what it starts, until the end: then each is as it was, or unset."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def variables(options: EngineOptions, counters: Path) -> dict[str, str]:

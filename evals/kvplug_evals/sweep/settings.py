@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -18,7 +19,7 @@ from kvplug_evals.engines.stock import is_stock, parse_stock
 from kvplug_evals.llmlingua import is_compressor, parse_compressor
 from kvplug_evals.lm import ANSWERS, QUESTIONS
 from kvplug_evals.models.folder import AUTO, DTYPES
-from kvplug_evals.scbench.documents import COUNTS
+from kvplug_evals.scbench.documents import documents
 from kvplug_evals.scbench.tasks import MODES
 
 MODELS = Path(".models")
@@ -31,7 +32,12 @@ def folder(name: str) -> Path:
     return inside if inside.exists() else Path(__file__).parents[2] / name
 
 
-OPTIONS = ("vocabulary", "pairs", "hops", "distractors", "data", *COUNTS, "mode", "seed")
+OPTIONS = tuple(
+    name
+    for name, parameter in signature(documents).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+    and name not in ("pretrained", "tokenizer", "compressor")
+)
 """Of the data of a task of ours."""
 
 
