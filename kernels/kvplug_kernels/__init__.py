@@ -4,6 +4,7 @@
     page_bound      upper bound of q . k over each page, from its digest (Quest)
     page_select     the pages that score highest, as ascending indices
     virtual_heads   a selection per KV head as page tables for a stock dense kernel
+    slot_lists      what each head or request reads as lists of tokens, for a stock kernel
     sparse_decode   softmax attention of one query token over the selected pages
     pack_tokens     the tokens each KV head keeps of a prompt, copied into pages of their own
 

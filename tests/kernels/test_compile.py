@@ -21,6 +21,7 @@ from kvplug_kernels.pack_tokens import kernel as pack_tokens  # noqa: E402
 from kvplug_kernels.page_bound import kernel as page_bound  # noqa: E402
 from kvplug_kernels.page_digest import kernel as page_digest  # noqa: E402
 from kvplug_kernels.page_select import kernel as page_select  # noqa: E402
+from kvplug_kernels.slot_lists import kernel as slot_lists  # noqa: E402
 from kvplug_kernels.sparse_decode import kernel as sparse_decode  # noqa: E402
 from kvplug_kernels.virtual_heads import kernel as virtual_heads  # noqa: E402
 
@@ -36,7 +37,7 @@ TARGETS = {
 POINTERS = {
     "page_table": "*i32", "pages": "*i32", "keep": "*i32", "chosen": "*i32", "counts": "*i32",
     "lengths": "*i32", "table": "*i32", "tokens": "*i32", "slots": "*i64", "scores": "*fp32",
-    "partial": "*fp32", "weight": "*fp32",
+    "partial": "*fp32", "weight": "*fp32", "bounds": "*i32",
 }  # fmt: skip
 SCALARS = {"scale": "fp32", "top_p": "fp32"}
 OPTIONS = {"num_warps", "num_stages"}
@@ -94,6 +95,12 @@ def variants(hip: bool) -> list[Variant]:
         )
     heads = {"S": 16, "BK": 256}
     found.append(Variant("virtual_heads", virtual_heads.virtual_heads_kernel, heads, {}))
+    for chooses in (True, False):
+        of = {"S": 32, "CHOOSES": chooses}
+        found += [
+            Variant(f"bounds {chooses}", slot_lists.bounds_kernel, {**of, "BN": 1024}, {}),
+            Variant(f"slots {chooses}", slot_lists.slots_kernel, {**of, "BT": 1024}, {}),
+        ]
     return found
 
 
