@@ -477,3 +477,14 @@ def test_plain_lm_eval_finds_the_tasks(tokenizer):
     docs = list(task.test_docs())
     assert task.doc_to_text(docs[1]) == text(docs[1])
     assert task.process_results(docs[1], [docs[1]["gold"]]) == {"compat": 1.0, "fixed": 1.0}
+
+
+@pytest.mark.parametrize("name", ["repoqa", "repoqa_and_kv"])
+def test_an_answer_ends_the_code_block_that_its_prompt_began(name, tokenizer):
+    """Where a model writes on behind the function, SCBench's block still has it first."""
+    doc = documents(name, tokenizer=tokenizer, tokens=3000, contexts=1)["test"][0]
+    answer = json.loads(doc["answer"])
+    other = next(text for text in json.loads(doc["options"]) if text != answer)
+    right = {"compat": 1, "fixed": 1}
+    assert process_results(doc, [f"{answer}\n\n\n{other}\n"]) == right
+    assert process_results(doc, [f"{other}\n\n\n{answer}\n"]) == {"compat": 0, "fixed": 0}

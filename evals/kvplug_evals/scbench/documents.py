@@ -13,6 +13,7 @@ from kvplug_evals.scbench.tasks import MAX_TURNS, MODES, asks, load, source, tas
 
 SAID = ("question", "cue", "gold", "close")
 """The pieces of an earlier turn, in their order."""
+FENCE = "```"
 COUNTS = ("tokens", "contexts", "turns")
 
 
@@ -134,8 +135,11 @@ def history(doc: dict[str, Any]) -> list[dict[str, str]]:
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """Both scores of one answer, and the fixed one under its turn."""
+    said = results[0]
+    if FENCE in doc["cue"]:  # the prompt opened the code block that the answer ends
+        said = f"{doc['cue']}{said}\n{FENCE}"
     compat, fixed = score(
-        doc["metric"], results[0], json.loads(doc["answer"]), json.loads(doc["options"])
+        doc["metric"], said, json.loads(doc["answer"]), json.loads(doc["options"])
     )
     return {"compat": compat, "fixed": fixed}
 

@@ -4,15 +4,21 @@ Each metric takes (prediction, answer, options) to a number from 0 to 1. What ``
 
     kv, prefix_suffix   a label inside a longer word counts          -> whole words only
     vt                  the same, and shares are rounded to 0.01     -> whole words, not rounded
-    mf, passkey         signs are lost, 3.7 counts as 3, and a label that is a number never
-                        equals the text found                        -> numbers are compared
-    many_shot, qa_eng   loops over the label: over the letters of a label that is a text
-                                                                     -> whole label; F1 of words
+    mf, passkey         signs are lost, 3.7 counts as 3, 1,024 as 1, and a label that is a number
+                        never equals the text found                  -> numbers are compared
+    vt, many_shot, qa_chn
+                        loop over the label: over the letters of a label that is a text
+                                                                     -> the whole label
+    qa_eng              a label inside a longer word or answer counts -> F1 of words
     choice_eng          an answer that begins with A ("According …") is an A
                                                                      -> a letter that stands alone
-    repoqa              comments and docstrings lower the similarity -> compared without them
+    repoqa              comments and docstrings lower the similarity, a block that is cut short is
+                        no block, of equals the first asked for wins -> without, one, the one meant
     summary             rougeLsum without lines is rougeL            -> a sentence a line
-    qa_chn, recall      nothing
+    recall              nothing
+
+SCBench's runner makes lists of qa_eng's and choice_eng's labels before it scores them, and leaves
+those of other tasks as their data has them.
 """
 
 from __future__ import annotations
@@ -21,17 +27,34 @@ import ast
 import io
 import re
 import string
+import textwrap
 import tokenize
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
+from kvplug_evals.scbench.functions import first_function
 from kvplug_evals.scbench.schema import Answer
 
 Score = Callable[[str, Answer, Sequence[str]], float]
 SIMILAR = 0.8
-CHINESE_PUNCTUATION = "！？｡。，、；：（）［］【】〔〕《》〈〉「」『』“”‘’…—～·"
+DOCUMENTED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
+"""Commas belong to it between thousands alone."""
+
+
+def _characters(*spans: tuple[int, int]) -> frozenset[str]:
+    return frozenset(chr(code) for first, last in spans for code in range(first, last + 1))
+
+
+CHINESE_MARKS = _characters(
+    *((0x2013, 0x2014), (0x2018, 0x2019), (0x201B, 0x201F), (0x2026, 0x2027), (0x3001, 0x3003)),
+    *((0x300B, 0x3011), (0x3014, 0x301F), (0x3030, 0x3030), (0x303E, 0x303F), (0xFE4F, 0xFE4F)),
+    *((0xFF01, 0xFF0D), (0xFF0F, 0xFF0F), (0xFF1A, 0xFF20), (0xFF3B, 0xFF40), (0xFF5B, 0xFF64)),
+)
+"""What SCBench takes for punctuation beside ASCII's; 《, 〈, 〉 and ． are not among it."""
 
 
 def score(
@@ -51,7 +74,7 @@ def contained_word(prediction: str, answer: Answer, options: Sequence[str]) -> f
 
 
 def share_contained(prediction: str, answer: Answer, options: Sequence[str]) -> float:
-    wanted = _list(answer)
+    wanted = _items(answer)
     return round(sum(a.lower() in prediction.lower() for a in wanted) / len(wanted), 2)
 
 
@@ -71,8 +94,8 @@ def first_number(prediction: str, answer: Answer, options: Sequence[str]) -> flo
 
 def equal_number(prediction: str, answer: Answer, options: Sequence[str]) -> float:
     label = answer[0] if isinstance(answer, list) else answer
-    found = re.search(r"-?\d+(?:\.\d+)?", prediction.replace(",", ""))
-    return float(found is not None and abs(float(found[0]) - float(label)) < 1e-6)
+    found = NUMBER.search(prediction)
+    return float(found is not None and abs(float(found[0].replace(",", "")) - float(label)) < 1e-6)
 
 
 def first_digits(prediction: str, answer: Answer, options: Sequence[str]) -> float:
@@ -82,9 +105,11 @@ def first_digits(prediction: str, answer: Answer, options: Sequence[str]) -> flo
 
 
 def any_item_contained(prediction: str, answer: Answer, options: Sequence[str]) -> float:
-    """The label is taken for a list: of a text, every single letter is an item."""
-    items: Iterable[str] = [str(answer)] if isinstance(answer, (int, float)) else answer
-    return float(any(item.upper() in prediction.strip().upper() for item in items))
+    return float(any(item.upper() in prediction.strip().upper() for item in _items(answer)))
+
+
+def any_contained(prediction: str, answer: Answer, options: Sequence[str]) -> float:
+    return float(any(label.upper() in prediction.strip().upper() for label in _list(answer)))
 
 
 def whole_label(prediction: str, answer: Answer, options: Sequence[str]) -> float:
@@ -95,10 +120,18 @@ def word_f1(prediction: str, answer: Answer, options: Sequence[str]) -> float:
     return max(_f1(_words(prediction), _words(a)) for a in _list(answer))
 
 
+def character_f1_of_items(prediction: str, answer: Answer, options: Sequence[str]) -> float:
+    def characters(text: str) -> list[str]:
+        dropped = CHINESE_MARKS.union(string.punctuation)
+        return [c for c in text.lower() if c not in dropped and not c.isspace()]
+
+    return max(_f1(characters(prediction), characters(item)) for item in _items(answer))
+
+
 def character_f1(prediction: str, answer: Answer, options: Sequence[str]) -> float:
     def characters(text: str) -> list[str]:
-        drop = set(string.punctuation + CHINESE_PUNCTUATION)
-        return [c for c in text.lower() if c not in drop and not c.isspace()]
+        said = (c for c in text.lower() if c not in string.punctuation and not c.isspace())
+        return [c for c in said if not unicodedata.category(c).startswith("P")]
 
     return max(_f1(characters(prediction), characters(a)) for a in _list(answer))
 
@@ -112,7 +145,7 @@ def first_letter(prediction: str, answer: Answer, options: Sequence[str]) -> flo
         return float(text[0] in labels)
     if text in labels:
         return 1.0
-    plain = " ".join(re.sub(r"[\n\"'.,?!{}]", " ", text).split())
+    plain = re.sub(" +", " ", re.sub(r"[\n\"'.,?!{}]", " ", text))
     for prefix in ("answer is:", "answer:", "answer is", "option is"):
         _, found, rest = plain.partition(prefix)
         if found:
@@ -130,11 +163,18 @@ def lone_letter(prediction: str, answer: Answer, options: Sequence[str]) -> floa
 
 
 def similar_function(prediction: str, answer: Answer, options: Sequence[str]) -> float:
-    return _best_match(_code(prediction), _text(answer), options, lambda text: text)
+    """1 if the function meant is the first of the most similar, and similar enough."""
+    wanted, found = _text(answer), first_function(prediction, cut_short=False)
+    similar = {text: _bleu(text, found) for text in (*options, wanted)}
+    best = max(similar, key=lambda text: similar[text])
+    return float(best == wanted and similar[best] >= SIMILAR)
 
 
 def similar_bare_function(prediction: str, answer: Answer, options: Sequence[str]) -> float:
-    return _best_match(_code(prediction), _text(answer), options, _bare)
+    """1 if none is more similar than the function meant, and it is similar enough."""
+    wanted, found = _text(answer), _bare(first_function(prediction, cut_short=True))
+    similar = {text: _bleu(_bare(text), found) for text in {wanted, *options}}
+    return float(similar[wanted] >= SIMILAR and similar[wanted] == max(similar.values()))
 
 
 def rouge(prediction: str, answer: Answer, options: Sequence[str]) -> float:
@@ -161,8 +201,8 @@ METRICS: dict[str, tuple[Score, Score]] = {
     "mf": (first_number, equal_number),
     "passkey": (first_digits, equal_number),
     "many_shot": (any_item_contained, whole_label),
-    "qa_eng": (any_item_contained, word_f1),
-    "qa_chn": (character_f1, character_f1),
+    "qa_eng": (any_contained, word_f1),
+    "qa_chn": (character_f1_of_items, character_f1),
     "choice_eng": (first_letter, lone_letter),
     "repoqa": (similar_function, similar_bare_function),
     "summary": (rouge, rouge_by_sentence),
@@ -178,13 +218,20 @@ def _list(answer: Answer) -> list[str]:
     return [str(a) for a in answer] if isinstance(answer, list) else [str(answer)]
 
 
+def _items(answer: Answer) -> Sequence[str]:
+    """What a loop over the label sees: the letters of a label that is a text."""
+    return answer if isinstance(answer, str) else _list(answer)
+
+
 def _choices(answer: Answer, options: Sequence[str]) -> list[str]:
     """The letter, and the option's text."""
-    labels = _list(answer)
-    for letter, option in zip("ABCD", options, strict=False):
-        if letter in labels or option in labels:
-            labels += [letter, option]
-    return list(dict.fromkeys(labels))
+    given = _list(answer)
+    both = [
+        (letter, option)
+        for letter, option in zip("ABCD", options, strict=False)
+        if letter in given or option in given
+    ]
+    return list(dict.fromkeys([*given, *(label for pair in both for label in pair)]))
 
 
 def _stands_alone(label: str, text: str) -> bool:
@@ -201,22 +248,6 @@ def _f1(found: list[str], wanted: list[str]) -> float:
     return 2 * same / (len(found) + len(wanted)) if same else 0.0
 
 
-def _code(prediction: str) -> str:
-    """What stands in the first code block, or everything."""
-    block = re.search(r"```(?:\w+\n)?(.*?)(?:```|$)", prediction, re.DOTALL)
-    return (block[1] if block else prediction).strip("\n")
-
-
-def _best_match(
-    found: str, wanted: str, options: Sequence[str], form: Callable[[str], str]
-) -> float:
-    """1 if the function meant is the most similar of all, and similar enough."""
-    if not found.strip():
-        return 0.0
-    similar = {text: _bleu(form(text), form(found)) for text in {wanted, *options}}
-    return float(similar[wanted] >= SIMILAR and similar[wanted] == max(similar.values()))
-
-
 def _bleu(wanted: str, found: str) -> float:
     from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
@@ -229,12 +260,12 @@ def _bleu(wanted: str, found: str) -> float:
 def _bare(source: str) -> str:
     """Python without comments, docstrings and layout; other text as it is."""
     try:
-        tree = ast.parse(source)
-    except SyntaxError:
+        tree = ast.parse(textwrap.dedent(source))
+    except (SyntaxError, ValueError):
         return _without_comments(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node):
             node.body = body[1:] or [ast.Pass()]  # type: ignore[index]
     return ast.unparse(tree)
 
