@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
-from kvplug_evals.engines.interface import Engine, EngineOptions, Reply, Request, start_engine
+from kvplug_evals.engines.interface import Engine, EngineOptions, Reply, Request
+from kvplug_evals.engines.start import start_engine
 from kvplug_evals.models.folder import AUTO
 from kvplug_evals.scbench.documents import encoder, history
 from kvplug_evals.sweep.journal import Journal

@@ -19,8 +19,8 @@ from kvplug_evals.engines.interface import (  # noqa: E402
     EngineError,
     EngineOptions,
     Request,
-    start_engine,
 )
+from kvplug_evals.engines.start import start_engine  # noqa: E402
 from kvplug_evals.models.recall import recall_prompt, word  # noqa: E402
 
 RECALL = Path(__file__).parents[2] / ".models" / "recall"

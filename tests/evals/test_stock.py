@@ -9,7 +9,8 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from kvplug_evals.engines.interface import EngineOptions, Request, start_engine
+from kvplug_evals.engines.interface import EngineOptions, Request
+from kvplug_evals.engines.start import start_engine
 from kvplug_evals.engines.stock import parse_stock
 from kvplug_evals.models.recall import recall_prompt, word
 from kvplug_evals.sweep.plot import family

@@ -20,16 +20,25 @@ from rich.console import Console
 pytest.importorskip("lm_eval")
 pytest.importorskip("matplotlib")
 
-from kvplug_evals.engines.interface import EngineError, EngineOptions, Reply, Wave, start_engine
+from kvplug_evals.engines.interface import EngineError, EngineOptions, Reply, Wave
+from kvplug_evals.engines.start import start_engine
 from kvplug_evals.interrupts import Interrupts
 from kvplug_evals.models.recall import build_recall_model
-from kvplug_evals.sweep.compare import _pairs, compare
+from kvplug_evals.sweep.compare import compare
 from kvplug_evals.sweep.journal import Journal
-from kvplug_evals.sweep.plot import _frame, draw, family
-from kvplug_evals.sweep.report import results, tables, write_report
-from kvplug_evals.sweep.session import Run, _rows, config_of, costs, run_sweep, scores, summary
+from kvplug_evals.sweep.plot import draw, family
+from kvplug_evals.sweep.report import report, tables, write_report
+from kvplug_evals.sweep.results import PACKED, pack, refusals, results
+from kvplug_evals.sweep.session import (
+    Run,
+    config_of,
+    costs,
+    question_rows,
+    run_sweep,
+    scores,
+)
 from kvplug_evals.sweep.settings import Suite, changed, expand, folder, read_suite
-from kvplug_evals.sweep.stats import paired
+from kvplug_evals.sweep.stats import paired, summary
 
 ROOT = Path(__file__).parents[2]
 
@@ -271,7 +280,7 @@ def test_a_question_is_one_row_however_many_filters_its_task_has():
         for name, em in (("strict", 0.0), ("flexible", 1.0))
         for n in range(2)
     ]
-    found = _rows("gsm8k", {"gsm8k": samples}, Journal())
+    found = question_rows("gsm8k", {"gsm8k": samples}, Journal())
     assert [(row["doc"], row["fixed"]) for row in found] == [(0, 0.0), (1, 0.0)]
 
 
@@ -283,7 +292,6 @@ def rows(values, contexts=6, **options):
             "doc": context * len(values) + turn,
             "conversation": f"c{context}",
             "turn": turn,
-            "source": "our own task",
             "fixed": value,
             "compat": value,
             "loss": 2 - value,
@@ -332,7 +340,7 @@ def finish(
         "mode": mode,
         "question": "aware",
         "model": "m",
-        "suite": {"name": "mine", "seed": 0, **more},
+        "suite": {"name": "mine", "seed": 0, "data": "generated", "tasks": {}, **more},
         "command": "kvplug eval --suite mine",
     }
     environment = {
@@ -383,6 +391,45 @@ def test_the_report_ranks_only_what_says_something(out):
     assert [plot.name for plot in plots] == ["mine-kvplug_recall-2048.png"]
     assert f"]({plots[0].name})" in text
     assert plots[0].read_bytes().startswith(b"\x89PNG")
+
+
+def test_directories_folded_into_one_file_say_the_same(out):
+    (out / "refused").mkdir()
+    (out / "refused" / "config.json").write_text(json.dumps({"policy": "engine(a=1)"}))
+    (out / "refused" / "refused.json").write_text(json.dumps({"reason": "no such thing"}))
+    (out / "unfinished" / "journal.jsonl").write_text("")
+    finish(out, "keydiff", [*rows([0.5], 2), *rows([0.25], 3, loss=None)[2:]], seed=1)
+    before, text = results(out), report(out, [])
+    assert pack(out) == out / PACKED
+    assert sorted(file.name for file in out.iterdir()) == [PACKED, "unfinished"]
+    assert results(out) == [replace(one, rows=[told(row) for row in one.rows]) for one in before]
+    assert report(out, []) == text
+    assert refusals(out) == {"engine(a=1)": "no such thing"}
+    assert pack(out).read_text().count("\n") == len(before) + 1, "again, and nothing is lost"
+    finish(out, "dense", rows([0.0, 0.0]))
+    assert report(out, []) != text, "what was run anew stands for what was packed"
+    pack(out)
+    assert len(results(out)) == len(before)
+
+
+def told(row):
+    return {name: value for name, value in row.items() if value is not None}
+
+
+def test_a_packed_setting_is_finished_and_its_data_is_remembered(tmp_path):
+    data = tmp_path / "mine.jsonl"
+    data.write_text("as it was\n")
+    (setting,) = expand(suite(data=str(data), model=str(tmp_path)), "vllm", [], baselines=False)
+    run = Run(out=tmp_path / "out", command="kvplug eval")
+    finish(run.out, "dense", rows([1.0]))
+    (made,) = run.out.iterdir()
+    (made / "config.json").write_text(json.dumps(config_of(setting, run)))
+    made.rename(run.out / setting.name)
+    pack(run.out)
+    run_sweep([setting], run, Console(quiet=True))
+    data.write_text("as it is\n")
+    with pytest.raises(ValueError, match=r"mine.jsonl is not what it was when .*another --out"):
+        run_sweep([setting], run, Console(quiet=True))
 
 
 def test_a_report_is_written_anew_and_nothing_is_run(out):
@@ -488,22 +535,39 @@ def test_what_selects_from_random_is_not_the_baseline(out):
 
 
 def test_a_plot_names_its_data(tmp_path, monkeypatch):
-    finish(tmp_path, "dense", rows([1.0], source="stand-in"))
-    finish(tmp_path, "knorm", rows([0.5], source="stand-in", held_bytes=1e6))
+    finish(tmp_path, "dense", rows([1.0]))
+    finish(tmp_path, "knorm", rows([0.5], held_bytes=1e6))
     titles = []
     monkeypatch.setattr("matplotlib.figure.Figure.suptitle", lambda _, t, **k: titles.append(t))
     draw(results(tmp_path), tmp_path)
-    assert "kvplug_recall (stand-in)" in titles[0]
+    assert "kvplug_recall (our own task)" in titles[0]
 
 
-def test_a_plot_shows_what_holds_more_than_dense(tmp_path):
-    from matplotlib.figure import Figure
+def test_a_label_is_that_of_the_data_whatever_was_stored_with_the_answers(tmp_path):
+    words = {"tasks": {"scbench_kv": {"vocabulary": "words"}}}
+    for policy in ("dense", "knorm"):
+        finish(tmp_path, policy, rows([1.0], task="scbench_kv", source="exact recipe"), **words)
+    text = report(tmp_path, [])
+    assert "Data: exact recipe but for words instead of UUIDs." in text
+    assert "Data: exact recipe." not in text
+    ((_, (dense, _)),) = tables(results(tmp_path))
+    assert dense.source == "exact recipe but for words instead of UUIDs"
+    other = {"data": "mine.jsonl", "tasks": {"scbench_kv": {"data": "hub"}}}
+    finish(tmp_path / "b", "dense", rows([1.0], task="scbench_kv"), **other)
+    (result,) = results(tmp_path / "b")
+    assert result.source("scbench_kv").startswith("microsoft/SCBench, scbench_kv")
+    assert result.source("ruler_vt") == "lm-eval"
 
+
+def test_a_plot_shows_what_holds_more_than_dense(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure)
+    )
     finish(tmp_path, "dense", rows([1.0]))
     finish(tmp_path, "snapkv(budget=512)", rows([0.5], held_bytes=7.2e6))
-    ((_, made),) = tables(results(tmp_path))
-    axes = Figure().subplots(1, 4)
-    _frame(axes, made[0], made)
+    draw(results(tmp_path), tmp_path)
+    axes = drawn[0].axes
     assert axes[0].get_xlim()[1] > 100 * 7.2 / 4
     assert axes[1].get_xlim()[1] == 110
 
@@ -515,21 +579,22 @@ def test_families_of_compositions():
 
 
 def test_two_directories_are_compared_where_they_meet(out, tmp_path):
-    from rich.console import Console
-
     finish(tmp_path / "b", "snapkv(budget=512)", rows([1.0, 1.0], held_bytes=1e6))
     finish(tmp_path / "b", "keydiff", rows([1.0, 1.0]))
-    console = Console(width=160, record=True, file=(tmp_path / "shown").open("w"))
-    with console.file:
-        console.print(compare(out, tmp_path / "b"))
-    text = console.export_text()
+
+    def shown():
+        with (tmp_path / "shown").open("w") as file:
+            console = Console(width=160, record=True, file=file)
+            console.print(compare(out, tmp_path / "b"))
+        return console.export_text()
+
+    text = shown()
     assert "(our own task)" in " ".join(text.split()), "stand-ins are named in every output"
     assert "0.750" in text
     assert "+0.250 [+0.250, +0.250] *" in text
     assert "keydiff" not in text
     finish(out, "snapkv(budget=512)", rows([0.0, 0.0]), seed=1)
-    ((old, new),) = _pairs(out, tmp_path / "b")
-    assert (old.flat["seed"], new.flat["seed"]) == ("0", "0"), "of two seeds the same one"
+    assert shown() == text, "of two seeds the same one"
     (tmp_path / "c").mkdir()
     finish(tmp_path / "c", "expected", rows([1.0]))
     with pytest.raises(ValueError, match="no setting in common"):

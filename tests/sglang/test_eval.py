@@ -21,8 +21,8 @@ from kvplug_evals.engines.interface import (
     EngineOptions,
     Request,
     Wave,
-    start_engine,
 )
+from kvplug_evals.engines.start import start_engine
 from kvplug_evals.models.random_llama import build_random_gemma3
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]

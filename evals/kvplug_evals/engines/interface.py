@@ -103,25 +103,3 @@ class Engine(Protocol):
         """Empty the prefix cache."""
 
     def close(self) -> None: ...
-
-
-def start_engine(engine: str, policy: str, options: EngineOptions) -> Engine:
-    """Raises EngineError that says what to do."""
-    if engine == "vllm":
-        try:
-            from kvplug_evals.engines.vllm import VLLMEngine
-        except ModuleNotFoundError as error:
-            raise EngineError(
-                f"--engine vllm needs {error.name}; install it with: pip install 'kvplug[vllm]'"
-            ) from None
-        return VLLMEngine(policy, options)
-    if engine == "sglang":
-        try:
-            from kvplug_evals.engines.sglang import SGLangEngine
-        except ModuleNotFoundError as error:
-            raise EngineError(
-                f"--engine sglang needs {error.name}; install it with: "
-                "pip install 'kvplug[sglang]'"
-            ) from None
-        return SGLangEngine(policy, options)
-    raise EngineError(f"--engine must be vllm or sglang, got {engine!r}")

@@ -90,6 +90,13 @@ def evaluate(
     report: Annotated[
         Path | None, typer.Option(help="Write a directory's report anew and run nothing.")
     ] = None,
+    pack: Annotated[
+        Path | None,
+        typer.Option(
+            help="Fold a directory's finished settings into one file, results.jsonl, and run "
+            "nothing. Reports, comparisons and sweeps that go on read it too."
+        ),
+    ] = None,
 ) -> None:
     """What a policy costs in answers, through the engine that serves. Resumes what it began."""
     if os.environ.get("OMP_NUM_THREADS") != str(threads) and in_process:
@@ -100,8 +107,10 @@ def evaluate(
         from kvplug_evals.engines.interface import EngineError
         from kvplug_evals.sweep.compare import compare as compared
         from kvplug_evals.sweep.plot import draw
-        from kvplug_evals.sweep.report import results, write_report
-        from kvplug_evals.sweep.session import Run, finished, run_sweep
+        from kvplug_evals.sweep.report import write_report
+        from kvplug_evals.sweep.results import finished, results
+        from kvplug_evals.sweep.results import pack as packed
+        from kvplug_evals.sweep.session import Run, run_sweep
         from kvplug_evals.sweep.settings import changed, expand, read_suite
     except ModuleNotFoundError as error:
         raise SystemExit(
@@ -123,6 +132,9 @@ def evaluate(
             return
         if report is not None:
             write(report)
+            return
+        if pack is not None:
+            console.print(f"[bold]saved[/]  {packed(pack)}", soft_wrap=True)
             return
         chosen = changed(
             read_suite(suite),
@@ -154,7 +166,7 @@ def evaluate(
         try:
             run_sweep(settings, run, console)
         finally:
-            if any(finished(directory / setting.name) for setting in settings):
+            if finished(directory) & {setting.name for setting in settings}:
                 write(directory)
     except (KeyboardInterrupt, EngineError, ValueError, OSError) as error:
         if interrupts.came:

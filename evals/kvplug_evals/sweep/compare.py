@@ -9,9 +9,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from kvplug_evals.sweep.report import Result, results
-from kvplug_evals.sweep.session import summary
-from kvplug_evals.sweep.stats import paired
+from kvplug_evals.sweep.results import Result, results
+from kvplug_evals.sweep.stats import paired, summary
 
 
 def compare(before: Path, after: Path) -> Table:
@@ -36,7 +35,7 @@ def compare(before: Path, after: Path) -> Table:
             table.add_row(
                 f"{tokens:,}, {mode}, {question}",
                 new.policy,
-                f"{task} ({rows[0]['source']})",
+                f"{task} ({new.source(task)})",
                 f"{summary(base)[task]['fixed']:.3f}",
                 f"{summary(rows)[task]['fixed']:.3f}",
                 "no question in common"

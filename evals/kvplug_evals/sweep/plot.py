@@ -12,7 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from kvplug_evals.engines.stock import is_stock
-from kvplug_evals.sweep.report import Line, Result, differing, tables, told
+from kvplug_evals.sweep.report import Line, differing, tables, told
+from kvplug_evals.sweep.results import Result
 
 # Okabe and Ito's colours, which every kind of colour vision tells apart; black is dense.
 COLOURS = (
@@ -62,7 +63,7 @@ def draw(found: Sequence[Result], out: Path) -> list[Path]:
     for (suite, tokens, task), panels in pages.items():
         file = out / f"{suite}-{task}-{tokens}.png"
         prompts = [line.means.get("prompt_tokens", tokens) for _, made in panels for line in made]
-        title = f"{suite}: {task} ({panels[0][1][0].means['source']}), "
+        title = f"{suite}: {task} ({panels[0][1][0].source}), "
         title += f"prompts of {sum(prompts) / len(prompts):,.0f} tokens on average"
         _page(title, panels, styles, file)
         files.append(file)

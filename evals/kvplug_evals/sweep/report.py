@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -10,89 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from kvplug_evals.engines.stock import is_stock
-from kvplug_evals.sweep.session import REFUSED, finished, summary
+from kvplug_evals.sweep.results import Result, refusals, results
 from kvplug_evals.sweep.settings import budget_of
-from kvplug_evals.sweep.stats import Difference, paired
+from kvplug_evals.sweep.stats import Difference, paired, summary
 
 SIGNAL = 0.5
 """Dense accuracy below which a task says nothing of a policy."""
 SAVED = 0.99
 """A row that read and held at least this share of dense is dense."""
 MiB = 1 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """One directory of a sweep."""
-
-    directory: Path
-    config: dict[str, Any]
-    environment: dict[str, Any]
-    rows: list[dict[str, Any]]
-
-    @property
-    def policy(self) -> str:
-        return str(self.config["policy"])
-
-    @property
-    def engine(self) -> str:
-        return str(self.config["engine"])
-
-    @property
-    def place(self) -> tuple[str, int, str, str]:
-        """What names a setting beside its policy."""
-        config = self.config
-        return config["suite"]["name"], config["tokens"], config["mode"], config["question"]
-
-    @property
-    def peers(self) -> str:
-        """All that must be the same for two policies to be compared."""
-        apart = ("policy", "command", "data_sha256")
-        same = {k: v for k, v in self.config.items() if k not in apart}
-        return json.dumps(same, sort_keys=True)
-
-    @property
-    def flat(self) -> dict[str, str]:
-        """Its setting but for policy and suite's name, a text for each key."""
-        same = json.loads(self.peers)
-        suite = same.pop("suite")
-        named = {**same, **{k: v for k, v in suite.items() if k != "name"}}
-        return {k: v if isinstance(v, str) else json.dumps(v) for k, v in named.items()}
-
-    def of_task(self, task: str) -> list[dict[str, Any]]:
-        return [row for row in self.rows if row["task"] == task]
-
-
-def read(directory: Path) -> Result:
-    """Raises FileNotFoundError."""
-    return Result(
-        directory=directory,
-        config=json.loads((directory / "config.json").read_text()),
-        environment=json.loads((directory / "environment.json").read_text()),
-        rows=[
-            json.loads(line)
-            for line in (directory / "predictions.jsonl").read_text().split("\n")
-            if line
-        ],
-    )
-
-
-def results(out: Path) -> list[Result]:
-    """All finished settings of a directory. Raises ValueError if there is none."""
-    found = [read(d) for d in sorted(out.iterdir()) if d.is_dir() and finished(d)]
-    if not found:
-        raise ValueError(f"{out} holds no finished setting")
-    return found
-
-
-def refusals(out: Path) -> dict[str, str]:
-    """Policy -> the engine's reason not to start with it."""
-    return {
-        json.loads(file.with_name("config.json").read_text())["policy"]: json.loads(
-            file.read_text()
-        )["reason"]
-        for file in sorted(out.glob(f"*/{REFUSED}"))
-    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +32,10 @@ class Line:
     loss: Difference | None
     beyond_random: Difference | None
     """Its loss less that of random with the same budget."""
+
+    @property
+    def source(self) -> str:
+        return self.result.source(self.task)
 
     @property
     def is_dense(self) -> bool:
@@ -207,6 +136,13 @@ HEAD = (
 
 def write_report(out: Path, plots: Sequence[Path]) -> Path:
     """Raises ValueError if nothing is finished."""
+    file = out / "report.md"
+    file.write_text(report(out, [plot.name for plot in plots]))
+    return file
+
+
+def report(out: Path, plots: Sequence[str]) -> str:
+    """``plots`` are files beside it. Raises ValueError if nothing is finished."""
     found = results(out)
     text = [f"# {', '.join(sorted({r.place[0] for r in found}))}: what policies cost in answers"]
     text += ["", *_preface(found)]
@@ -214,18 +150,16 @@ def write_report(out: Path, plots: Sequence[Path]) -> Path:
     for policy, reason in refusals(out).items():
         text += ["", f"Left out, since the engine refused it: `{policy}`. {reason}"]
     for plot in plots:
-        text += ["", f"![{plot.stem}]({plot.name})"]
+        text += ["", f"![{Path(plot).stem}]({plot})"]
     for task, made in tables(found):
-        source, result = made[0].means["source"], made[0].result
+        source, result = made[0].source, made[0].result
         suite, tokens, mode, question = result.place
         title = f"## {task}, {tokens:,} tokens, {mode}, {_question(question)}, {result.engine}"
         title += told(result, apart)
         text += ["", title, "", f"Data: {source}. Suite {suite}, {_count(made)}.", ""]
         text += _table(HEAD, [_row(line) for line in made])
         text += ["", *_by_turn(made)]
-    file = out / "report.md"
-    file.write_text("\n".join(text) + "\n")
-    return file
+    return "\n".join(text) + "\n"
 
 
 def _preface(found: Sequence[Result]) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,16 +25,17 @@ from rich.progress import (
 )
 
 from kvplug_evals.demo.session import machine
-from kvplug_evals.engines.interface import Engine, EngineError, EngineOptions, MiB, start_engine
+from kvplug_evals.engines.interface import Engine, EngineError, EngineOptions, MiB
+from kvplug_evals.engines.start import start_engine
 from kvplug_evals.engines.stock import is_stock
 from kvplug_evals.lm import LOSS, MODELS
 from kvplug_evals.models.folder import served_dtype, token_bytes
 from kvplug_evals.scbench.tasks import SOURCES
 from kvplug_evals.sweep.data import SEED, load
 from kvplug_evals.sweep.journal import Journal
+from kvplug_evals.sweep.results import REFUSED, config_before, finished, write_whole
 from kvplug_evals.sweep.settings import Setting, ours
-
-REFUSED = "refused.json"
+from kvplug_evals.sweep.stats import summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,26 +51,21 @@ class Run:
     """Called between answers; may raise to stop."""
 
 
-def finished(directory: Path) -> bool:
-    return (directory / "metrics.json").exists()
-
-
 def run_sweep(settings: Sequence[Setting], run: Run, console: Console) -> None:
     """Raises EngineError, ValueError and OSError; what was answered so far is kept."""
     run.out.mkdir(parents=True, exist_ok=True)
     for setting in settings:
-        _check_data(setting, run.out / setting.name)
-    done = [s for s in settings if finished(run.out / s.name)]
-    if done:
-        console.print(f"{len(done)} of {len(settings)} settings are finished already")
-    with _silent("lm_eval"), _progress(console, settings, len(done)) as progress:
-        for setting in settings:
-            if setting not in done:
-                _make_data(setting, run, progress)
-        for _, group in groupby(settings, key=lambda s: (s.engine_policy, s.tokens)):
-            waiting = [s for s in group if not finished(run.out / s.name)]
-            if waiting:
-                _serve(waiting, run, console, progress)
+        _check_data(setting, run.out)
+    done = finished(run.out)
+    waiting = [setting for setting in settings if setting.name not in done]
+    count = len(settings) - len(waiting)
+    if count:
+        console.print(f"{count} of {len(settings)} settings are finished already")
+    with _silent("lm_eval"), _progress(console, settings, count) as progress:
+        for setting in waiting:
+            _make_data(setting, run, progress)
+        for _, group in groupby(waiting, key=lambda s: (s.engine_policy, s.tokens)):
+            _serve(list(group), run, console, progress)
 
 
 def _make_data(setting: Setting, run: Run, progress: Progress) -> None:
@@ -134,16 +129,13 @@ def _digest(setting: Setting) -> str:
     return "" if data in SOURCES else hashlib.sha256(Path(data).read_bytes()).hexdigest()
 
 
-def _check_data(setting: Setting, directory: Path) -> None:
+def _check_data(setting: Setting, out: Path) -> None:
     """Raises ValueError where answers to other questions are under this setting's name."""
-    file = directory / "config.json"
-    if not file.exists():
-        return
-    before = json.loads(file.read_text()).get("data_sha256")
+    before = (config_before(out, setting.name) or {}).get("data_sha256")
     if before and before != _digest(setting):
         raise ValueError(
-            f"{setting.suite.data} is not what it was when {directory} was begun; give another "
-            "--out, or remove that directory"
+            f"{setting.suite.data} is not what it was when {out / setting.name} was begun; give "
+            "another --out, or remove what is there"
         )
 
 
@@ -199,7 +191,7 @@ def _run_setting(
     )
     rows: list[dict[str, Any]] = []
     for name, options in suite.tasks.items():
-        rows += _rows(name, _evaluate(lm, setting, name, options), journal)
+        rows += question_rows(name, _evaluate(lm, setting, name, options), journal)
     with (directory / "predictions.jsonl").open("w") as out:
         out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     environment = {
@@ -234,7 +226,7 @@ def _evaluate(lm: Any, setting: Setting, name: str, options: dict[str, Any]) -> 
     return found["samples"]
 
 
-def _rows(name: str, samples: dict[str, Any], journal: Journal) -> list[dict[str, Any]]:
+def question_rows(name: str, samples: dict[str, Any], journal: Journal) -> list[dict[str, Any]]:
     """A row for each question: its answer, scores and costs."""
     waves, rows = journal.wave_of(), []
     for task, found in samples.items():
@@ -247,7 +239,6 @@ def _rows(name: str, samples: dict[str, Any], journal: Journal) -> list[dict[str
                 "doc": sample["doc_id"],
                 "conversation": doc.get("conversation", f"{task}-{sample['doc_id']}"),
                 "turn": doc.get("turn", 0),
-                "source": doc.get("source", "lm-eval"),
                 "answer": sample["target"] if "gold" not in doc else doc["gold"],
                 **scores(sample),
             }
@@ -296,51 +287,8 @@ def costs(wave: dict[str, Any] | None) -> dict[str, float]:
     return found
 
 
-MEASURES = (
-    "fixed",
-    "compat",
-    "loss",
-    "agreement",
-    "held_bytes",
-    "peak_bytes",
-    "freed_blocks",
-    "cached_per_step",
-    "read_per_step",
-    "prompt_tokens",
-    "cached_tokens",
-    "first_token_seconds",
-    "token_seconds",
-)
-
-
-def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means, of each task and each of its turns."""
-
-    def means(some: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {"questions": len(some)}
-        for measure in MEASURES:
-            values = [row[measure] for row in some if row.get(measure) is not None]
-            if values:
-                found[measure] = sum(values) / len(values)
-        return found
-
-    whole = {}
-    for task in dict.fromkeys(row["task"] for row in rows):
-        of_task = [row for row in rows if row["task"] == task]
-        turns = sorted({row["turn"] for row in of_task})
-        whole[task] = {
-            "source": of_task[0]["source"],
-            **means(of_task),
-            "turns": [means([row for row in of_task if row["turn"] == t]) for t in turns],
-        }
-    return whole
-
-
 def _write(file: Path, data: object) -> None:
-    """Whole or not at all: a reader takes what is there for finished."""
-    draft = file.with_suffix(".new")
-    draft.write_text(json.dumps(data, indent=1) + "\n")
-    shutil.move(draft, file)
+    write_whole(file, json.dumps(data, indent=1) + "\n")
 
 
 def questions(setting: Setting) -> int:
@@ -378,6 +326,3 @@ def _progress(console: Console, settings: Sequence[Setting], done: int) -> Itera
     progress.add_task("", total=left)
     with progress:
         yield progress
-
-
-__all__ = ["EngineError", "Run", "finished", "run_sweep", "summary"]

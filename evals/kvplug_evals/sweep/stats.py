@@ -1,4 +1,5 @@
-"""Differences between two settings on the same questions, with bootstrap intervals."""
+"""Means of a setting's answers, and differences between two on the same questions, with bootstrap
+intervals."""
 
 from __future__ import annotations
 
@@ -9,6 +10,21 @@ from typing import Any
 import numpy as np
 
 RESAMPLES, LEVEL = 2000, 0.95
+MEASURES = (
+    "fixed",
+    "compat",
+    "loss",
+    "agreement",
+    "held_bytes",
+    "peak_bytes",
+    "freed_blocks",
+    "cached_per_step",
+    "read_per_step",
+    "prompt_tokens",
+    "cached_tokens",
+    "first_token_seconds",
+    "token_seconds",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,3 +77,25 @@ def paired(
 
 def _question(row: dict[str, Any]) -> tuple[str, str, int]:
     return row["task"], row["conversation"], row["turn"]
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means, of each task and each of its turns."""
+
+    def means(some: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {"questions": len(some)}
+        for measure in MEASURES:
+            values = [row[measure] for row in some if row.get(measure) is not None]
+            if values:
+                found[measure] = sum(values) / len(values)
+        return found
+
+    whole = {}
+    for task in dict.fromkeys(row["task"] for row in rows):
+        of_task = [row for row in rows if row["task"] == task]
+        turns = sorted({row["turn"] for row in of_task})
+        whole[task] = {
+            **means(of_task),
+            "turns": [means([row for row in of_task if row["turn"] == t]) for t in turns],
+        }
+    return whole
