@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import twin
 
 # Before vLLM or torch start a thread: in one process the engine would bind to a single core.
 os.environ.update(
@@ -20,6 +21,7 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     VLLM_NO_USAGE_STATS="1",
 )
+twin.install()
 
 MiB = 1 << 20
 
@@ -77,7 +79,8 @@ class Engine:
     @property
     def selected(self) -> list[int]:
         """Queries that went through a selection, per layer."""
-        return [impl.selected_queries for impl in self.impls]
+        counted = [builder.selected_queries for builder in self.builders]
+        return [count for _, count in sorted(item for each in counted for item in each.items())]
 
     @property
     def builders(self) -> list[Any]:

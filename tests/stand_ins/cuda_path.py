@@ -1,0 +1,198 @@
+"""vLLM's CUDA path over CPU tensors: what users run, as far as a machine without a GPU can.
+
+The engine, Model Runner V2, its graph manager with its padding and dispatch, FlashAttention's
+backend, builder and implementation are vLLM's own. Stand-ins are FlashAttention's compiled
+functions, over plain PyTorch that checks what the kernels only trust, and ``torch.cuda.CUDAGraph``
+(``recorded``), so that what a decode step replays is what its graph captured.
+
+It cannot show speed, races between streams, the numerics of a GPU's kernels or of bfloat16,
+memory as a device allocates it, or what torch.compile makes of a model: those need a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from itertools import pairwise
+from typing import Any
+
+import torch
+from recorded import Graph, capture, opaque
+from torch import Tensor
+
+SIZES = [1, 2, 4, 8]
+"""Batches that are captured: others are padded."""
+
+OPERATIONS = ("page_bound", "page_select", "page_digest", "virtual_heads", "pack_tokens")
+NAMES = {"page_digest": "update_page_digest"}
+
+
+def get_scheduler_metadata(
+    *, batch_size: int, cache_seqlens: Tensor, cu_seqlens_q: Tensor, **_: Any
+) -> Tensor:
+    """FlashAttention 3's schedule: here simply what it is computed from, in its size."""
+    schedule = torch.zeros(1 + (batch_size + 3) // 4 * 4 * 4, dtype=torch.int32)
+    schedule[1 : 1 + batch_size] = cache_seqlens[:batch_size]
+    queries = cu_seqlens_q[1 : batch_size + 1] - cu_seqlens_q[:batch_size]
+    schedule[1 + batch_size : 1 + 2 * batch_size] = queries
+    return schedule
+
+
+class Flash:
+    """``flash_attn_varlen_func`` as versions 2 and 3 are called by vLLM, and their contract."""
+
+    version = 3
+    calls = 0
+
+    @classmethod
+    def check(
+        cls, q: Tensor, k: Tensor, cu_seqlens_q: Tensor, max_seqlen_q: int, seqused_k: Tensor,
+        max_seqlen_k: int, block_table: Tensor, schedule: Tensor | None, num_splits: int,
+    ) -> None:  # fmt: skip
+        batch, size = len(seqused_k), k.shape[1]
+        for name, tensor in (("block_table", block_table), ("seqused_k", seqused_k),
+                             ("cu_seqlens_q", cu_seqlens_q)):  # fmt: skip
+            assert tensor.dtype is torch.int32 and tensor.is_contiguous(), name
+        assert q.stride(-1) == k.stride(-1) == 1
+        assert len(cu_seqlens_q) == batch + 1 and len(block_table) >= batch, "sequences"
+        bounds, lengths = cu_seqlens_q.tolist(), seqused_k.tolist()
+        queries = [b - a for a, b in pairwise(bounds)]
+        assert min(queries, default=0) >= 0, f"queries {bounds}"
+        assert bounds[-1] <= len(q), f"queries {bounds} of {len(q)} rows"
+        assert max(queries, default=0) <= max_seqlen_q, f"{queries} > max_seqlen_q {max_seqlen_q}"
+        assert max(lengths, default=0) <= max_seqlen_k, f"{lengths} > max_seqlen_k {max_seqlen_k}"
+        assert min(lengths, default=0) >= 0, f"lengths {lengths}"
+        if cls.version == 2:
+            assert size % 16 == 0, (
+                f"version 2 reads pages of 16 tokens and their multiples: {size}"
+            )
+            assert num_splits <= 1 and schedule is None, "version 2 takes neither"
+        if schedule is not None:
+            own = get_scheduler_metadata(
+                batch_size=batch, cache_seqlens=seqused_k, cu_seqlens_q=cu_seqlens_q
+            )
+            same = len(schedule) >= len(own) and torch.equal(schedule[: len(own)], own)
+            assert same, "the schedule belongs to another batch"
+
+    @classmethod
+    def attend(
+        cls, *, q: Tensor, k: Tensor, v: Tensor, out: Tensor, cu_seqlens_q: Tensor,
+        max_seqlen_q: int, seqused_k: Tensor, max_seqlen_k: int, softmax_scale: float,
+        causal: bool, block_table: Tensor, scheduler_metadata: Tensor | None = None,
+        window_size: Any = None, num_splits: int = 0, **_: Any,
+    ) -> None:  # fmt: skip
+        cls.check(q, k, cu_seqlens_q, max_seqlen_q, seqused_k, max_seqlen_k, block_table,
+                  scheduler_metadata, num_splits)  # fmt: skip
+        cls.calls += 1
+        size, group = k.shape[1], q.shape[1] // k.shape[2]
+        bounds = cu_seqlens_q.tolist()
+        for row, length in enumerate(seqused_k.tolist()):
+            a, b = bounds[row], bounds[row + 1]
+            if a == b:
+                continue
+            if length == 0:
+                out[a:b] = 0
+                continue
+            pages = block_table[row, : -(-length // size)].long()
+            assert len(pages) * size >= length, f"a block table too narrow for {length} tokens"
+            assert pages.min() >= 0 and pages.max() < len(k), "a page out of bounds"
+            keys = k[pages].flatten(0, 1)[:length].repeat_interleave(group, 1)
+            values = v[pages].flatten(0, 1)[:length].repeat_interleave(group, 1)
+            scores = torch.einsum("qhd,khd->hqk", q[a:b], keys) * softmax_scale
+            if causal:
+                last = torch.arange(length - (b - a), length)[:, None]
+                hidden = torch.arange(length)[None] > last
+                if window_size is not None and window_size[0] >= 0:
+                    hidden |= torch.arange(length)[None] < last - window_size[0]
+                scores.masked_fill_(hidden, float("-inf"))
+            out[a:b] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
+
+
+def reshape_and_cache_flash(
+    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor, *_: Any
+) -> None:
+    rows = torch.nonzero(slots >= 0).flatten()
+    size, slots = key_cache.shape[1], slots[rows]
+    assert slots.unique().numel() == slots.numel(), "two tokens of a step share a slot"
+    key_cache[slots // size, slots % size] = key[rows]
+    value_cache[slots // size, slots % size] = value[rows]
+
+
+def install(graphs: bool, version: int = 3) -> None:
+    """After ``v2.install()``, before kvplug is imported.
+
+    graphs: decode steps are captured and replayed. version: FlashAttention's.
+    """
+    if "TRITON_INTERPRET" not in os.environ:  # the plain operations wait for their tensors
+        for name in OPERATIONS:
+            module = importlib.import_module(f"kvplug_kernels.{name}")
+            function = NAMES.get(name, name)
+            setattr(module, function, opaque(getattr(module, function)))
+    from vllm.v1.attention.backends import fa_utils
+
+    Flash.version = version
+    attend = opaque(Flash.attend)
+    fa_utils.get_flash_attn_version = lambda *_, **__: version
+    fa_utils.is_flash_attn_varlen_func_available = lambda: True
+    fa_utils.compile_flash_attn_varlen_func_from_specs = None
+    fa_utils.flash_attn_varlen_func = attend
+    fa_utils.get_scheduler_metadata = get_scheduler_metadata
+    fa_utils.reshape_and_cache_flash = opaque(reshape_and_cache_flash)
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends import flash_attn
+
+    flash_attn._FA4_DENSE_ATTENTION_KERNEL = attend
+    cls = type(current_platform)
+
+    def get_attn_backend_cls(
+        cls: Any, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        if selected_backend is not None and selected_backend.name == "KVPLUG":
+            return "kvplug_vllm.cuda.KVPlugBackend"
+        return "vllm.v1.attention.backends.flash_attn.FlashAttentionBackend"
+
+    get_attn_backend_cls._kvplug = True  # type: ignore[attr-defined]
+    cls.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+    if graphs:
+        _install_graphs(cls)
+
+
+def _install_graphs(platform: Any) -> None:
+    import vllm.v1.worker.cpu_worker as worker
+    import vllm.v1.worker.gpu.cudagraph_utils as manager
+    import vllm.v1.worker.gpu.model_runner as runner
+    from vllm.config import VllmConfig
+    from vllm.config.compilation import CUDAGraphMode
+
+    torch.cuda.CUDAGraph, torch.cuda.graph = Graph, capture  # type: ignore[misc]
+    torch.cuda.graph_pool_handle = lambda: (0, 0)  # type: ignore[assignment]
+    platform.opaque_attention_op = classmethod(lambda cls: False)  # a capture must see inside
+    platform.graph_pool_handle = classmethod(lambda cls: (0, 0))
+    manager.current_stream = lambda: None
+    runner.lock_workspace = lambda: None
+    # PIECEWISE steps are padded as on a GPU, and run eagerly: there is no compiler.
+    manager.has_compiled_submodule = runner.has_compiled_submodule = lambda model: True
+    complete, warm_up = VllmConfig.__post_init__, worker.CPUWorker.compile_or_warm_up_model
+    available = worker.CPUWorker.determine_available_memory
+
+    def __post_init__(self: Any) -> None:
+        complete(self)
+        compilation = self.compilation_config
+        compilation.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+        compilation.cudagraph_capture_sizes = SIZES
+        compilation.max_cudagraph_capture_size = SIZES[-1]
+        self.scheduler_config.async_scheduling = True
+
+    def compile_or_warm_up_model(self: Any) -> Any:
+        times = warm_up(self)
+        self.model_runner.capture_model()
+        return times
+
+    def determine_available_memory(self: Any) -> Any:
+        """As on a GPU: graphs are captured first over a cache that is thrown away."""
+        self.model_runner.profile_cudagraph_memory()
+        return available(self)
+
+    VllmConfig.__post_init__ = __post_init__
+    worker.CPUWorker.compile_or_warm_up_model = compile_or_warm_up_model
+    worker.CPUWorker.determine_available_memory = determine_available_memory
