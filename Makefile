@@ -21,8 +21,8 @@ export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: demo demo-sglang test test-fast test-interpreted test-engine test-sglang lint format setup \
-	setup-sglang models bench gpu clean
+.PHONY: demo demo-sglang test test-fast test-interpreted test-engine test-sglang test-next lint format \
+	setup setup-sglang models bench gpu clean
 .NOTPARALLEL:
 
 demo: setup models
@@ -49,6 +49,12 @@ test-engine: setup models
 test-sglang: setup-sglang setup models
 	$(PYTEST_SGLANG) -m "not gpu" tests/sglang
 
+# What starts no engine over vLLM's next version; its wheel is a download of 336 MB, so this is no
+# part of `make test`.
+test-next: $(VENV)-next/.ready
+	PYTHONPATH=$(CURDIR)/$(VENV)-next $(PYTEST) -m "not engine and not gpu" \
+	  tests/vllm tests/evals/test_bench.py
+
 lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -74,6 +80,10 @@ models: $(MODELS)/.ready
 	@command -v $(PYTHON) >/dev/null || { \
 	  echo "there is no $(PYTHON); name a Python 3.11 to 3.13: make setup PYTHON=..." >&2; exit 1; }
 	$(PYTHON) tools/setup_$*_cpu.py --venv .venvs/$*
+	@touch $@
+
+$(VENV)-next/.ready: tools/environment.py tools/setup_vllm_next.py | $(VENV)/.ready
+	$(PYTHON) tools/setup_vllm_next.py --venv $(VENV) --out $(VENV)-next
 	@touch $@
 
 $(MODELS)/.ready: $(wildcard evals/kvplug_evals/models/*.py) | $(VENV)/.ready

@@ -10,6 +10,8 @@ table.
 from __future__ import annotations
 
 import math
+import weakref
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -18,14 +20,14 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from kvplug import PromptKV, choose_pages, keep_tokens, window_queries
+from kvplug import Observed, PromptKV, choose_pages, keep_tokens, window_queries
 from kvplug_kernels.pack_tokens import pack_tokens
 from kvplug_kernels.virtual_heads import virtual_heads
-from kvplug_vllm import NAME, compat, metrics
+from kvplug_vllm import compat, metrics
 from kvplug_vllm.cache import customize_spec, split_layers
 from kvplug_vllm.compression import Packing
 from kvplug_vllm.refusals import refuse
-from kvplug_vllm.settings import Engine
+from kvplug_vllm.settings import NAME, Engine
 from kvplug_vllm.step import Selected, StepPlan, Whole
 
 
@@ -34,6 +36,8 @@ class PlannedBackend:
 
     layer_class: ClassVar[int] = 0
     """Which of the layers' different budgets a layer has."""
+    supports_kv_cache_update_bypass = False
+    """Models may not write keys past do_kv_cache_update: digests would miss them (vLLM 0.33)."""
 
     @staticmethod
     def get_name() -> str:
@@ -55,7 +59,6 @@ class PlannedBackend:
 class Views(NamedTuple):
     """Of one layer's cache."""
 
-    cache: Tensor
     tail: Tensor | None
     """Digests."""
     virtual: Tensor
@@ -97,10 +100,11 @@ class PlannedImpl:
                 "kvplug cannot serve a model with ALiBi: its bias depends on positions that a "
                 "selection or a packed prompt does not keep; use the policy 'dense'"
             )
-        self.selected_queries = 0
-        """Queries that went through a selection here, for tests and doctor."""
+        self.recent: Tensor | None = None
+        """The queries of the last step, where a graph may have computed them. [B, Hq, D]"""
         self._single: Any = None
         self._views: Views | None = None
+        self._viewed: Any = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         super().process_weights_after_loading(act_dtype)  # type: ignore[misc]
@@ -121,13 +125,20 @@ class PlannedImpl:
         self.digest.update(tail, keys, slots, kv_cache.shape[2])
 
     def views(self, kv_cache: Tensor) -> Views:
-        """Made once: an engine keeps its cache, and views take as long as a choice of pages."""
-        if self._views is None or self._views.cache is not kv_cache:
+        """Made once: an engine keeps its cache, and views take as long as a choice of pages. They
+        go with it: an engine may profile over a cache that it throws away before the real one."""
+        if self._viewed is None or self._viewed() is not kv_cache:
             tail = None
             if self.digest is not None:
                 tail = compat.page_tail(kv_cache, self.digest.rows, self.head_size)
-            self._views = Views(kv_cache, tail, *virtual_cache(kv_cache))
+            self._views = Views(tail, *virtual_cache(kv_cache))
+            self._viewed = weakref.ref(kv_cache, self._forget_views)
+        assert self._views is not None
         return self._views
+
+    def _forget_views(self, viewed: Any) -> None:
+        if self._viewed is viewed:
+            self._views = self._viewed = None
 
     def fused_rope_kvcache_supported(self) -> bool:
         return False  # it writes keys past do_kv_cache_update, and with them past the digests
@@ -147,7 +158,9 @@ class PlannedImpl:
         plan: StepPlan | None = getattr(attn_metadata, "kvplug", None) if self.planned else None
         reads = None
         if plan is not None:
-            self._observe(query, plan)
+            self.observe(query, plan.observations)
+            if plan.replayed and self.recent is not None:
+                self.recent[: len(query)].copy_(query)
             for packing in plan.packings:
                 with metrics.packing(Engine.current, packing.settings):
                     self.pack(layer, kv_cache, packing)
@@ -163,9 +176,9 @@ class PlannedImpl:
             self._selected(layer, query, kv_cache, selected, budget, output)
         return output
 
-    def _observe(self, query: Tensor, plan: StepPlan) -> None:
+    def observe(self, query: Tensor, observations: Sequence[tuple[int, Observed]]) -> None:
         """Keep the window's queries of prompts that are still being prefilled."""
-        for stay, seen in plan.observations:
+        for stay, seen in observations:
             window = self._window.pop(stay, None)
             self._window[stay] = window_queries(seen, query, window)
         while len(self._window) > self._most_windows:  # of requests that were aborted
@@ -177,21 +190,28 @@ class PlannedImpl:
         assert scored is not None
         self.packed_prompts += len(packing.stays)
         keys, values = self.read_pages(layer, kv_cache, packing.pages)  # [J, T, H, D]
-        queries = None
+        window = None
         if scored.needs_queries:
             window = torch.stack([self._window.pop(stay) for stay in packing.stays])
-            queries = window.unflatten(2, (self.num_kv_heads, self.num_queries_per_kv))
-        prompt = PromptKV(
-            keys=keys,
-            values=values,
-            queries=queries,
-            lengths=packing.lengths,
-            scale=self.scale,
-            first_head=compat.first_kv_head(layer.layer_name, self.num_kv_heads),
-            page_size=kv_cache.shape[2],
-        )
+        prompt = self.prompt(layer, keys, values, window, packing.lengths, kv_cache.shape[2])
         tokens = keep_tokens(scored, prompt, packing.keep, packing.width, packing.settings.protect)
         self.store_kept(layer, kv_cache, packing, prompt, tokens)
+
+    def prompt(
+        self, layer: Any, keys: Tensor, values: Tensor, window: Tensor | None, lengths: Tensor,
+        page_size: int,
+    ) -> PromptKV:  # fmt: skip
+        """window [J, W, Hq, D]: the queries of the prompts' last tokens."""
+        groups = (self.num_kv_heads, self.num_queries_per_kv)
+        return PromptKV(
+            keys=keys,
+            values=values,
+            queries=None if window is None else window.unflatten(2, groups),
+            lengths=lengths,
+            scale=self.scale,
+            first_head=compat.first_kv_head(layer.layer_name, self.num_kv_heads),
+            page_size=page_size,
+        )
 
     def store_kept(
         self, layer: Any, kv_cache: Tensor, packing: Packing, prompt: PromptKV, tokens: Tensor
@@ -203,7 +223,10 @@ class PlannedImpl:
 
     def read_pages(self, layer: Any, kv_cache: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of whole pages. pages [J, P] -> [J, P * S, H, D] twice"""
-        read = kv_cache[pages].transpose(2, 3).flatten(1, 2)  # [J, T, H, 2D]
+        _, heads, size, width = kv_cache.shape
+        read = kv_cache.new_empty(pages.numel(), size, heads, width)
+        torch.index_select(kv_cache.transpose(1, 2), 0, pages.flatten(), out=read)
+        read = read.view(len(pages), -1, heads, width)  # [J, T, H, 2D]
         keys, values = read.split(self.head_size, dim=-1)
         return keys, values
 
@@ -231,7 +254,6 @@ class PlannedImpl:
         if self._single is None:
             self._single = compat.single_head_impl(self)
         queries, size = len(step.lengths), kv_cache.shape[2]
-        self.selected_queries += queries
         picked = query[:queries] if step.tokens is None else query[step.tokens]  # [Q, Hq, D]
         heads = picked.view(queries, self.num_kv_heads, self.num_queries_per_kv, -1)
         views = self.views(kv_cache)

@@ -1,7 +1,8 @@
 """Everything that leans on what vLLM does not promise, one function each.
 
-Written for vLLM 0.32 (``register_backend`` takes names of one's own from 0.32 on). Each function
-says which version ends it; ``tests/vllm/test_contract.py`` fails loudly when upstream moves.
+Written for vLLM 0.32 and 0.33 (``register_backend`` takes names of one's own from 0.32 on). Each
+function says which version ends it; ``tests/vllm/test_contract.py`` fails loudly when upstream
+moves, and ``tools/vllm_drift.py`` says beforehand what a new version would move.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-FIRST, END = (0, 32), (0, 33)
+FIRST, END = (0, 32), (0, 34)
 """vLLM versions [first, end) that kvplug was tested with."""
 
 
@@ -33,8 +34,8 @@ def warn_unsupported() -> None:
     from vllm.logger import init_logger
 
     init_logger("vllm.kvplug").warning_once(
-        "kvplug knows vLLM 0.32, this is %s: it stays inactive. Install vllm==0.32.*, or a kvplug "
-        "that knows this one.",
+        "kvplug knows vLLM 0.32 and 0.33, this is %s: it stays inactive. Install "
+        "'vllm>=0.32,<0.34', or a kvplug that knows this one.",
         vllm.__version__,
     )
 
@@ -138,9 +139,9 @@ def announce_lookups(tell: Callable[[Sequence[Any], Any], None]) -> None:
     stock = KVCacheManager.get_computed_blocks
 
     @functools.wraps(stock)
-    def get_computed_blocks(self: Any, request: Any) -> Any:
+    def get_computed_blocks(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         tell(self.coordinator.single_type_managers, request)
-        return stock(self, request)
+        return stock(self, request, *args, **kwargs)
 
     KVCacheManager.get_computed_blocks = get_computed_blocks
 
@@ -168,11 +169,16 @@ def ensure_builtin_specs() -> None:
 
 def request_rows(common: Any) -> NDArray[np.int64]:
     """Where the router knows each row of the batch: Model Runner V2 names the request's slot,
-    V1's rows are the slots. Until V1 is removed (0.32 calls it deprecated). -> [B]
+    V1's rows are the slots. Until V1 is removed (0.32 calls it deprecated).
+
+    -> [B]; -1 for rows that pad the batch to a captured size, which V2 names no slot for.
     """
-    if common.req_idx is not None:
-        return np.asarray(common.req_idx[: common.num_reqs], np.int64)
-    return np.arange(common.num_reqs)
+    if common.req_idx is None:
+        return np.arange(common.num_reqs)
+    rows = np.full(common.num_reqs, -1, np.int64)
+    named = np.asarray(common.req_idx[: common.num_reqs], np.int64)
+    rows[: len(named)] = named
+    return rows
 
 
 def host_lengths(common: Any) -> NDArray[np.int64]:
@@ -184,12 +190,25 @@ def host_lengths(common: Any) -> NDArray[np.int64]:
     return lengths[: common.num_reqs].numpy().astype(np.int64)
 
 
+def second_builder(builder: Any) -> Any:
+    """A copy of a stock metadata builder, for other sequences of the same step.
+
+    What FlashAttentionMetadataBuilder keeps of a step is its FlashAttention 3 schedule, in one
+    buffer for as many sequences as a batch has requests: without a schedule made ahead the kernel
+    makes its own. Until the schedule is no buffer of the builder's.
+    """
+    second = copy.copy(builder)
+    if hasattr(second, "aot_schedule"):
+        second.aot_schedule, second.scheduler_metadata = False, None
+    return second
+
+
 def single_head_builder(builder: Any, heads: int) -> Any:
-    """A copy of a stock metadata builder for batches of one KV head and ``heads`` query heads.
+    """``second_builder`` for batches of one KV head and ``heads`` query heads.
 
     The names are attributes of CPUAttentionMetadataBuilder and FlashAttentionMetadataBuilder.
     """
-    single = copy.copy(builder)
+    single = second_builder(builder)
     for name, value in (
         ("num_heads", heads),
         ("num_kv_heads", 1),
@@ -282,3 +301,95 @@ def page_tail(kv_cache: torch.Tensor, rows: int, head_size: int) -> torch.Tensor
         (page, rows * head_size, head_size, 1),
         kv_cache.storage_offset() + heads * head,
     )
+
+
+def announce_requests(tell: Callable[[Any, Any], None]) -> None:
+    """Call ``tell`` with an engine's configuration and a request's sampling parameters: when the
+    request is admitted, and when the engine's core receives it. A ValueError of ``tell`` fails
+    that request alone; what a core cannot carry out would end it in a step.
+
+    ``validate_params`` is called on a class that all engines of a process share. Until it is
+    given the configuration.
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    admit, receive = InputProcessor.process_inputs, EngineCore.preprocess_add_request
+    if getattr(receive, "_kvplug", False):
+        return
+
+    @functools.wraps(admit)
+    def process_inputs(
+        self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        try:
+            tell(self.vllm_config, params)
+        except ValueError as error:
+            raise VLLMValidationError(str(error)) from error
+        return admit(self, request_id, prompt, params, *args, **kwargs)
+
+    @functools.wraps(receive)
+    def preprocess_add_request(self: Any, request: Any) -> Any:
+        tell(self.vllm_config, request.sampling_params)
+        return receive(self, request)
+
+    preprocess_add_request._kvplug = True  # type: ignore[attr-defined]
+    InputProcessor.process_inputs = process_inputs
+    EngineCore.preprocess_add_request = preprocess_add_request
+
+
+def announce_beams(tell: Callable[[Any, Any, Sequence[Any]], None]) -> None:
+    """Call ``tell`` with the configuration, the parameters and the prompts of a beam search before
+    its first step. A ValueError of ``tell`` refuses it.
+
+    Each step of a beam is a request whose parameters vLLM makes itself, without what the user
+    said in ``vllm_xargs``. Until ``BeamSearchParams`` has ``extra_args``.
+    """
+    from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
+    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.speech_to_text.transcription.protocol import TranscriptionRequest
+    from vllm.entrypoints.speech_to_text.translation.protocol import TranslationRequest
+    from vllm.exceptions import VLLMValidationError
+
+    online, offline = BeamSearchOnlineMixin.beam_search, BeamSearchOfflineMixin.beam_search
+    if getattr(online, "_kvplug", False):
+        return
+
+    def judge(vllm_config: Any, params: Any, prompts: Sequence[Any]) -> None:
+        inner = [prompt.get("decoder_prompt", prompt) for prompt in prompts]
+        try:
+            tell(vllm_config, params, [each.get("prompt_token_ids") or () for each in inner])
+        except ValueError as error:
+            raise VLLMValidationError(str(error)) from error
+
+    @functools.wraps(online)
+    def beam_search(self: Any, prompt: Any, request_id: Any, params: Any, **kwargs: Any) -> Any:
+        judge(self.engine_client.vllm_config, params, [prompt])
+        return online(self, prompt=prompt, request_id=request_id, params=params, **kwargs)
+
+    @functools.wraps(offline)
+    def offline_beam_search(
+        self: Any, prompts: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        judge(self.llm_engine.vllm_config, params, self._preprocess_cmpl(prompts))
+        return offline(self, prompts, params, *args, **kwargs)
+
+    def keep_extra_args(stock: Any) -> Any:
+        @functools.wraps(stock)
+        def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+            params = stock(self, *args, **kwargs)
+            params.extra_args = self.vllm_xargs
+            return params
+
+        return to_beam_search_params
+
+    for request in (
+        ChatCompletionRequest, CompletionRequest, TranscriptionRequest, TranslationRequest,
+    ):  # fmt: skip
+        request.to_beam_search_params = keep_extra_args(request.to_beam_search_params)
+    beam_search._kvplug = True  # type: ignore[attr-defined]
+    BeamSearchOnlineMixin.beam_search = beam_search
+    BeamSearchOfflineMixin.beam_search = offline_beam_search

@@ -68,6 +68,18 @@ class Environment:
         )
         return json.loads(run.stdout)["install"][0]["metadata"] if run.returncode == 0 else None
 
+    def download(self, requirement: str, folder: Path) -> Path:
+        """The wheel of one requirement, without what it requires and without keeping a copy."""
+        say(f"pip download {requirement}")
+        command = [*self._pip, "download", "--progress-bar=off", "-qq", "--no-cache-dir"]
+        command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), requirement]
+        if subprocess.run(command).returncode:
+            raise SetupError(
+                f"pip failed, its own message is above; {requirement} must be on pip's index"
+            )
+        (wheel,) = folder.glob("*.whl")
+        return wheel
+
     def ask(self, code: str, **environment: str) -> str:
         """Run code in the environment, return what it prints."""
         run = subprocess.run(

@@ -101,7 +101,7 @@ def assigned_attributes(tree: ast.Module, class_name: str) -> set[str]:
 def test_the_installed_vllm_is_one_that_we_say_we_support():
     (wanted,) = PROJECT["optional-dependencies"]["vllm"]
     supported = Requirement(wanted).specifier
-    assert str(supported) == "<0.33,>=0.32"
+    assert str(supported) == "<0.34,>=0.32"
     assert supported.contains(Version(VLLM).base_version), (
         f"vLLM {VLLM} is outside {supported}: go through kvplug_vllm/compat.py, then widen "
         "pyproject.toml and this test"
@@ -244,16 +244,35 @@ def test_a_request_is_announced_before_its_prefix_is_looked_up(monkeypatch):
     import kvplug_vllm.packing  # noqa: F401 -- hooks the manager
     from kvplug_vllm import compat
 
-    stock = KVCacheManager.get_computed_blocks
-    assert parameters(stock) == ["self", "request"], f"{MOVED}: compat.announce_lookups"
-    assert stock.__wrapped__.__qualname__ == "KVCacheManager.get_computed_blocks"
-    monkeypatch.setattr(KVCacheManager, "get_computed_blocks", lambda self, request: order)
+    hooked = KVCacheManager.get_computed_blocks
+    assert parameters(hooked)[:2] == ["self", "request"], f"{MOVED}: compat.announce_lookups"
+    assert hooked.__wrapped__.__qualname__ == "KVCacheManager.get_computed_blocks"
     order: list[object] = []
-    compat.announce_lookups(lambda managers, request: order.append((managers, request)))
-    found = KVCacheManager.get_computed_blocks(
-        SimpleNamespace(coordinator=SimpleNamespace(single_type_managers=("one",))), "request"
+    manager = SimpleNamespace(coordinator=SimpleNamespace(single_type_managers=("one",)))
+    monkeypatch.setattr(
+        KVCacheManager, "get_computed_blocks", lambda *given, **named: order.append((given, named))
     )
-    assert found == [(("one",), "request")], "told first, then looked up"
+    compat.announce_lookups(lambda *told: order.append(told))
+    KVCacheManager.get_computed_blocks(manager, "request", 64, more=1)  # 0.33 gives a length too
+    assert order == [(("one",), "request"), ((manager, "request", 64), {"more": 1})]
+
+
+def test_the_scheduler_looks_a_prefix_up_by_the_hooked_method():
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    import kvplug_vllm.packing  # noqa: F401 -- hooks the manager
+
+    stock = inspect.signature(KVCacheManager.get_computed_blocks.__wrapped__)
+    calls = [
+        node
+        for node in ast.walk(source_of("vllm.v1.core.sched.scheduler"))
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "get_computed_blocks"
+    ]
+    assert calls, f"{MOVED}: the scheduler looks prefixes up in another way"
+    for call in calls:
+        named = {keyword.arg: keyword.value for keyword in call.keywords}
+        given = stock.bind("self", *call.args, **named).arguments
+        assert ast.unparse(given["request"]) == "request", f"{MOVED}: compat.announce_lookups"
 
 
 def test_a_session_whose_turns_stream_in_says_so_by_keyword():
@@ -306,8 +325,13 @@ def stock_cpu_platform():
     return CpuPlatform
 
 
-def selector_config(**changes):
-    return SimpleNamespace(**{"use_sparse": False, "use_mla": False, **changes})
+def selector_config():
+    import torch
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    return AttentionSelectorConfig(
+        head_size=64, dtype=torch.float32, kv_cache_dtype="auto", block_size=None
+    )
 
 
 def test_the_stock_cpu_platform_still_ignores_the_choice_of_a_backend():
@@ -418,6 +442,32 @@ def test_the_fused_write_of_keys_can_still_be_declined():
     assert hasattr(AttentionImpl, "fused_rope_kvcache_supported"), (
         f"{MOVED}: keys may be written past do_kv_cache_update; see PlannedImpl"
     )
+
+
+def test_no_model_writes_keys_past_our_backends():
+    """From 0.33 on FlashAttention allows it, and digests would never see those keys."""
+    from vllm.v1.attention.backend import AttentionBackend
+
+    from kvplug_vllm import cpu, cuda
+
+    declined = "supports_kv_cache_update_bypass"
+    assert Version(VLLM) < Version("0.33") or hasattr(AttentionBackend, declined), (
+        f"{MOVED}: models ask for another permission; see PlannedBackend"
+    )
+    for backend in (cpu.KVPlugBackend, cuda.KVPlugBackend):
+        assert getattr(backend, declined) is False
+
+
+def test_the_cpu_serves_ours_with_the_page_size_of_its_own_backend():
+    """0.33 asks the backend for it, once the model is there; 0.32's platform knows it itself."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    from kvplug_vllm.cpu import KVPlugBackend
+
+    for default in (16, 128):
+        assert KVPlugBackend.get_preferred_block_size(
+            default
+        ) == CPUAttentionBackend.get_preferred_block_size(default)
 
 
 def test_layers_have_the_number_in_their_name():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,9 +19,13 @@ from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
 from vllm.v1.kv_cache_interface import KVCacheGroupSpec
 from vllm.v1.worker.utils import allocate_kv_cache
+
+if find_spec("vllm.v1.core.kv_cache_planning"):  # from 0.33 on
+    from vllm.v1.core.kv_cache_planning import get_kv_cache_config_from_groups
+else:
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
 
 LAYER = "model.layers.2.self_attn.attn"  # quest's first two layers read everything
 CPU = torch.device("cpu")
