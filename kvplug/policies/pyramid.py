@@ -10,8 +10,11 @@ Cai et al., "PyramidKV: Dynamic KV Cache Compression based on Pyramidal Informat
 
 Differs from the paper: the layers form three classes of equal size (they differ by one where L is
 no multiple of three), each with the mean of its layers' budgets, so that an engine can free pages
-of a class. Any score may be wrapped. kvpress takes min = K / beta and serves SnapKV where that is
-below W; here the formula holds for every K of at least W.
+of a class. Shares are fixed before any prompt: where a class's is more than a prompt has, the
+paper's code raises the others', here nobody gets the rest. Of 601 tokens at budget=451 the classes
+of 30 layers could keep 705, 451 and 197 and keep 601, 451 and 197, a mean of 416; only prompts of
+twice the budget keep all of it. Any score may be wrapped. kvpress takes min = K / beta and serves
+SnapKV where that is below W; here the formula holds for every K of at least W.
 """
 
 from __future__ import annotations

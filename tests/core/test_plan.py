@@ -241,6 +241,20 @@ def test_most_pages_is_the_most_that_some_position_holds(settings, S, in_flight,
     assert planner.most_pages(in_flight, max_tokens) == most
 
 
+@pytest.mark.parametrize("tokens, private, read", [(199, 0, 13), (200, 0, 13), (201, 4, 5)])
+def test_a_request_of_exactly_min_context_tokens_is_served_dense(tokens, private, read):
+    """Also where its last query goes through the selection, as all do under CUDA graphs."""
+    length = np.array([tokens])
+    for shortcut in (True, False):
+        selecting = Settings(policy=parse("quest(budget=80)"), min_context=200, shortcut=shortcut)
+        planner = Planner(selecting, 16)
+        segments = planner.plan(length - 1, length, np.array([10]))
+        assert segments.selects.tolist() == [not shortcut or tokens > 200]
+        assert planner.selection(segments).tolist() == [read]
+    scored = Planner(Settings(policy=parse("knorm(budget=64)"), min_context=200), 16)
+    assert scored.private_pages(length).tolist() == [private]
+
+
 @claims
 @given(settings_(), sizes, st.integers(1, LONGEST))
 def test_width_holds_the_widest_selection_and_all_of_a_request_under_min_context(

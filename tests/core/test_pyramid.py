@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvplug import Planner, parse, read_settings
+from kvplug.policies import pyramid
 
 
 def budgets(line: str, layers: int) -> tuple[int, ...]:
@@ -39,6 +40,14 @@ def test_the_mean_is_the_budget_and_nobody_falls_below_what_always_stays(
     assert abs(np.mean(found) - (sinks + more)) <= 0.5
     sizes = np.unique(np.searchsorted(-np.array(found), -np.array(found)), return_counts=True)[1]
     assert len(sizes) <= 3
+
+
+def test_the_page_says_what_prompts_shorter_than_the_first_share_keep():
+    shares = sorted(set(budgets("pyramid(snapkv(budget=451))", 30)), reverse=True)
+    kept = [min(share, 601) for share in shares]
+    assert (shares, kept, round(np.mean(kept))) == ([705, 451, 197], [601, 451, 197], 416)
+    page = " ".join(pyramid.__doc__.split())
+    assert "could keep 705, 451 and 197 and keep 601, 451 and 197, a mean of 416" in page
 
 
 def test_a_steep_pyramid_is_uniform_only_at_beta_one():
