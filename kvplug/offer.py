@@ -14,11 +14,12 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
 from kvplug.composition import Composition
-from kvplug.config import Settings, read_settings, token_count
+from kvplug.config import Settings, check_keys, read_settings, token_count
 from kvplug.grammar import parse
 from kvplug.policy import Digest, LayerBudgets, PositionalEviction, ScoredEviction, Selector
 from kvplug.registry import did_you_mean, policy_class
 
+SERVER_KEYS = ("policy", "min_context", "protect", "allow", "max_budget")
 REQUEST_KEYS = ("policy", "budget", "min_context", "protect")
 DENSE = "dense"
 LONGEST = 10_000
@@ -95,6 +96,15 @@ class Offer:
             return self.max_budget
         scored = self.settings.policy.scored
         return 0 if scored is None else scored.budget
+
+    @property
+    def scorers(self) -> list[ScoredEviction]:
+        """What may compress a prompt here: the server's own, and those that requests may name."""
+        own = self.settings.policy.scored
+        classes = [policy_class(name) for name in self.allow]
+        allowed = [cls() for cls in classes if issubclass(cls, ScoredEviction)]
+        others = [each for each in allowed if type(each) is not type(own)]
+        return others if own is None else [own, *others]
 
     @property
     def names(self) -> list[str]:
@@ -199,6 +209,7 @@ def read_offer(given: object = None, environ: Mapping[str, str] | None = None) -
     own = {f.name for f in fields(Offer)} - {"settings"}
     rest, offer = given, {}
     if isinstance(given, Mapping):
+        check_keys(given, SERVER_KEYS)
         rest = {key: value for key, value in given.items() if key not in own}
         offer = {key: value for key, value in given.items() if key in own}
     allow, budget = offer.get("allow", ()), offer.get("max_budget")

@@ -6,7 +6,6 @@ possibly more than once; both change nothing for a user who did not select kvplu
 
 from typing import Any
 
-NAME = "KVPLUG"
 _BACKEND = "kvplug_vllm.backend.KVPlugBackend"
 
 
@@ -20,6 +19,7 @@ def register() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     from kvplug_vllm.counters import Files
+    from kvplug_vllm.settings import NAME
 
     if NAME not in AttentionBackendEnum.__members__:
         register_backend(NAME, _BACKEND)
@@ -32,15 +32,28 @@ def register() -> None:
 
 
 def _configured(vllm_config: Any) -> None:
-    from kvplug_vllm.settings import Engine
+    """vLLM has made a configuration: refuse what would be wrong before anything loads."""
+    from vllm.logger import init_logger
 
-    Engine.configured(vllm_config)
+    from kvplug_vllm.settings import resolve, selected, without_effect
+
+    log = init_logger("vllm.kvplug")
+    for line in without_effect(vllm_config):
+        log.warning_once("kvplug: without effect: %s", line)
+    if selected(vllm_config):
+        from kvplug_vllm.admission import judge_requests, judge_sessions_and_beams
+        from kvplug_vllm.refusals import refuse
+
+        refuse(vllm_config)
+        resolve(vllm_config)
+        judge_requests()
+        judge_sessions_and_beams()
 
 
 def _reduce(protocol: Any) -> tuple[Any, tuple[str]]:
     from kvplug_vllm.counters import Meeting
 
-    return restore, (Meeting.enter(),)
+    return restore, (Meeting.invite(),)
 
 
 def restore(counters: str) -> Any:
@@ -48,10 +61,13 @@ def restore(counters: str) -> Any:
     in the folder of the process that sent it."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+    from kvplug_vllm.admission import judge_requests
     from kvplug_vllm.counters import Meeting
+    from kvplug_vllm.settings import NAME
 
     register()
     Meeting.join(counters)
+    judge_requests()
     return AttentionBackendEnum[NAME]
 
 

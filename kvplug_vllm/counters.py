@@ -12,81 +12,56 @@ from __future__ import annotations
 
 import atexit
 import fcntl
+import logging
 import os
 import shutil
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import ClassVar
 
 from prometheus_client import REGISTRY, CollectorRegistry, Metric
-from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from kvplug import Labels
+from kvplug.counting import Counter, Counters
+
+log = logging.getLogger("vllm.kvplug")
+
+_mine: Counters | None = None
+_opening = Lock()
 
 
-@dataclass(frozen=True)
-class Counter:
-    """Shown as ``kvplug_<name>_total``, by one label."""
-
-    name: str
-    help: str
-    label: str
-
-    def __str__(self) -> str:
-        return f"kvplug_{self.name}_total"
-
-    def add(self, amount: float, label: str) -> None:
-        """Count in this process. Raises OSError where its file cannot be written."""
-        file = CounterFile.of_this_process()
-        label = file.labels[self.label](label)
-        key = mmap_key(f"kvplug_{self.name}", str(self), [self.label], [label], self.help)
-        file.add(key, amount)
+def add(counter: Counter, amount: float, label: str) -> None:
+    """Count in this process."""
+    global _mine
+    with _opening:
+        if _mine is None or _mine.process != os.getpid():  # a fork shares no counts
+            _mine = Counters(_folder, log)
+    _mine.add(counter, amount, label)
 
 
-class CounterFile:
-    """What this process counted."""
-
-    _mine: ClassVar[CounterFile | None] = None
-    _opening: ClassVar[Lock] = Lock()
-
-    def __init__(self) -> None:
-        self.process = os.getpid()
-        self.lock = Lock()
-        self.labels: defaultdict[str, Labels] = defaultdict(Labels)
-        folder = Path(os.environ.get("PROMETHEUS_MULTIPROC_DIR") or Meeting.enter())
-        self.values = MmapedDict(str(folder / f"counter_kvplug-{self.process}.db"))
-
-    @classmethod
-    def of_this_process(cls) -> CounterFile:
-        with cls._opening:
-            if cls._mine is None or cls._mine.process != os.getpid():  # a fork shares no counts
-                cls._mine = cls()
-            return cls._mine
-
-    def add(self, key: str, amount: float) -> None:
-        with self.lock:
-            value, _ = self.values.read_value(key)
-            self.values.write_value(key, value + amount, 0.0)
+def _folder() -> str:
+    return os.environ.get("PROMETHEUS_MULTIPROC_DIR") or Meeting.enter()
 
 
 class Meeting:
     """Where the processes of one server meet; nothing is there until one of them enters."""
 
     PREFIX: ClassVar[str] = f"kvplug-counters-{os.getuid()}-"
-    folder: ClassVar[Path] = Path(tempfile.gettempdir()) / f"{PREFIX}{os.urandom(8).hex()}"
-    owner: ClassVar[int] = os.getpid()
+    folder: ClassVar[Path | None] = None
+    owner: ClassVar[int] = 0
     held: ClassVar[int | None] = None
 
     @classmethod
     def enter(cls) -> str:
-        """The folder, there for as long as this process or one that it started lives."""
+        """The folder, there for as long as this process or one that it started lives. Raises
+        OSError where there is room for none."""
+        if cls.folder is None:
+            name = f"{cls.PREFIX}{os.urandom(8).hex()}"
+            cls.folder, cls.owner = Path(tempfile.gettempdir()) / name, os.getpid()
         if cls.held is None:
             sweep(cls.PREFIX, cls.folder)
             cls.held = hold(cls.folder)
@@ -94,14 +69,21 @@ class Meeting:
         return str(cls.folder)
 
     @classmethod
+    def invite(cls) -> str:
+        """What to tell a process that is started: nothing, where it can count nowhere."""
+        with suppress(OSError):
+            return cls.enter()
+        return ""
+
+    @classmethod
     def join(cls, folder: str) -> None:
         """Count where the process counts that sent its configuration here."""
-        if folder != str(cls.folder):
+        if folder and folder != str(cls.folder):
             cls.folder, cls.owner, cls.held = Path(folder), 0, None
 
     @classmethod
     def leave(cls) -> None:
-        if cls.owner == os.getpid():
+        if cls.folder is not None and cls.owner == os.getpid():
             shutil.rmtree(cls.folder, ignore_errors=True)
 
 
@@ -109,6 +91,7 @@ class Files(Collector):
     """Says nothing where nobody counted: vLLM's ``/metrics`` is then what it was."""
 
     _registered: ClassVar[bool] = False
+    _unreadable: ClassVar[bool] = False
 
     @classmethod
     def register(cls, registry: CollectorRegistry = REGISTRY) -> None:
@@ -120,8 +103,23 @@ class Files(Collector):
         return iter(())
 
     def collect(self) -> Iterator[Metric]:
-        files = [str(file) for file in Meeting.folder.glob("counter_*.db")]
-        yield from MultiProcessCollector.merge(files)
+        if Meeting.folder is None:
+            return
+        try:
+            files = [str(file) for file in Meeting.folder.glob("counter_*.db")]
+            found = list(MultiProcessCollector.merge(files))
+        except Exception as error:  # whatever became of the files, the rest of the page is shown
+            if not Files._unreadable:
+                Files._unreadable = True
+                log.warning(
+                    "kvplug: the counters in %s cannot be read (%s: %s) and are not on /metrics. "
+                    "What is served does not change.",
+                    Meeting.folder,
+                    type(error).__name__,
+                    error,
+                )
+            return
+        yield from found
 
 
 def hold(folder: Path) -> int:
@@ -139,7 +137,7 @@ def sweep(prefix: str, ours: Path) -> None:
     """Remove the folders of servers that were killed: no process holds them any more."""
     for folder in ours.parent.glob(f"{prefix}*"):
         if folder != ours:
-            with suppress(FileNotFoundError, BlockingIOError):
+            with suppress(OSError):
                 opened = os.open(folder, os.O_RDONLY)
                 try:
                     fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)

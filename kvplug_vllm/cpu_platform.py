@@ -7,7 +7,8 @@ from typing import Any
 from vllm.platforms import cpu_platform_plugin
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from kvplug_vllm import NAME, compat
+from kvplug_vllm import compat
+from kvplug_vllm.settings import NAME
 
 _Stock: Any = resolve_obj_by_qualname(cpu_platform_plugin())  # CpuPlatform or ZenCpuPlatform
 

@@ -14,7 +14,8 @@ import torch
 
 import kvplug
 from kvplug import parse, read_offer, read_settings
-from kvplug_vllm import NAME, compat
+from kvplug_vllm import compat
+from kvplug_vllm.settings import NAME, offer_of
 
 
 @dataclass(frozen=True)
@@ -110,13 +111,14 @@ def _specs() -> str:
     from vllm.v1.kv_cache_interface import FullAttentionSpec
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-    from kvplug_vllm.cache import EvictingManager, EvictingSpec, EvictionSettings
+    from kvplug_vllm.settings import EvictionSettings
+    from kvplug_vllm.streaming import EvictingManager, EvictingSpec
 
     shape: dict[str, Any] = {
         "block_size": 32, "num_kv_heads": 1, "head_size": 64, "dtype": torch.float32,
     }  # fmt: skip
     settings = EvictionSettings.of(read_offer({"policy": "streaming_llm"}))
-    ours = EvictingSpec(**shape, settings=settings, max_blocks=4)
+    ours = EvictingSpec(**shape, settings=settings, in_flight=64)
     if KVCacheSpecRegistry.get_manager_class(ours) is not EvictingManager:
         raise ValueError("vLLM does not know kvplug's cache manager")
     if KVCacheSpecRegistry.get_manager_class(FullAttentionSpec(**shape)) is None:
@@ -144,4 +146,4 @@ def _model(model: str, policy: str | None) -> str:
         model=model, attention_backend=NAME.lower(), additional_config=settings
     ).create_engine_config()
     refuse(config)
-    return f"{model} can be served with {read_settings(settings.get('kvplug'))}"
+    return f"{model} can be served with {offer_of(config)}"

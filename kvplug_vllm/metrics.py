@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvplug import Settings, StepReads
-from kvplug_vllm.counters import Counter
+from kvplug.counting import Counter
+from kvplug_vllm.counters import add
 from kvplug_vllm.settings import Engine
 
 QUERIES = Counter("decode_queries", "Decode queries attended.", "policy")
@@ -46,7 +47,7 @@ class Metrics:
         if engine.vllm_config.parallel_config.rank != 0:
             return None
         for counter in BY_POLICY:  # a rate needs to have seen the zero
-            counter.add(0, str(engine.settings.policy))
+            add(counter, 0, str(engine.settings.policy))
         return cls(share)
 
     def count(self, reads: StepReads, settings: Settings) -> None:
@@ -64,7 +65,7 @@ class Metrics:
         self._add(DROPPED, float((prompt - keep).sum()), settings)
 
     def _add(self, counter: Counter, amount: float, settings: Settings) -> None:
-        counter.add(amount * self.share, str(settings.policy))
+        add(counter, amount * self.share, str(settings.policy))
 
 
 @contextmanager
@@ -73,7 +74,7 @@ def packing(engine: Engine | None, settings: Settings) -> Iterator[None]:
     began = perf_counter()
     yield
     if engine is not None and engine.vllm_config.parallel_config.rank == 0:
-        SECONDS.add(perf_counter() - began, str(settings.policy))
+        add(SECONDS, perf_counter() - began, str(settings.policy))
 
 
 def count_returned(policy: str, blocks: int, private: int, block_bytes: int) -> None:
@@ -83,10 +84,10 @@ def count_returned(policy: str, blocks: int, private: int, block_bytes: int) -> 
     engine allocates for a block on one rank.
     """
     if blocks:
-        RETURNED.add(blocks, policy)
-        SAVED.add((blocks - private) * block_bytes, policy)
+        add(RETURNED, blocks, policy)
+        add(SAVED, (blocks - private) * block_bytes, policy)
 
 
 def count_refused(reason: str) -> None:
     """In the API server's process. reason: one of a few words, such as ``max_budget``."""
-    REFUSED.add(1, reason)
+    add(REFUSED, 1, reason)

@@ -23,8 +23,8 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from kvplug import Planner
 from kvplug_vllm import compat
-from kvplug_vllm.cache import EvictionSettings, give_back
-from kvplug_vllm.settings import asked_for
+from kvplug_vllm.settings import EvictionSettings, asked_for
+from kvplug_vllm.streaming import give_back
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,16 @@ class PackingSpec(FullAttentionSpec):
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         whole = super().max_memory_usage_bytes(vllm_config)
-        return whole + self.private_blocks * self.page_size_bytes
+        private = self.most_private(vllm_config.model_config.max_model_len)
+        return whole + private * self.page_size_bytes
+
+    def most_private(self, tokens: int) -> int:
+        """Private blocks of any request of so many tokens, the first of its answer among them."""
+        prompt = tokens - 1
+        if self.settings.offer().mixed:
+            return min(self.private_blocks, prompt // self.block_size)
+        planner = Planner(self.settings.offer().settings, self.block_size, self.budget)
+        return int(planner.private_pages(np.array([prompt]))[0])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,13 +10,11 @@ from kvplug import (
     Offer,
     Policy,
     PositionalEviction,
-    Refused,
     ScoredEviction,
     Selector,
     policy_class,
 )
-from kvplug_vllm.metrics import count_refused
-from kvplug_vllm.settings import offer_of, selected
+from kvplug_vllm.settings import offer_of
 
 
 def refuse(vllm_config: Any) -> None:
@@ -65,15 +63,17 @@ def refusals(vllm_config: Any) -> Iterator[str]:
             "and --ubatch-size, or use the policy 'dense'"
         )
     if vllm_config.kv_transfer_config is not None:
+        offloads = vllm_config.cache_config.kv_offloading_size is not None
         yield (
             "a KV connector moves pages without knowing their digests or holes; drop "
-            "--kv-transfer-config, or use the policy 'dense'"
+            f"{'--kv-offloading-size' if offloads else '--kv-transfer-config'}, or use the policy "
+            "'dense'"
         )
     cache_dtype = vllm_config.cache_config.cache_dtype
     if cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
         yield (
-            f"a quantised KV cache ({cache_dtype}) has no digests yet; use --kv-cache-dtype auto, "
-            "or the policy 'dense'"
+            f"a quantised KV cache ({cache_dtype}) has no digests yet; use --kv-cache-dtype "
+            "bfloat16, or the policy 'dense'"
         )
     if model is None:
         return
@@ -110,23 +110,6 @@ def refusals(vllm_config: Any) -> Iterator[str]:
                 f"{policy.eviction.name} beside the model's own windowed layers needs the hybrid "
                 "KV cache manager; drop --disable-hybrid-kv-cache-manager"
             )
-
-
-def refuse_session(vllm_config: Any) -> None:
-    """Its prompt grows by its own answers, and a compressed one has no blocks before them.
-    Raises Refused.
-    """
-    if not selected(vllm_config):
-        return
-    offer = offer_of(vllm_config)
-    if offer.mixed or offer.settings.policy.scored is not None:
-        count_refused("session")
-        raise Refused(
-            "session",
-            "kvplug: a session whose turns stream in cannot be served where prompts are "
-            "compressed; send each turn as a request with the whole prompt, which the prefix "
-            "cache serves",
-        )
 
 
 def unsupported(offer: Offer) -> Iterator[str]:

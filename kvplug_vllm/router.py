@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from vllm.v1.sample.logits_processor.interface import MoveDirectionality
 
-from kvplug import Choices, Refused, Settings
+from kvplug import Choices, Settings
 from kvplug_vllm import compat
-from kvplug_vllm.metrics import count_refused
-from kvplug_vllm.settings import REQUEST_FIELD, Engine, asked_for, offer_of, selected
+from kvplug_vllm.admission import Judging, not_selected
+from kvplug_vllm.settings import asked_for, offer_of, selected
 
 UNKNOWN = -1
 OWN = 0
@@ -30,20 +30,11 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """When a request arrives: what it asks for must be on offer. Raises ValueError."""
+        """Where no engine of the process was set to kvplug. Any other is asked by its own
+        configuration, which vLLM does not say here (``admission``). Raises ValueError."""
         asked = asked_for(sampling_params)
-        if asked is None:
-            return
-        if Engine.current is None:
-            raise ValueError(
-                f"the request asks for the KV policy {asked!r} ({REQUEST_FIELD}), and this server "
-                "was started without it; start it with --attention-backend kvplug"
-            )
-        try:
-            Engine.current.offer.settings_for(asked)
-        except ValueError as error:
-            count_refused(error.reason if isinstance(error, Refused) else "unreadable")
-            raise
+        if asked is not None and not Judging.begun:
+            raise ValueError(not_selected(asked))
 
     def __init__(self, vllm_config: Any, *rest: Any) -> None:
         self.active = selected(vllm_config)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from functools import cache
 from typing import Any, ClassVar
 
-from kvplug import Offer, Settings, read_offer
-from kvplug_vllm import NAME, compat
+from kvplug import Offer, Planner, Settings, read_offer
+from kvplug.config import ENVIRONMENT
+from kvplug.offer import SERVER_KEYS
 
+NAME = "KVPLUG"
+LEVEL = "kvplug"
+"""Of ``--additional-config``, under which kvplug's settings stand."""
 REQUEST_FIELD = "kvplug"
 """``vllm_xargs={"kvplug": "snapkv(budget=512)"}``, ``SamplingParams(extra_args=...)``."""
 
@@ -20,8 +28,58 @@ def selected(vllm_config: Any) -> bool:
 
 def offer_of(vllm_config: Any) -> Offer:
     """``--additional-config '{"kvplug": {...}}'`` -> what the server offers. Raises ValueError."""
+    given = _additional(vllm_config)
+    if LEVEL not in given and (stray := [*_misspelt(given), *_without_level(given)]):
+        raise ValueError(
+            f"--additional-config has {_listed(stray)} and no {LEVEL!r}, so that the default "
+            f'policy would be served; write {{"{LEVEL}": {{"policy": "…"}}}}'
+        )
+    return read_offer(given.get(LEVEL))
+
+
+def resolve(vllm_config: Any) -> None:
+    """Write what stands in for a policy, KVPLUG_POLICY or the default, into the configuration:
+    every process of the engine, and every later moment, reads what was read at its start."""
+    offer = offer_of(vllm_config)
+    if isinstance(vllm_config.additional_config, dict):
+        own = {"policy": str(offer.settings.policy), "min_context": offer.settings.min_context}
+        given = _additional(vllm_config)
+        vllm_config.additional_config = {**given, LEVEL: {**(given.get(LEVEL) or {}), **own}}
+
+
+def without_effect(vllm_config: Any) -> Iterator[str]:
+    """What the user wrote for kvplug and nothing applies, in the user's words."""
+    given = _additional(vllm_config)
+    if selected(vllm_config):
+        if LEVEL in given and (stray := [*_misspelt(given), *_without_level(given)]):
+            yield f"{_listed(stray)} of --additional-config: only what is under {LEVEL!r} is read"
+        return
+    needs = "needs --attention-backend kvplug"
+    if stray := [*([LEVEL] if LEVEL in given else []), *_misspelt(given)]:
+        yield f"{_listed(stray)} of --additional-config: {needs}"
+    if os.environ.get(ENVIRONMENT):
+        yield f"{ENVIRONMENT}={os.environ[ENVIRONMENT]}: {needs}"
+
+
+def _additional(vllm_config: Any) -> dict[str, Any]:
     given = vllm_config.additional_config
-    return read_offer(given.get("kvplug") if isinstance(given, dict) else None)
+    return given if isinstance(given, dict) else {}
+
+
+def _misspelt(given: dict[str, Any]) -> list[str]:
+    return [
+        key
+        for key in map(str, given)
+        if key != LEVEL and get_close_matches(key.lower(), [LEVEL], 1, 0.8)
+    ]
+
+
+def _without_level(given: dict[str, Any]) -> list[str]:
+    return [key for key in given if key in SERVER_KEYS]
+
+
+def _listed(keys: list[str]) -> str:
+    return ", ".join(map(repr, keys))
 
 
 def asked_for(sampling_params: Any) -> object:
@@ -34,8 +92,7 @@ class Engine:
     """What the hooks that vLLM calls without a configuration need to know.
 
     vLLM builds the attention layers with a configuration in scope and asks the backend for its
-    cache spec later, without one: the layers leave it here. So does each new configuration, for
-    the process that admits requests.
+    cache spec later, without one: the layers leave it here.
     """
 
     vllm_config: Any
@@ -53,12 +110,34 @@ class Engine:
             cls.current = cls(vllm_config, offer_of(vllm_config))
         return cls.current
 
-    @classmethod
-    def configured(cls, vllm_config: Any) -> None:
-        """vLLM has made a configuration: refuse what would be wrong before anything loads."""
-        if selected(vllm_config):
-            from kvplug_vllm.refusals import refuse, refuse_session
 
-            refuse(vllm_config)
-            cls.enter(vllm_config)
-            compat.announce_sessions(refuse_session)
+@dataclass(frozen=True, kw_only=True)
+class EvictionSettings:
+    """An offer as plain values: specs are compared, hashed and sent between processes."""
+
+    policy: str
+    min_context: int
+    protect: tuple[tuple[int, int], ...]
+    shortcut: bool = True
+    allow: tuple[str, ...] = ()
+    max_budget: int | None = None
+
+    @classmethod
+    def of(cls, offer: Offer) -> EvictionSettings:
+        own = offer.settings
+        return cls(
+            policy=str(own.policy),
+            min_context=own.min_context,
+            protect=own.protect,
+            shortcut=own.shortcut,
+            allow=offer.allow,
+            max_budget=offer.max_budget,
+        )
+
+    @cache  # noqa: B019 -- frozen, hashable and as few as the engine's groups
+    def offer(self) -> Offer:
+        return read_offer(asdict(self), environ={})
+
+    @cache  # noqa: B019 -- as above
+    def planner(self, page_size: int) -> Planner:
+        return Planner(self.offer().settings, page_size)

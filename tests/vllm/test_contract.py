@@ -114,7 +114,7 @@ def test_the_installed_vllm_is_one_that_we_say_we_support():
 def test_the_managers_hooks_have_the_parameters_that_ours_have():
     from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 
-    from kvplug_vllm.cache import EvictingManager
+    from kvplug_vllm.streaming import EvictingManager
 
     for name in ("remove_skipped_blocks", "find_longest_cache_hit"):
         theirs = parameters(getattr(SingleTypeKVCacheManager, name))
@@ -128,7 +128,7 @@ def test_the_managers_hooks_have_the_parameters_that_ours_have():
     ], f"{MOVED}: _remove_blocks_in_range; see EvictingManager.remove_skipped_blocks"
     needed = {"request_id", "num_tokens", "new_computed_blocks", "apply_admission_cap"}
     assert needed <= set(parameters(SingleTypeKVCacheManager.get_num_blocks_to_allocate)), (
-        f"{MOVED}: get_num_blocks_to_allocate, which holds admissions to spec.max_blocks"
+        f"{MOVED}: get_num_blocks_to_allocate, which holds admissions to most_blocks"
     )
     assert "max_admission_blocks_per_request" in parameters(SingleTypeKVCacheManager.__init__), (
         f"{MOVED}: the admission cap; see EvictingManager.__init__"
@@ -146,7 +146,8 @@ def test_the_spec_can_be_rebuilt_as_ours():
     import torch
     from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace_as
 
-    from kvplug_vllm.cache import EvictingSpec, EvictionSettings
+    from kvplug_vllm.settings import EvictionSettings
+    from kvplug_vllm.streaming import EvictingSpec
 
     full = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=8, dtype=torch.float32)
     dropped = {f.name for f in fields(FullAttentionSpec)} - {f.name for f in fields(AttentionSpec)}
@@ -158,7 +159,7 @@ def test_the_spec_can_be_rebuilt_as_ours():
         EvictingSpec,
         drop=dropped,
         settings=EvictionSettings(policy="streaming_llm", min_context=0, protect=()),
-        max_blocks=3,
+        in_flight=3,
     )
     assert pickle.loads(pickle.dumps(ours)) == ours
     assert hash(pickle.loads(pickle.dumps(ours))) == hash(ours)

@@ -32,18 +32,19 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.request import Request, RequestStatus
 
 from kvplug import Planner, parse, read_offer, read_settings
-from kvplug_vllm.cache import EvictingManager, EvictingSpec, EvictionSettings
+from kvplug_vllm.settings import EvictionSettings
+from kvplug_vllm.streaming import EvictingManager, EvictingSpec
 
-S = 16
+S, LONGEST = 16, 512
 SHAPE = {"block_size": S, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
 init_none_hash(sha256)
 
 
-def evicting_spec(policy, in_flight, max_model_len, **given) -> EvictingSpec:
+def evicting_spec(policy, in_flight, **given) -> EvictingSpec:
     read = read_offer({"policy": policy, **given}, environ={})
     return EvictingSpec(
         settings=EvictionSettings.of(read),
-        max_blocks=Planner(read.settings, S).most_pages(in_flight, max_model_len),
+        in_flight=in_flight,
         **SHAPE,
     )
 
@@ -57,7 +58,7 @@ class Schedule:
         blocks,
         chunk=64,
         ahead=1,
-        max_model_len=512,
+        max_model_len=LONGEST,
         must_fit=True,
         caching=True,
         asks=(),
@@ -292,7 +293,7 @@ class Schedule:
                 for block in held:
                     assert owner.setdefault(block.block_id, group) == group
                 if isinstance(spec, EvictingSpec):
-                    assert len(held) <= spec.max_blocks
+                    assert len(held) <= spec.most_blocks(LONGEST)
         for request in self.waiting:
             assert not any(row for _, _, row in self.rows(request))
         for block in self.pool.blocks:
@@ -349,7 +350,7 @@ def document(n, seed=0) -> list[int]:
 
 
 def test_vllm_builds_our_manager_for_our_spec():
-    spec = evicting_spec("streaming_llm", 64, 512)
+    spec = evicting_spec("streaming_llm", 64)
     one = Schedule([spec], 8)
     assert isinstance(one.manager.coordinator.single_type_managers[0], EvictingManager)
     two = Schedule([spec, SlidingWindowSpec(sliding_window=64, **SHAPE)], 8)
@@ -426,8 +427,11 @@ def play(schedule, events) -> Schedule:
 def test_no_schedule_leaks_a_block_or_loses_a_page_that_is_still_seen(
     policy, options, events, spare, chunk, ahead, must_fit
 ):
-    spec = evicting_spec(policy, chunk * ahead, 512, **options)
-    play(Schedule([spec], spec.max_blocks + spare, chunk, ahead, must_fit=must_fit), events)
+    spec = evicting_spec(policy, chunk * ahead, **options)
+    play(
+        Schedule([spec], spec.most_blocks(LONGEST) + spare, chunk, ahead, must_fit=must_fit),
+        events,
+    )
 
 
 @settings(max_examples=250, deadline=None)
@@ -442,17 +446,19 @@ def test_no_schedule_leaks_a_block_or_loses_a_page_that_is_still_seen(
 def test_nor_does_one_beside_the_models_own_windowed_layers(
     policy, options, events, spare, chunk, window
 ):
-    evicting = evicting_spec(policy, chunk, 512, **options)
+    evicting = evicting_spec(policy, chunk, **options)
     windowed = SlidingWindowSpec(sliding_window=window, **SHAPE)
     cap = windowed.max_admission_blocks_per_request(chunk, 512)
-    play(Schedule([evicting, windowed], evicting.max_blocks + cap + spare, chunk), events)
+    play(
+        Schedule([evicting, windowed], evicting.most_blocks(LONGEST) + cap + spare, chunk), events
+    )
 
 
 @settings(max_examples=40, deadline=None)
 @given(policies, options, st.lists(event, min_size=1, max_size=10), st.integers(0, 20))
 def test_nor_does_one_without_a_prefix_cache(policy, options, events, spare):
-    spec = evicting_spec(policy, 64, 512, **options)
-    schedule = play(Schedule([spec], spec.max_blocks + spare, caching=False), events)
+    spec = evicting_spec(policy, 64, **options)
+    schedule = play(Schedule([spec], spec.most_blocks(LONGEST) + spare, caching=False), events)
     assert not any(hit for hits in schedule.hits.values() for hit in hits)
 
 
@@ -461,7 +467,7 @@ def test_nor_does_one_without_a_prefix_cache(policy, options, events, spare):
 
 def streaming(sinks, window, blocks=200, **given) -> Schedule:
     return Schedule(
-        [evicting_spec(f"streaming_llm(sinks={sinks}, window={window})", 64, 512, **given)], blocks
+        [evicting_spec(f"streaming_llm(sinks={sinks}, window={window})", 64, **given)], blocks
     )
 
 
@@ -611,8 +617,8 @@ def test_a_preempted_request_finds_its_own_pages_again():
 
 
 def test_a_request_too_long_for_the_free_blocks_waits():
-    spec = evicting_spec("streaming_llm(sinks=4, window=32)", 64, 512)
-    schedule = Schedule([spec], spec.max_blocks)
+    spec = evicting_spec("streaming_llm(sinks=4, window=32)", 64)
+    schedule = Schedule([spec], spec.most_blocks(LONGEST))
     schedule.add(document(400), max_tokens=4)
     schedule.add(document(400, seed=1), max_tokens=4)
     schedule.step()
@@ -623,7 +629,7 @@ def test_a_request_too_long_for_the_free_blocks_waits():
 
 def test_more_requests_fit_than_with_full_attention():
     """60 blocks, requests of 400 to 500 tokens: 25 blocks each with full attention."""
-    spec = evicting_spec("streaming_llm(sinks=4, window=32)", 64, 512)
+    spec = evicting_spec("streaming_llm(sinks=4, window=32)", 64)
     together = {}
     for name, group in (("evicting", spec), ("full", FullAttentionSpec(**SHAPE))):
         schedule = Schedule([group], 60)
@@ -634,14 +640,14 @@ def test_more_requests_fit_than_with_full_attention():
             schedule.step()
             together[name] = max(together[name], len(schedule.running))
     assert together["full"] == 60 // 25
-    assert together["evicting"] >= 60 // spec.max_blocks > 2 * together["full"]
+    assert together["evicting"] >= 60 // spec.most_blocks(LONGEST) > 2 * together["full"]
 
 
 def test_a_pool_of_the_least_size_serves_a_request_of_any_length():
     """vLLM sizes the pool for one request of full length; with it the engine must not stall."""
     for policy in ("streaming_llm(sinks=4, window=32)", "streaming_llm(sinks=40, window=1)"):
         for chunk, ahead in ((16, 1), (50, 2), (64, 1)):
-            spec = evicting_spec(policy, chunk * ahead, 512, protect=[[100, 120]])
-            schedule = Schedule([spec], spec.max_blocks, chunk, ahead)
+            spec = evicting_spec(policy, chunk * ahead, protect=[[100, 120]])
+            schedule = Schedule([spec], spec.most_blocks(LONGEST), chunk, ahead)
             schedule.serve(document(500), max_tokens=12)
             assert schedule.preemptions == 0

@@ -172,12 +172,12 @@ import kvplug_vllm
 
 def work(folder, amount):
     Meeting.join(folder)
-    metrics.QUERIES.add(amount, "a policy")
+    add(metrics.QUERIES, amount, "a policy")
     metrics.count_returned("a policy", 5, 2, 10)
 
 if __name__ == "__main__":
     Files.register(); Files.register()
-    assert b"kvplug" not in generate_latest(REGISTRY) and not Meeting.folder.exists()
+    assert b"kvplug" not in generate_latest(REGISTRY) and Meeting.folder is None
     for method, amount in (("spawn", 2), ("fork", 30)):
         context = multiprocessing.get_context(method)
         process = context.Process(target=work, args=(Meeting.enter(), amount))
@@ -207,7 +207,7 @@ if __name__ == "__main__":
 
 
 def test_clients_that_name_any_number_of_policies_do_not_fill_the_page(tmp_path):
-    code = "[metrics.QUERIES.add(1, f'quest(budget={n})') for n in (*range(500), 7)]"
+    code = "[metrics.add(metrics.QUERIES, 1, f'quest(budget={n})') for n in (*range(500), 7)]"
     run(f"{code}; metrics.count_refused('x')", PROMETHEUS_MULTIPROC_DIR=str(tmp_path))
     registry = CollectorRegistry()
     counters.MultiProcessCollector(registry, path=str(tmp_path))
@@ -241,3 +241,72 @@ def test_where_vllm_gathers_files_itself_they_go_there(tmp_path):
     registry = CollectorRegistry()
     counters.MultiProcessCollector(registry, path=str(tmp_path))
     assert shown(generate_latest(registry).decode()) == {"kvplug_refused_requests_total": {"x": 1}}
+
+
+def said(code: str, **environment: str) -> str:
+    """What a process that counts, and must not fail by it, writes into its log."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{COUNTING}\n{code}"],
+        env={**os.environ, **environment}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+COUNTING = """
+import resource, tempfile
+from prometheus_client import REGISTRY, generate_latest
+from kvplug_vllm import counters, metrics
+counters.Files.register()
+page = lambda: generate_latest(REGISTRY).decode()
+"""
+
+
+@pytest.mark.parametrize(
+    "lost, why",
+    [
+        ("", "No such file or directory"),
+        ("tempfile.tempdir, tempfile._candidate_tempdir_list = None, list", "No usable temporary directory"),
+    ],
+)
+def test_where_no_file_can_be_kept_nothing_is_counted(tmp_path, lost, why):
+    nowhere = {} if lost else {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "gone")}
+    code = f"{lost}\ncounters.Meeting.invite()" + "\nmetrics.count_refused('x')" * 3
+    log = said(f"{code}\nassert 'kvplug' not in page()", **nowhere)
+    assert log.count("stopped counting") == log.count(why) == 1
+
+
+def test_counters_that_cannot_be_kept_are_absent_not_wrong(tmp_path):
+    code = """
+resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
+metrics.count_refused("x")
+assert 'kvplug_refused_requests_total{reason="x"} 1.0' in page()
+for n in range(5):
+    metrics.count_returned(f"quest(budget={n})", 5, 2, 10)
+metrics.count_refused("x")
+assert "kvplug" not in page()
+"""
+    assert said(code, TMPDIR=str(tmp_path)).count("stopped counting") == 1
+
+
+def test_a_scrape_answers_whatever_became_of_the_files(tmp_path):
+    code = """
+metrics.count_refused("x")
+for spoiled in (b"", (64).to_bytes(4, "little") + b"{" * 60):
+    (counters.Meeting.folder / "counter_other.db").write_bytes(spoiled)
+    assert "python_info" in page() and "kvplug" not in page()
+(counters.Meeting.folder / "counter_other.db").unlink()
+assert "kvplug_refused_requests_total" in page()
+"""
+    assert said(code, TMPDIR=str(tmp_path)).count("cannot be read") == 1
+
+
+def test_a_folder_that_is_taken_away_ends_the_counting(tmp_path):
+    code = """
+import shutil
+metrics.count_refused("x")
+shutil.rmtree(counters.Meeting.folder)
+metrics.count_refused("x"); metrics.count_refused("x")
+assert "kvplug" not in page()
+"""
+    assert said(code, TMPDIR=str(tmp_path)).count("was removed") == 1

@@ -17,8 +17,8 @@ from vllm.v1.core.kv_cache_utils import get_group_id
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from kvplug import parse, read_offer
-from kvplug_vllm.cache import EvictionSettings
 from kvplug_vllm.packing import PackingManager, PackingSpec
+from kvplug_vllm.settings import EvictionSettings
 from tests.vllm.test_manager import (
     SHAPE,
     S,

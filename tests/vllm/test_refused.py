@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -23,6 +24,26 @@ REFUSED = [
     ({}, {"policy": "quest + quest"}, ["both answer the stage 'load'"]),
     ({}, {"policy": "dense + quest"}, ["dense is the absence of a policy"]),
     ({}, "quest", ['must be a mapping such as {"policy":']),
+    (
+        {},
+        {"policy": "dense", "alow": ["quest"]},
+        ["no setting 'alow'. Did you mean 'allow'", "protect, allow, max_budget."],
+    ),
+    (
+        {"additional_config": {"policy": "quest(budget=512)"}},
+        None,
+        ["--additional-config has 'policy' and no 'kvplug'", 'write {"kvplug": {"policy": "…"}}'],
+    ),
+    (
+        {"additional_config": {"KVPlug": {"policy": "quest"}}},
+        None,
+        ["--additional-config has 'KVPlug' and no 'kvplug'"],
+    ),
+    (
+        {"kv_offloading_size": 1},
+        {"policy": "quest"},
+        ["KV connector", "drop --kv-offloading-size, or"],
+    ),
     (
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
         {"policy": "streaming_llm"},
@@ -81,12 +102,14 @@ def configure(model, kvplug, **arguments):
     from vllm.engine.arg_utils import EngineArgs
 
     return EngineArgs(
-        model=str(model),
-        attention_backend="kvplug",
-        additional_config={"kvplug": kvplug},
-        max_model_len=1024,
-        block_size=32,
-        **arguments,
+        **{
+            "model": str(model),
+            "attention_backend": "kvplug",
+            "additional_config": {"kvplug": kvplug},
+            "max_model_len": 1024,
+            "block_size": 32,
+            **arguments,
+        }
     ).create_engine_config()
 
 
@@ -101,6 +124,64 @@ def test_refused_with_what_to_do_instead(random_llama, arguments, kvplug, parts)
 def test_the_same_options_pass_without_a_policy(random_llama):
     speculative = {"method": "ngram", "num_speculative_tokens": 2}
     configure(random_llama(), {"policy": "dense"}, speculative_config=speculative)
+
+
+@pytest.mark.parametrize(
+    "arguments, variable, parts",
+    [
+        (
+            {"attention_backend": None, "additional_config": {"kvplug": {"policy": "nonsense"}}},
+            "",
+            ["'kvplug' of --additional-config: needs --attention-backend kvplug"],
+        ),
+        ({"attention_backend": None}, "nonsense", ["KVPLUG_POLICY=nonsense: needs --att"]),
+        (
+            {"additional_config": {"kvplug": {"policy": "dense"}, "KVplug": {}, "allow": []}},
+            "",
+            ["'KVplug', 'allow' of --additional-config: only what is under 'kvplug' is read"],
+        ),
+        ({"attention_backend": None, "additional_config": {"policy": "another's"}}, "", []),
+        ({"additional_config": {}}, "quest", []),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_what_has_no_effect_is_said_and_breaks_nobody(
+    random_llama, monkeypatch, arguments, variable, parts
+):
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("vllm.kvplug")
+    monkeypatch.setenv("KVPLUG_POLICY", variable)
+    logger.addHandler(handler)
+    try:
+        configure(random_llama(), {}, **{"additional_config": {}, **arguments})
+    finally:
+        logger.removeHandler(handler)
+    assert len(said) == len(parts), said
+    for line, part in zip(said, parts, strict=True):
+        assert line.startswith("kvplug: without effect: ")
+        assert part in line
+
+
+@pytest.mark.parametrize(
+    "given, variable, wanted",
+    [
+        ({}, "", {"policy": "quest(budget=2048, dense_layers=2)", "min_context": 8192}),
+        ({"protect": 4}, "dense", {"policy": "dense", "min_context": 0, "protect": 4}),
+        ({"policy": "dense", "min_context": 7}, "quest", {"policy": "dense", "min_context": 7}),
+    ],
+)
+def test_an_engine_keeps_what_stood_in_for_its_policy_at_its_start(
+    random_llama, monkeypatch, given, variable, wanted
+):
+    from kvplug_vllm.settings import offer_of
+
+    monkeypatch.setenv("KVPLUG_POLICY", variable)
+    config = configure(random_llama(), given)
+    assert config.additional_config == {"kvplug": wanted}
+    monkeypatch.setenv("KVPLUG_POLICY", "nonsense")
+    assert str(offer_of(config).settings.policy) == wanted["policy"]
 
 
 def test_mla_is_refused(tmp_path):

@@ -1,0 +1,96 @@
+"""What a request may ask for, judged by the engine that it goes to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from kvplug import Planner, Refused, Settings
+from kvplug_vllm import compat
+from kvplug_vllm.metrics import count_refused
+from kvplug_vllm.settings import REQUEST_FIELD, asked_for, offer_of, selected
+
+
+class Judging:
+    """Whether this process judges: from the first engine that is set to kvplug on."""
+
+    begun: ClassVar[bool] = False
+
+
+def judge_requests() -> None:
+    """From now on, for each engine that this process admits to, and for the core that it is."""
+    compat.announce_requests(judge)
+    Judging.begun = True
+
+
+def judge_sessions_and_beams() -> None:
+    """From now on, where requests are admitted: those that are more than one request."""
+    compat.announce_sessions(refuse_session)
+    compat.announce_beams(refuse_beams)
+
+
+def judge(vllm_config: Any, sampling_params: Any) -> None:
+    """Raises ValueError for what is not on offer."""
+    asked = asked_for(sampling_params)
+    if asked is not None:
+        settings_for(vllm_config, asked)
+
+
+def settings_for(vllm_config: Any, asked: object) -> Settings:
+    """What a request's words mean to this engine. Raises ValueError."""
+    if not selected(vllm_config):
+        raise ValueError(not_selected(asked))
+    try:
+        return offer_of(vllm_config).settings_for(asked)
+    except ValueError as error:
+        count_refused(error.reason if isinstance(error, Refused) else "unreadable")
+        raise
+
+
+def not_selected(asked: object) -> str:
+    return (
+        f"the request asks for the KV policy {asked!r} ({REQUEST_FIELD}), and this server "
+        "was started without it; start it with --attention-backend kvplug"
+    )
+
+
+def refuse_session(vllm_config: Any) -> None:
+    """Its prompt grows by its own answers, and a compressed one has no blocks before them.
+    Raises Refused.
+    """
+    if not selected(vllm_config):
+        return
+    offer = offer_of(vllm_config)
+    if offer.mixed or offer.settings.policy.scored is not None:
+        count_refused("session")
+        raise Refused(
+            "session",
+            "kvplug: a session whose turns stream in cannot be served where prompts are "
+            "compressed; send each turn as a request with the whole prompt, which the prefix "
+            "cache serves",
+        )
+
+
+def refuse_beams(vllm_config: Any, params: Any, prompts: Sequence[Sequence[int]]) -> None:
+    """Each step of a beam is a prompt of its own with one token to answer: nothing is decoded
+    that could be selected for, or from what a compression left. Raises ValueError.
+    """
+    asked = asked_for(params)
+    if asked is None and not selected(vllm_config):
+        return
+    settings = settings_for(vllm_config, asked)
+    policy = settings.policy
+    if policy.selector is None and policy.scored is None:
+        return
+    planner = Planner(settings, vllm_config.cache_config.block_size)
+    prompt = np.array([len(tokens) for tokens in prompts])
+    last = prompt + params.max_tokens
+    if not policy.uniform or not planner.plan(last - 1, last, prompt).untouched:
+        count_refused("beam search")
+        raise Refused(
+            "beam search",
+            f"kvplug: beam search asks for each token as a prompt of its own, which {policy} has "
+            "no part in; ask for n answers without use_beam_search, or serve it under 'dense'",
+        )
