@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from kvplug_kernels import flash3
 from kvplug_kernels.decode_shapes import DecodeInputs, DecodeShape, decode_inputs, serving_shapes
 from kvplug_kernels.graph_timing import Case, copy_case, describe, measure
 from kvplug_kernels.pack_tokens import bench as pack_tokens
@@ -149,6 +150,10 @@ def run_benchmarks(report: Report, file: Path, deadline: float, dry_run: bool) -
         "copy_gb_per_s": copied.gb_per_s,
         "baselines": sparse_decode.BASELINES,
     }
+    why_not = flash3.absent()
+    report["fa3"] = {"library": str(flash3.library())} if why_not is None else {"why_not": why_not}
+    if why_not is not None:
+        print(f"FlashAttention 3 is not measured: {why_not}")
     report["cells"], report["not_run"] = [], []
     print(f"copy: {copied.gb_per_s:.0f} GB/s\n{header()}")
     for shape in shapes:
@@ -177,6 +182,9 @@ def run_cell(
         cell["dense_kernel_minus_sdpa"] = float((ours - torchs).abs().max())
         del dense, sdpa
         timings = [measure(case(inputs), samples) for case in CASES]
+        if flash3.absent() is None:
+            cell["fa3_minus_sparse_decode"] = fa3_differences(inputs)
+            timings += [measure(case(inputs), samples) for case in sparse_decode.FA3_CASES]
     except Exception as error:  # the cells before and after it are worth keeping
         return cell | {"error": f"{type(error).__name__}: {error}"}
     cell["timings"] = {
@@ -185,6 +193,19 @@ def run_cell(
     median = {t.name: t.median_us for t in timings}
     cell["speedup"] = {b: median[b] / median["chain"] for b in sparse_decode.BASELINES}
     return cell
+
+
+def fa3_differences(inputs: DecodeInputs) -> dict[str, float]:
+    """Largest differences of FlashAttention 3's outputs from our kernel's over the same tokens."""
+    found = {}
+    for build in sparse_decode.FA3_CASES:
+        case = build(inputs)
+        same = sparse_decode.dense_case if case.name == "fa3_dense" else sparse_decode.case
+        theirs, ours = case.call(), same(inputs).call()
+        assert isinstance(theirs, torch.Tensor)
+        assert isinstance(ours, torch.Tensor)
+        found[case.name] = float((theirs - ours).abs().max())
+    return found
 
 
 COLUMNS = (
@@ -204,7 +225,9 @@ def row(shape: DecodeShape, cell: Report) -> str:
     timings = [cell["timings"][name] for name in COLUMNS]
     times = " ".join(f"{t['median_us']:7.1f} {t['of_copy_bandwidth']:5.0%}" for t in timings)
     ratios = ", ".join(f"{ratio:.2f}x" for ratio in cell["speedup"].values())
-    return f"{describe(shape):44} {times}   {ratios}"
+    fa3 = [t for name, t in cell["timings"].items() if name.startswith("fa3")]
+    more = "".join(f"  {t['name']} {t['median_us']:.1f} {t['of_copy_bandwidth']:.0%}" for t in fa3)
+    return f"{describe(shape):44} {times}   {ratios}{more}"
 
 
 if __name__ == "__main__":

@@ -54,8 +54,50 @@ def test_dry_run_fills_a_report(tmp_path):
         assert 0 < timing["p20_us"] <= timing["median_us"] <= timing["p80_us"]
         assert timing["of_copy_bandwidth"] > 0
     assert cell["dense_kernel_minus_sdpa"] < 1e-4
+    assert report["fa3"] == {"why_not": "no CUDA device"}
+    assert "FlashAttention 3 is not measured: no CUDA device" in done.stdout
     assert set(cell["speedup"]) == set(report["method"]["baselines"])
     assert "chain" in done.stdout
+
+
+def plain_attention(query, keys, values, table, lengths, longest, splits=0):
+    """What FlashAttention 3 is asked for: one query of each sequence over its pages."""
+    size, out = keys.shape[1], torch.empty_like(query)
+    assert lengths.max() <= longest <= table.shape[1] * size
+    for row, length in enumerate(lengths.tolist()):
+        pages = table[row, : -(-length // size)].long()
+        k, v = (pool[pages].flatten(0, 1)[:length] for pool in (keys, values))  # [T, H, D]
+        k, v = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (k, v))
+        scores = torch.einsum("hd,khd->hk", query[row], k) * query.shape[-1] ** -0.5
+        out[row] = torch.einsum("hk,khd->hd", scores.softmax(-1), v)
+    return out
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (6, 1)])
+def test_flash_attention_is_handed_the_tokens_that_our_kernel_reads(monkeypatch, heads):
+    from kvplug_kernels import flash3
+    from kvplug_kernels.decode_shapes import DecodeShape, decode_inputs
+    from kvplug_kernels.sparse_decode import bench, reference
+
+    Hq, H = heads
+    shape = DecodeShape(B=2, tokens=4103, Hq=Hq, H=H, D=32, S=16)
+    i = decode_inputs(shape, "cpu", torch.float32)
+    assert 1 < shape.kept_pages < shape.pages
+    every = torch.arange(shape.pages, dtype=torch.int32).repeat(shape.B, H, 1)
+    arguments = i.query, i.keys, i.values, i.page_table
+    rest = i.lengths, shape.D**-0.5
+    selected = reference.sparse_decode(*arguments, i.chosen, i.counts, *rest)
+    dense = reference.sparse_decode(
+        *arguments, every, torch.full_like(i.counts, shape.pages), *rest
+    )
+    monkeypatch.setattr(flash3, "attend", plain_attention)
+    names = []
+    for build in bench.FA3_CASES:
+        case = build(i)
+        names.append(case.name)
+        wanted = dense if case.name == "fa3_dense" else selected
+        torch.testing.assert_close(case.call(), wanted, rtol=1e-4, atol=1e-5)
+    assert names == ["fa3_dense", "fa3_selected", "fa3_selected_32", "fa3_tokens"]
 
 
 def test_shapes_for_which_there_is_no_time_are_named(tmp_path):
