@@ -55,10 +55,9 @@ def read_settings(given: object = None, environ: Mapping[str, str] | None = None
             f"got {given!r}"
         )
     check_keys(given, [f.name for f in fields(Settings) if f.name not in FOR_TESTS])
-    environ = os.environ if environ is None else environ
     line = given.get("policy")
     if line is None:
-        line = environ.get(ENVIRONMENT) or None
+        line = stand_in(environ)
     min_context = given.get("min_context", DEFAULT_MIN_CONTEXT if line is None else 0)
     shortcut = given.get("shortcut", True)
     if not isinstance(shortcut, bool):
@@ -69,6 +68,11 @@ def read_settings(given: object = None, environ: Mapping[str, str] | None = None
         protect=_spans(given.get("protect", ())),
         shortcut=shortcut,
     )
+
+
+def stand_in(environ: Mapping[str, str] | None = None) -> str | None:
+    """What KVPLUG_POLICY says; None where it says nothing."""
+    return (os.environ if environ is None else environ).get(ENVIRONMENT) or None
 
 
 def check_keys(given: Mapping[object, object], known: Sequence[str]) -> None:

@@ -26,11 +26,14 @@ EMPTY = 8
 
 @dataclass(frozen=True)
 class Counter:
-    """Shown as ``kvplug_<name>_total``, by one label."""
+    """Shown as ``kvplug_<name>_total``, by one label at most."""
 
     name: str
     help: str
-    label: str
+    label: str = ""
+
+    def labels(self, value: str) -> dict[str, str]:
+        return {self.label: value} if self.label else {}
 
     def __str__(self) -> str:
         return f"kvplug_{self.name}_total"
@@ -39,9 +42,9 @@ class Counter:
 class Counters:
     """What this process counts. Raises nothing, whatever happens to the file."""
 
-    def __init__(self, folder: Callable[[], str], log: logging.Logger) -> None:
+    def __init__(self, folder: Callable[[], str] | None, log: logging.Logger) -> None:
         """folder: where the file shall be, asked for once there is something to count; may raise
-        OSError."""
+        OSError. None for no file."""
         self.process = os.getpid()
         self.stopped = False
         self._folder = folder
@@ -53,7 +56,13 @@ class Counters:
         self._file = -1
         self._used = EMPTY
 
-    def add(self, counter: Counter, amount: float, label: str) -> None:
+    def values(self) -> list[tuple[Counter, str, float]]:
+        with self._lock:
+            return [
+                (counter, label, value) for (counter, label), (_, value) in self._known.items()
+            ]
+
+    def add(self, counter: Counter, amount: float, label: str = "") -> None:
         with self._lock:
             if self.stopped:
                 return
@@ -63,21 +72,27 @@ class Counters:
                 self._stop(error)
 
     def _add(self, counter: Counter, amount: float, label: str) -> None:
+        at, value = self._known.get((counter, label), (0, 0.0))
+        value += amount
+        if self._folder is not None:
+            at = self._write(counter, label, value, at)
+        self._known[counter, label] = at, value
+
+    def _write(self, counter: Counter, label: str, value: float, at: int) -> int:
+        """at: where the value stands in the file, 0 for nowhere yet. -> where it stands then"""
+        assert self._folder is not None
         if self._file < 0:
             self._file = _create(f"{self._folder()}/counter_kvplug-{self.process}.db")
         if not os.fstat(self._file).st_nlink:
             raise FileNotFoundError(errno.ENOENT, "the file of its counters was removed")
-        at, value = self._known.get((counter, label), (0, 0.0))
-        value += amount
         if at:
             _write(self._file, _value(value), at)
-        else:
-            entry = _entry(counter, label) + _value(value)
-            _write(self._file, entry, self._used)
-            self._used += len(entry)
-            _write(self._file, _length(self._used), 0)
-            at = self._used - len(_value(0))
-        self._known[counter, label] = at, value
+            return at
+        entry = _entry(counter, label) + _value(value)
+        _write(self._file, entry, self._used)
+        self._used += len(entry)
+        _write(self._file, _length(self._used), 0)
+        return self._used - len(_value(0))
 
     def _stop(self, error: OSError) -> None:
         """Take the counters off the page: what is not counted on would be wrong there."""
@@ -127,7 +142,7 @@ def _value(value: float) -> bytes:
 
 
 def _entry(counter: Counter, label: str) -> bytes:
-    named = [f"kvplug_{counter.name}", str(counter), {counter.label: label}, counter.help]
+    named = [f"kvplug_{counter.name}", str(counter), counter.labels(label), counter.help]
     key = json.dumps(named, sort_keys=True).encode()
     padded = key.ljust(len(key) + 8 - (len(key) + 4) % 8)
     return struct.pack(f"i{len(padded)}s", len(key), padded)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from functools import cache
 from typing import Any
 
+from kvplug.config import ENVIRONMENT, stand_in
 from kvplug_sglang import NAME, compat
 from kvplug_sglang.settings import FLAG, given, remember
 
@@ -45,6 +47,15 @@ def settle(result: None, server_args: Any) -> None:
         if "page_size" in decisions:
             log.info("kvplug: --page-size %d, as the policy selects pages", decisions["page_size"])
         compat.declare(server_args, decisions)
+    elif (line := stand_in()) is not None:
+        _say_without_effect(line)
+
+
+@cache
+def _say_without_effect(line: str) -> None:
+    log.warning(
+        "kvplug: without effect: %s=%s needs --attention-backend %s", ENVIRONMENT, line, NAME
+    )
 
 
 def serve(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:

@@ -4,13 +4,19 @@ names. A block is a page here, which spans all layers.
 
 from __future__ import annotations
 
+import logging
+import os
+from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
-from prometheus_client import Counter
+from prometheus_client import REGISTRY, Metric
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
-from kvplug import Labels, Refused, StepReads
+from kvplug import Refused, StepReads
+from kvplug.counting import Counter, Counters
 
 BY_POLICY = {
     "decode_queries": "Decode queries attended.",
@@ -27,11 +33,38 @@ REFUSED = "refused_requests", "Requests refused at admission."
 WHOLE = "whole_prompts", "Prompts that were not compressed for want of room."
 """In SGLang alone: vLLM waits for room, or preempts."""
 
+log = logging.getLogger("sglang.kvplug")
+
 
 @cache
-def _counter(name: str, about: str, *labels: str) -> Counter:
-    """Once a process, which may serve one engine after another."""
-    return Counter(f"kvplug_{name}", about, labels)
+def _counters() -> Counters:
+    """Of this process, which may serve one engine after another. SGLang's ``/metrics`` adds up
+    the files of a folder; without ``--enable-metrics`` there is none."""
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    counters = Counters((lambda: folder) if folder else None, log)
+    REGISTRY.register(_Shown(counters))
+    return counters
+
+
+class _Shown(Collector):
+    """What was counted, for whoever asks in the same process."""
+
+    def __init__(self, counters: Counters) -> None:
+        self._counters = counters
+
+    def describe(self) -> Iterator[Metric]:
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        found: dict[Counter, CounterMetricFamily] = {}
+        for counter, label, value in self._counters.values():
+            if counter not in found:
+                named = [counter.label] if counter.label else None
+                found[counter] = CounterMetricFamily(
+                    f"kvplug_{counter.name}", counter.help, labels=named
+                )
+            found[counter].add_metric([label] if counter.label else [], value)
+        yield from found.values()
 
 
 class Metrics:
@@ -39,14 +72,13 @@ class Metrics:
 
     def __init__(self, policy: str) -> None:
         """policy: the server's own."""
-        self._label = Labels()
+        self._counters = _counters()
         self._by_policy = {
-            name: _counter(name, about, "policy") for name, about in BY_POLICY.items()
+            name: Counter(name, about, "policy") for name, about in BY_POLICY.items()
         }
-        self._refused = _counter(*REFUSED, "reason")
-        self._whole = _counter(*WHOLE)
         for name in BY_POLICY:  # a rate needs to have seen the zero
             self._add(name, policy, 0)
+        self._counters.add(Counter(*WHOLE), 0)
 
     def count(self, policy: str, reads: StepReads, share: float) -> None:
         """share: of the layers that this was planned for."""
@@ -77,10 +109,11 @@ class Metrics:
         self._add("saved_bytes", policy, (pages - private) * page_bytes)
 
     def count_refused(self, error: ValueError) -> None:
-        self._refused.labels(error.reason if isinstance(error, Refused) else "unreadable").inc()
+        reason = error.reason if isinstance(error, Refused) else "unreadable"
+        self._counters.add(Counter(*REFUSED, "reason"), 1, reason)
 
     def count_whole(self) -> None:
-        self._whole.inc()
+        self._counters.add(Counter(*WHOLE), 1)
 
     def _add(self, name: str, policy: str, amount: float) -> None:
-        self._by_policy[name].labels(self._label(policy)).inc(amount)
+        self._counters.add(self._by_policy[name], amount, policy)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
@@ -10,7 +9,7 @@ from functools import cache
 from typing import Any, ClassVar
 
 from kvplug import Offer, Planner, Settings, read_offer
-from kvplug.config import ENVIRONMENT
+from kvplug.config import ENVIRONMENT, stand_in
 from kvplug.offer import SERVER_KEYS
 
 NAME = "KVPLUG"
@@ -57,8 +56,8 @@ def without_effect(vllm_config: Any) -> Iterator[str]:
     needs = "needs --attention-backend kvplug"
     if stray := [*([LEVEL] if LEVEL in given else []), *_misspelt(given)]:
         yield f"{_listed(stray)} of --additional-config: {needs}"
-    if os.environ.get(ENVIRONMENT):
-        yield f"{ENVIRONMENT}={os.environ[ENVIRONMENT]}: {needs}"
+    if (line := stand_in()) is not None:
+        yield f"{ENVIRONMENT}={line}: {needs}"
 
 
 def _additional(vllm_config: Any) -> dict[str, Any]:
