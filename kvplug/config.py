@@ -19,6 +19,8 @@ DEFAULT_POLICY = "quest(budget=2048)"
 DEFAULT_MIN_CONTEXT = 8192
 ENVIRONMENT = "KVPLUG_POLICY"
 FOR_TESTS = ("shortcut",)
+FARTHEST = 1 << 24
+"""Tokens: no position beyond is protected, as each protected page is written down."""
 
 Span = tuple[int, int]
 
@@ -84,12 +86,13 @@ def check_keys(given: Mapping[object, object], known: Sequence[str]) -> None:
             )
 
 
-def token_count(value: object, name: str) -> int:
+def token_count(value: object, name: str, limit: int = LIMIT) -> int:
     """A setting that counts tokens. Raises ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < LIMIT:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < limit:
         raise ValueError(
-            f"kvplug: {name} must be a number of tokens, at least 0 and below 2 ** 62, got "
-            f'{value!r}; write {{"{name}": {DEFAULT_MIN_CONTEXT}}}'
+            f"kvplug: {name} must be a number of tokens, at least 0 and below "
+            f"2 ** {limit.bit_length() - 1}, got {value!r}; "
+            f'write {{"{name}": {DEFAULT_MIN_CONTEXT}}}'
         )
     return value
 
@@ -97,18 +100,18 @@ def token_count(value: object, name: str) -> int:
 def _spans(value: object) -> tuple[Span, ...]:
     """A number n protects the first n tokens; a list of [first, last) protects those spans."""
     if isinstance(value, int) and not isinstance(value, bool):
-        return ((0, token_count(value, "protect")),) if value else ()
+        return ((0, token_count(value, "protect", FARTHEST)),) if value else ()
     spans = []
     for span in value if isinstance(value, (list, tuple)) else [value]:
         if (
             not isinstance(span, (list, tuple))
             or len(span) != 2
             or not all(isinstance(n, int) and not isinstance(n, bool) for n in span)
-            or not 0 <= span[0] < span[1] < LIMIT
+            or not 0 <= span[0] < span[1] < FARTHEST
         ):
             raise ValueError(
                 "kvplug: protect must be a number of first tokens or a list of spans "
-                f"[first, last) with 0 <= first < last < 2 ** 62, got {value!r}; write "
+                f"[first, last) with 0 <= first < last < 2 ** 24, got {value!r}; write "
                 '{"protect": 256} or {"protect": [[0, 256]]}'
             )
         spans.append((span[0], span[1]))

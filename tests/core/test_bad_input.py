@@ -9,9 +9,10 @@ from kvplug import parse, policy_class, policy_names, read_settings, registry
 EXAMPLE = "write, for example, 'quest(budget=2048)' or 'streaming_llm(sinks=4, window=1020)'"
 KNOWN = "Known: dense, keydiff, knorm, pyramid, quest, random, snapkv, streaming_llm."
 TOKENS = "must be a number of tokens, at least 0 and below 2 ** 62, got "
+POSITIONS = TOKENS.replace("62", "24")
 SPANS = (
     "protect must be a number of first tokens or a list of spans [first, last) with "
-    "0 <= first < last < 2 ** 62, got "
+    "0 <= first < last < 2 ** 24, got "
 )
 
 LINES = [
@@ -105,7 +106,10 @@ SETTINGS = [
     ({"min_context": None}, "min_context " + TOKENS + "None"),
     ({"shortcut": "no"}, "shortcut must be true or false, got 'no'"),
     ({"shortcut": 0}, "shortcut must be true or false, got 0"),
-    ({"protect": -1}, "protect " + TOKENS + "-1"),
+    ({"protect": -1}, "protect " + POSITIONS + "-1"),
+    ({"protect": 4611686018427387903}, "protect " + POSITIONS + "4611686018427387903"),
+    ({"protect": [[0, 4611686018427387903]]}, SPANS + "[[0, 4611686018427387903]]"),
+    ({"alow": ["quest"]}, "no setting 'alow'", "Known: policy, min_context, protect."),
     ({"protect": True}, SPANS + "True", '{"protect": 256}', '{"protect": [[0, 256]]}'),
     ({"protect": None}, SPANS + "None"),
     ({"protect": "256"}, SPANS + "'256'"),
@@ -114,7 +118,7 @@ SETTINGS = [
     ({"protect": [[256, 256]]}, SPANS + "[[256, 256]]"),
     ({"protect": [[256, 0]]}, SPANS + "[[256, 0]]"),
     ({"protect": [[-1, 2]]}, SPANS + "[[-1, 2]]"),
-    ({"protect": 10**30}, "protect " + TOKENS + "1000"),
+    ({"protect": 10**30}, "protect " + POSITIONS + "1000"),
     ({"protect": [[0, 10**30]]}, SPANS + "[[0, 1000"),
     ({"protect": [[0, 1], [2]]}, SPANS + "[[0, 1], [2]]"),
     ({"protect": [[0, 1.5]]}, SPANS + "[[0, 1.5]]"),

@@ -123,6 +123,11 @@ def test_what_is_not_on_offer_is_refused_by_a_reason_to_count():
         ({"policy": "snapkv", "allow": ["ques"]}, "Did you mean 'quest'"),
         ({"policy": "snapkv", "allow": ["quest"], "max_budget": "8"}, "max_budget must be"),
         ({"policy": "snapkv", "allowed": ["quest"]}, "no setting 'allowed'"),
+        (
+            {"policy": "dense", "alow": ["quest"]},
+            "no setting 'alow'. Did you mean 'allow'? "
+            "Known: policy, min_context, protect, allow, max_budget.",
+        ),
     ],
 )
 def test_what_cannot_share_a_server_is_refused_at_start(given, message):
