@@ -3,7 +3,7 @@
 ``init_forward_metadata`` plans once per step on the host; the forward methods run once per layer
 on the device. What a policy leaves untouched goes through the stock path as it came. Selected
 reads go through the stock kernel too: token slot s of KV head h is slot s * H + h of a cache with
-one KV head, and each (request, KV head) a sequence of its own with fewer slots.
+one KV head, and each (request, KV head) a sequence of its own with fewer tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch import Tensor
 
 from kvplug import PromptKV, choose_pages, keep_tokens, window_queries
-from kvplug_kernels.virtual_heads import virtual_heads
 from kvplug_sglang import compat
 from kvplug_sglang.cache import Digests, page_bytes
 from kvplug_sglang.router import OWN, Tenant
@@ -33,10 +32,13 @@ class PlannedAttention:
     req_to_token_pool: Any
     token_to_kv_pool: Any
     attend: Callable[..., None]
-    """(layer, query [N, Hq, D], keys, values [slots, H, D], sequences, out [N, Hq, D])"""
+    """(layer, query [N, Hq, D], whole, out [N, Hq, D])"""
+    attend_heads: Callable[..., None]
+    """(layer, query [Q, H, G, D], step, chosen [Q, H, K], counts [Q, H], out [Q, Hq, D])"""
 
     def __init__(self, runner: Any) -> None:
         super().__init__(runner)  # type: ignore[call-arg]
+        self.needs_cpu_seq_lens = True  # the stock backend may have set its own
         self.engine = Engine.of(runner)
         pool = self.token_to_kv_pool
         self.layers = range(pool.start_layer, pool.start_layer + pool.layer_num)
@@ -171,55 +173,31 @@ class PlannedAttention:
         self._written(layer, packing.targets)
 
     def _whole(self, layer: Any, query: Tensor, whole: Whole, output: Tensor) -> None:
-        keys, values = self._kv(layer.layer_id)
         if whole.tokens is None:
-            self.attend(layer, query, keys, values, whole, output)
+            self.attend(layer, query, whole, output)
             return
         out = output.new_empty(len(whole.tokens), *output.shape[1:])
-        self.attend(layer, query[whole.tokens], keys, values, whole, out)
+        self.attend(layer, query[whole.tokens], whole, out)
         output.index_copy_(0, whole.tokens, out)
 
     def _selected(
         self, layer: Any, query: Tensor, step: Selected, budget: int, output: Tensor
     ) -> None:
         assert self.digests is not None or step.selector.digest is None
-        size, heads = self.engine.page_size, layer.tp_k_head_num
         mine = query if step.tokens is None else query[step.tokens]
-        queries = len(mine)
-        self.selected_queries += queries
-        picked = mine.view(queries, heads, -1, layer.qk_head_dim)  # [Q, H, G, D]
+        self.selected_queries += len(mine)
+        picked = mine.view(len(mine), layer.tp_k_head_num, -1, layer.qk_head_dim)  # [Q, H, G, D]
         digest = None if self.digests is None else self.digests.of_layer(layer.layer_id)
         chosen, counts = choose_pages(
             step.selector, picked, digest, step.page_table, step.pages, step.keep[budget],
             width=step.width, scale=layer.scaling,
         )  # fmt: skip
-        # The token at offset o of a chosen page: (page * S + o) * H + h.
-        pages, lengths = virtual_heads(
-            step.page_table, chosen, counts, step.lengths, size, size * heads, 1
-        )
-        offset = torch.arange(size, device=pages.device) * heads
-        sequences = Whole(
-            tokens=None,
-            slots=(pages.long()[:, :, None] + offset).flatten(1),
-            lengths=lengths.long(),
-            queries=torch.ones_like(lengths, dtype=torch.int64),
-            longest_run=1,
-        )
-        keys, values = self._kv(layer.layer_id)
-        out = output.new_empty(queries * heads, picked.shape[2], layer.v_head_dim)
-        self.attend(
-            layer,
-            picked.flatten(0, 1),
-            keys.view(-1, 1, keys.shape[2]),
-            values.view(-1, 1, values.shape[2]),
-            sequences,
-            out,
-        )
-        out = out.view(queries, *output.shape[1:])
         if step.tokens is None:
-            output.copy_(out)
-        else:
-            output.index_copy_(0, step.tokens, out)
+            self.attend_heads(layer, picked, step, chosen, counts, output)
+            return
+        out = output.new_empty(len(mine), *output.shape[1:])
+        self.attend_heads(layer, picked, step, chosen, counts, out)
+        output.index_copy_(0, step.tokens, out)
 
 
 def _planned(layer: Any) -> bool:

@@ -38,6 +38,24 @@ def read_flag(original: Any, *args: Any, **kwargs: Any) -> Any:
     return original(*args, **kwargs)
 
 
+def decide_graphs(server_args: Any) -> None:
+    """Before SGLang sizes memory."""
+    if compat.selected(server_args):
+        from kvplug_sglang.graph_memory import decide
+
+        decide(server_args)
+
+
+def reserve_graphs(original: Any, server_args: Any) -> float:
+    """Around what SGLang leaves free for graphs, in MiB."""
+    reserved: float = original(server_args)
+    if compat.selected(server_args):
+        from kvplug_sglang.graph_memory import reserve
+
+        reserved += reserve(server_args)
+    return reserved
+
+
 def settle(result: None, server_args: Any) -> None:
     """While SGLang resolves its arguments: refuse what would be wrong, choose what is open."""
     if compat.selected(server_args):
@@ -80,6 +98,18 @@ HOOKS = (
     compat.Hook("sglang.srt.server_args.ServerArgs.add_cli_args", "after", add_flag, ("parser",)),
     compat.Hook(
         "sglang.srt.server_args.ServerArgs.from_cli_args", "around", read_flag, ("cls", "args")
+    ),
+    compat.Hook(
+        "sglang.srt.arg_groups.memory_hook.handle_gpu_memory_settings",
+        "before",
+        decide_graphs,
+        ("server_args",),
+    ),
+    compat.Hook(
+        "sglang.srt.arg_groups.memory_hook.reserve_for_graph_mb",
+        "around",
+        reserve_graphs,
+        ("server_args",),
     ),
     compat.Hook(
         "sglang.srt.arg_groups.attention_hook.handle_attention_backend_compatibility",

@@ -220,6 +220,13 @@ def verify_bindings(scheduler: Any) -> None:
         raise RuntimeError(broken("kv_private_tokens", "it is not allocated less protected"))
 
 
+def view(server_args: Any) -> Any:
+    """The arguments as far as SGLang has resolved them."""
+    from sglang.srt.arg_groups.model_override_base import resolved_view
+
+    return resolved_view(server_args)
+
+
 def resolved(server_args: Any) -> tuple[Any, Any]:
     """The arguments as far as SGLang has resolved them, and the model's configuration."""
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
@@ -235,14 +242,56 @@ def attention_backends(view: Any) -> tuple[str, str]:
     return prefill, decode
 
 
+def default_attention(server_args: Any) -> str:
+    """The attention backend that SGLang would have chosen for the card and model."""
+    from sglang.srt.arg_groups.model_override_base import (
+        get_default_attn_backend,
+        model_config_of,
+        resolved_view,
+    )
+
+    model = model_config_of(server_args)
+    return str(get_default_attn_backend(resolved_view(server_args), uses_mla(model), model))
+
+
+def decode_batch(view: Any) -> int:
+    """Requests of the largest decode graph; 0 where there is none."""
+    from sglang.srt.model_executor.cuda_graph_config import Backend
+
+    decode = view.cuda_graph_config.decode
+    return 0 if decode.backend == Backend.DISABLED else int(decode.max_bs or 0)
+
+
+def captures_prefill(view: Any) -> bool:
+    from sglang.srt.model_executor.cuda_graph_config import Backend
+
+    return bool(view.cuda_graph_config.prefill.backend != Backend.DISABLED)
+
+
+def glues_metadata() -> bool:
+    """Whether SGLang captures what plans a step together with the step."""
+    from sglang.srt.environ import envs
+
+    return bool(envs.SGLANG_ENABLE_METADATA_GLUE_GRAPH.get())
+
+
 def graphs_of_decode_alone(view: Any) -> dict[str, Any]:
-    """Prefill is planned on the host, in shapes that differ from step to step; a CPU has none."""
+    """Prefill is planned on the host, in shapes that differ from step to step."""
     from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
 
     config = with_phase(view.cuda_graph_config, Phase.PREFILL, backend=Backend.DISABLED)
-    if view.device == "cpu":
-        config = with_phase(config, Phase.DECODE, backend=Backend.DISABLED)
     return {"cuda_graph_config": config}
+
+
+def graphs(view: Any) -> dict[str, Any]:
+    """Of decode alone, and none on a CPU."""
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+
+    decided = graphs_of_decode_alone(view)
+    if view.device == "cpu":
+        config = with_phase(decided["cuda_graph_config"], Phase.DECODE, backend=Backend.DISABLED)
+        return {"cuda_graph_config": config}
+    return decided
 
 
 def breaks_decode_graphs(view: Any) -> bool:

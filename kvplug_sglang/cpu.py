@@ -8,14 +8,14 @@ import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from torch import Tensor
 
+from kvplug_kernels.virtual_heads import virtual_heads
 from kvplug_sglang.attention import PlannedAttention
-from kvplug_sglang.step import Whole
+from kvplug_sglang.step import Selected, Whole
 
 
 class KVPlugBackend(PlannedAttention, TorchNativeAttnBackend):
-    def attend(
-        self, layer: Any, query: Tensor, keys: Tensor, values: Tensor, whole: Whole, out: Tensor
-    ) -> None:
+    def attend(self, layer: Any, query: Tensor, whole: Whole, out: Tensor) -> None:
+        keys, values = self._kv(layer.layer_id)
         sequences = torch.arange(len(whole.lengths))
         more = {"scaling": layer.scaling, "enable_gqa": query.shape[1] != keys.shape[1]}
         if whole.longest_run == 1:
@@ -27,3 +27,19 @@ class KVPlugBackend(PlannedAttention, TorchNativeAttnBackend):
                 query, out, keys, values, whole.slots, sequences, whole.lengths,
                 whole.lengths - whole.queries, whole.queries, causal=True, **more,
             )  # fmt: skip
+
+    def attend_heads(
+        self, layer: Any, query: Tensor, step: Selected, chosen: Tensor, counts: Tensor,
+        out: Tensor,
+    ) -> None:  # fmt: skip
+        size, heads, group = self.engine.page_size, query.shape[1], query.shape[2]
+        pages, lengths = virtual_heads(
+            step.page_table, chosen, counts, step.lengths, size, size * heads, 1
+        )
+        offset = torch.arange(size) * heads
+        keys, values = (each.view(-1, 1, each.shape[2]) for each in self._kv(layer.layer_id))
+        self._run_sdpa_forward_decode(
+            query.flatten(0, 1), out.view(-1, group, out.shape[2]), keys, values,
+            (pages.long()[:, :, None] + offset).flatten(1), torch.arange(len(lengths)), lengths,
+            scaling=layer.scaling, enable_gqa=group != 1,
+        )  # fmt: skip

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from kvplug import Settings, parse
-from kvplug_sglang import compat, hooks, packing
+from kvplug_sglang import backend, compat, hooks, packing
 from kvplug_sglang.router import OWN
 from kvplug_sglang.settings import Engine
 
@@ -41,7 +41,12 @@ def examine(scheduler: Any) -> None:
             widest,
         )
     if engine.metrics is not None:
-        log.info("kvplug serves %s (%d hooks verified)", engine.offer, len(hooks.HOOKS))
+        log.info(
+            "kvplug serves %s over %s (%d hooks verified)",
+            engine.offer,
+            backend.kernels(scheduler.server_args),
+            len(hooks.HOOKS),
+        )
 
 
 def canary(tree: Any, engine: Engine) -> None:

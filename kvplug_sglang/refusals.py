@@ -74,7 +74,7 @@ def refuse(server_args: Any, given: object) -> dict[str, Any]:
         raise ValueError("kvplug cannot serve this configuration:\n- " + "\n- ".join(reasons))
     offer = read_offer(given, environ={})
     dense = offer.settings.policy.is_dense and not offer.mixed
-    decisions = {} if dense else compat.graphs_of_decode_alone(view)
+    decisions = {} if dense else compat.graphs(view)
     if view.page_size is None and offer.digest is not None:
         decisions["page_size"] = PAGE_SIZE
     return decisions
@@ -92,8 +92,8 @@ def refusals(view: Any, model: Any, given: object) -> Iterator[str]:
         yield (
             f"the attention backends are {' for prefill and '.join(backends)} for decode: kvplug "
             "compresses while it prefills and reads while it decodes; give --attention-backend "
-            "kvplug alone. It wraps Triton on GPUs; FlashInfer, whose plan fixes lengths on the "
-            "host, cannot be wrapped yet"
+            "kvplug alone. On GPUs it wraps FlashAttention 3 where that is SGLang's own choice, "
+            "else Triton; FlashInfer, whose plan fixes lengths on the host, cannot be wrapped yet"
         )
     if compat.uses_mla(model):
         yield (
@@ -123,6 +123,11 @@ def refusals(view: Any, model: Any, given: object) -> Iterator[str]:
         yield (
             "breakable CUDA graphs of decode were never run; use --cuda-graph-config "
             '\'{"decode": {"backend": "full"}}\''
+        )
+    if compat.glues_metadata():
+        yield (
+            "SGLANG_ENABLE_METADATA_GLUE_GRAPH captures the plan of one step, and every later one "
+            "would be served by it; unset SGLANG_ENABLE_METADATA_GLUE_GRAPH"
         )
     if compat.head_major_cache():
         yield "the cache's layout is head-major; unset SGLANG_USE_HND_KVCACHE"

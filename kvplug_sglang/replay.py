@@ -83,10 +83,12 @@ class Replayed:
         if self.rewrites:
             whole = Whole(
                 tokens=None,
-                slots=steps.tokens_of(table),
-                lengths=visible,
-                queries=torch.ones_like(visible),
+                page_table=table,
+                page_size=size,
+                lengths=visible.int(),
+                queries=torch.ones_like(visible, dtype=torch.int32),
                 longest_run=1,
+                total=len(rows),
             )
         layers: dict[int, LayerReads[Whole, Selected] | None] = {}
         for layer in steps.layers:

@@ -22,6 +22,7 @@ from kvplug import (
     Selector,
     reads_by_policy,
 )
+from kvplug_kernels.slot_lists import slot_lists
 from kvplug_sglang.router import Tenant
 from kvplug_sglang.settings import Engine
 
@@ -30,34 +31,52 @@ Numbers = NDArray[np.int64]
 
 @dataclass
 class Whole:
-    """Runs of queries and what each reads: n sequences for the stock kernel."""
+    """Runs of queries and what each reads: n sequences for the stock kernel; [n] int32."""
 
     tokens: Tensor | None
     """Rows of the flat queries, in the order of the sequences; None for all as they come."""
-    slots: Tensor
-    """Where the tokens that each run sees lie, in order. [n, T] int64"""
+    page_table: Tensor
+    """Pages that each run sees, in order. [n, P] int32"""
+    page_size: int
     lengths: Tensor
-    """Tokens that the last query of each run sees. [n] int64"""
+    """Tokens that the last query of each run sees."""
     queries: Tensor
-    """[n] int64"""
     longest_run: int
+    total: int
+    """Of the queries."""
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """Where each run's queries begin, and the last's end. [n + 1] int32"""
+        bounds = self.queries.new_zeros(len(self.queries) + 1)
+        bounds[1:] = self.queries.cumsum(0)
+        return bounds
 
     @cached_property
     def seen(self) -> tuple[Tensor, Tensor]:
-        """What each run sees, side by side, as ``ragged``."""
-        return ragged(self.slots, self.lengths)
+        """What each run sees, as ``slot_lists``."""
+        return slot_lists(self.page_table, self.lengths, self.page_size)
 
     @cached_property
     def before(self) -> tuple[Tensor, Tensor]:
-        """What each run's first query sees beside itself, as ``ragged``."""
-        return ragged(self.slots, self.lengths - self.queries)
+        """What each run's first query sees beside itself, as ``slot_lists``."""
+        return slot_lists(self.page_table, self.lengths - self.queries, self.page_size)
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """[n, P * S] int64"""
+        return tokens_of(self.page_table, self.page_size)
 
     @cached_property
     def own(self) -> Tensor:
-        """Where the queries' own tokens lie, in their order. This waits for the device."""
-        column = torch.arange(self.slots.shape[1], device=self.slots.device)
-        end = self.lengths[:, None]
-        return self.slots[(end - self.queries[:, None] <= column) & (column < end)]
+        """Where the queries' own tokens lie, in their order. [total] int64"""
+        run = torch.arange(len(self.queries), device=self.queries.device)
+        run = run.repeat_interleave(self.queries, output_size=self.total)
+        query = torch.arange(self.total, device=run.device)
+        token = self.lengths[run] - self.starts[run + 1] + query
+        return self.page_table[run, token // self.page_size].long() * self.page_size + (
+            token % self.page_size
+        )
 
 
 @dataclass
@@ -151,8 +170,12 @@ class StepPlanner:
             return None
         if stock:
             return StepPlan(dict.fromkeys(self.layers), packings, observations)
-        whole, selected = partial(self._whole, batch), partial(self._selected, batch)
-        layers = self.planners.by_layer(segments, self.layers, whole, selected)
+        layers = self.planners.by_layer(
+            segments,
+            self.layers,
+            lambda rest, _: self._whole(batch, rest),
+            partial(self._selected, batch),
+        )
         return StepPlan(layers, packings, observations)
 
     def segments(self, batch: Batch) -> Segments:
@@ -194,6 +217,7 @@ class StepPlanner:
         column = torch.arange(int(prompt.max()), device=self.req_to_token.device)
         packed = np.flatnonzero((np.arange(width)[None] < keep[:, None]).ravel())
         index = self._tensor(packed)
+        targets = tokens_of(self.engine.router.pages[at, : width // size], size)
         if self.engine.metrics is not None:
             self.engine.metrics.count_packed(
                 str(planner.settings.policy), prompt, keep + prompt % size, self.share
@@ -206,20 +230,22 @@ class StepPlanner:
             lengths=self._tensor(prompt),
             keep=self._tensor(keep),
             width=width,
-            targets=self.tokens_of(self.engine.router.pages[at, : width // size]).flatten()[index],
+            targets=targets.flatten()[index],
             packed=index,
         )
 
-    def _whole(self, batch: Batch, segments: Segments) -> Whole:
+    def _whole(self, batch: Batch, segments: Segments, *_: Any) -> Whole:
         """Sequences for the stock kernel."""
         tokens = segments.flat
         in_order = len(tokens) == batch.queries and bool((np.diff(tokens) == 1).all())
         return Whole(
             tokens=None if in_order else self._tensor(tokens),
-            slots=self.tokens_of(self._table(batch, segments)),
-            lengths=self._tensor(segments.visible),
-            queries=self._tensor(segments.queries),
+            page_table=self._table(batch, segments),
+            page_size=self.page_size,
+            lengths=self._tensor(segments.visible, torch.int32),
+            queries=self._tensor(segments.queries, torch.int32),
             longest_run=int(segments.queries.max()),
+            total=len(tokens),
         )
 
     def _selected(self, batch: Batch, segments: Segments) -> Selected:
@@ -287,30 +313,11 @@ class StepPlanner:
         chosen = self._tensor(table)[self._tensor(segments.choice)[:, None]]  # [n, 1, width]
         return chosen[:, 0].gather(1, column.clamp(max=width - 1).expand(len(segments.row), -1))
 
-    def tokens_of(self, pages: Tensor) -> Tensor:
-        """pages [n, P] -> their tokens' slots [n, P * S] int64"""
-        offset = torch.arange(self.page_size, device=pages.device)
-        return (pages.long()[:, :, None] * self.page_size + offset).flatten(1)
-
     def _tensor(self, values: NDArray[Any], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.from_numpy(values).to(self.req_to_token.device, dtype, non_blocking=True)
 
 
-def starts(lengths: Tensor) -> Tensor:
-    """lengths [n] -> [n + 1] int32: where each of n adjacent runs begins, and the last ends."""
-    bounds = lengths.new_zeros(len(lengths) + 1, dtype=torch.int32)
-    bounds[1:] = lengths.cumsum(0)
-    return bounds
-
-
-def ragged(slots: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """slots [n, T], of which the first lengths [n] count -> bounds [n + 1] int32, and the slots
-    that count side by side [n * T] int64 (what follows the last is 0). Nothing synchronises.
-    """
-    rows, width = slots.shape
-    bounds = starts(lengths)
-    column = torch.arange(width, device=slots.device)
-    place = torch.where(column < lengths[:, None], bounds[:-1, None] + column, rows * width)
-    packed = slots.new_zeros(rows * width + 1)
-    packed.scatter_(0, place.long().flatten(), slots.flatten())
-    return bounds, packed
+def tokens_of(pages: Tensor, page_size: int) -> Tensor:
+    """pages [n, P] -> their tokens' slots [n, P * S] int64"""
+    offset = torch.arange(page_size, device=pages.device)
+    return (pages.long()[:, :, None] * page_size + offset).flatten(1)

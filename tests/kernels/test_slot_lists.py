@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -16,8 +18,7 @@ def selection(device, heads: bool = True):
 
 
 def lists(bounds, slots):
-    ends = bounds.tolist()
-    return [slots[a:b].tolist() for a, b in zip(ends, ends[1:], strict=False)]
+    return [slots[a:b].tolist() for a, b in pairwise(bounds.tolist())]
 
 
 def run(op, table, lengths, chosen, counts, S=4):

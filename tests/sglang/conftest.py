@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 SHIMS = Path(__file__).parent / "shims"
+STAND_INS = Path(__file__).parents[1] / "stand_ins"
 COUNTER = re.compile(r"kvplug_(\w+)_total")
 
 os.environ.update(
@@ -30,7 +31,7 @@ os.environ.update(
     OMP_NUM_THREADS="1",
     HF_HUB_OFFLINE="1",
 )
-sys.path[:0] = [str(SHIMS), str(Path(__file__).parent)]
+sys.path[:0] = [str(SHIMS), str(Path(__file__).parent), str(STAND_INS)]
 
 
 def free_port() -> int:

@@ -1,96 +1,28 @@
-"""A graph backend for SGLang's own decode graph runner that records on a CPU what a GPU captures.
-
-Every torch operation and every Triton launch of a captured forward is recorded with the tensors
-that it took, and replayed into the tensors that it gave. What would make a capture fail on a GPU
-(waiting for a value, a shape that depends on one) raises here too; what a replay would not see on
-a GPU (a new tensor, a Python number) it does not see here either.
-"""
+"""A graph backend for SGLang's own decode graph runner: ``recorded`` in place of CUDA's graphs."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from recorded import Graph
+from recorded import capture as recording
 from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.model_executor.graph_shared_output import GraphSharedOutput
 from sglang.srt.model_executor.runner import decode_cuda_graph_runner as stock
 from sglang.srt.model_executor.runner_backend.base_cuda_graph_backend import BaseCudaGraphBackend
 from sglang.srt.runtime_context import get_exec
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
-from triton.runtime.interpreter import GridExecutor
 
-WAITS = {"item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__",
-         "__index__", "masked_select", "unique"}  # fmt: skip
-DEPENDS = {
-    torch.ops.aten._local_scalar_dense.default,
-    torch.ops.aten.nonzero.default,
-    torch.ops.aten.masked_select.default,
-}
 SIZES = [4]
 """Of captured batches: fewer requests are padded."""
 
 
-class NoWaiting(TorchFunctionMode):
-    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        name = getattr(function, "__name__", "")
-        if name in WAITS:
-            raise RuntimeError(f"{name} waits for the device while a graph is captured")
-        if name == "__getitem__" and any(
-            torch.is_tensor(index) and index.dtype is torch.bool for index in tree_leaves(args[1])
-        ):
-            raise RuntimeError("a mask's shape depends on the device while a graph is captured")
-        return function(*args, **(kwargs or {}))
-
-
-class Recording(TorchDispatchMode):
-    """Calls in order, each as what to do to repeat it in place."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[Callable[[], None]] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if function in DEPENDS:
-            raise RuntimeError(f"{function} waits for the device while a graph is captured")
-        given = kwargs or {}
-        result = function(*args, **given)
-
-        def again() -> None:
-            for old, new in zip(
-                tree_leaves(result), tree_leaves(function(*args, **given)), strict=True
-            ):
-                if torch.is_tensor(old) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
-
-        self.calls.append(again)
-        return result
-
-
-@contextlib.contextmanager
-def launches(recording: Recording) -> Iterator[None]:
-    """Triton's interpreter runs a kernel in NumPy: one call, as a launch is a node of a graph."""
-    plain = GridExecutor.__call__
-
-    def launch(self: Any, *args: Any, **kwargs: Any) -> None:
-        with _disable_current_modes():
-            plain(self, *args, **kwargs)
-        recording.calls.append(lambda: plain(self, *args, **kwargs))
-
-    GridExecutor.__call__ = launch
-    try:
-        yield
-    finally:
-        GridExecutor.__call__ = plain
-
-
 class RecordedGraphs(BaseCudaGraphBackend):
     def __init__(self, runner: Any) -> None:
-        self.graphs: dict[Any, tuple[Recording, Any]] = {}
+        self.graphs: dict[Any, tuple[Graph, Any]] = {}
         self.replays = 0
 
     @contextlib.contextmanager
@@ -104,10 +36,10 @@ class RecordedGraphs(BaseCudaGraphBackend):
         forward_fn()
         if post_warmup_hook is not None:
             post_warmup_hook()
-        recording = Recording()
-        with launches(recording), NoWaiting(), recording:
+        graph = Graph()
+        with recording(graph):
             output = forward_fn()
-        self.graphs[shape_key] = recording, output
+        self.graphs[shape_key] = graph, output
 
     def can_run(self, forward_batch: Any, shape_key: Any) -> bool:
         return shape_key in self.graphs
@@ -118,16 +50,15 @@ class RecordedGraphs(BaseCudaGraphBackend):
 
     def replay(self, shape_key: Any, static_forward_batch: Any, **kwargs: Any) -> Any:
         self.replays += 1
-        recording, output = self.graphs[shape_key]
-        for again in recording.calls:
-            again()
+        graph, output = self.graphs[shape_key]
+        graph.replay()
         return output
 
     def cleanup(self) -> None:
         self.graphs.clear()
 
 
-def capture(model_runner: Any) -> RecordedGraphs:
+def capture(model_runner: Any, sizes: list[int] | None = None) -> RecordedGraphs:
     """Give a model runner the decode graph runner that it would have on a GPU."""
 
     @contextlib.contextmanager
@@ -135,7 +66,8 @@ def capture(model_runner: Any) -> RecordedGraphs:
         yield SimpleNamespace(stream=None)
 
     decode = get_exec().graph.cuda_graph_config.decode
-    decode.backend, decode.bs, decode.max_bs = Backend.FULL, SIZES, max(SIZES)
+    sizes = sizes or SIZES
+    decode.backend, decode.bs, decode.max_bs = Backend.FULL, sizes, max(sizes)
     torch.cpu.is_current_stream_capturing = lambda: False
     stock.resolve_decode_backend = RecordedGraphs
     stock.graph_capture = no_stream

@@ -1,9 +1,11 @@
 """Serve cases with decode steps replayed from recorded graphs. Prints what each did, as JSON.
 
+Over SGLang's Triton backend, or over its FlashAttention 3 where ``KVPLUG_TEST_FLASH`` is set.
 A case: [server's settings, requests' own policies or null for each prompt].
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +15,10 @@ from conftest import start
 def main(model: str, prompts: str, tokens: str, cases: list[str]) -> None:
     from recorded_graph import capture
 
+    if "KVPLUG_TEST_FLASH" in os.environ:
+        import flash
+
+        flash.install()
     batch, found = json.loads(prompts), []
     for settings, chosen in map(json.loads, cases):
         with start(Path(model), settings, chunked_prefill_size=64, context_length=512) as engine:
@@ -25,7 +31,8 @@ def main(model: str, prompts: str, tokens: str, cases: list[str]) -> None:
                 ]
                 engine.drain()
                 waves.append([engine.output(rid) for rid in rids])
-            found.append({"waves": waves, "replays": graphs.replays})
+            backend = type(engine.backend).__module__
+            found.append({"waves": waves, "replays": graphs.replays, "backend": backend})
     print(json.dumps(found))
 
 

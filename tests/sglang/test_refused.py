@@ -243,6 +243,13 @@ def test_decode_alone_is_captured():
     assert (decided.decode.backend, decided.prefill.backend) == ("full", "disabled")
 
 
+def test_a_plan_that_would_be_captured_with_its_step(resolve, monkeypatch):
+    monkeypatch.setenv("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "1")
+    with pytest.raises(ValueError, match="unset SGLANG_ENABLE_METADATA_GLUE_GRAPH"):
+        resolve("quest(budget=64)")
+    resolve("dense")
+
+
 def test_graphs_that_were_never_run(resolve):
     broken = {"decode": {"backend": "breakable"}}
     with pytest.raises(ValueError, match="breakable CUDA graphs of decode were never run"):

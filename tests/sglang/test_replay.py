@@ -42,27 +42,40 @@ OTHERWISE = {
 }
 
 
-def replayed(model, batch, cases) -> list[dict]:
+def replayed(model, batch, cases, **environment) -> list[dict]:
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "1"}
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("replay_once.py")), str(model),
          json.dumps(batch), str(NEW), *map(json.dumps, cases)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "1"},
+        env={**os.environ, **paths, **environment},
         capture_output=True, text=True, timeout=880,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_replayed_steps_answer_as_eager_ones(engine, random_llama, prompts):
-    """Padded batches of three, three layers, chunk 64, page size 16."""
+@pytest.fixture(scope="module")
+def eager(engine, random_llama, prompts):
+    """What the CPU backend answers: prompts of three requests, three layers, chunk 64, page 16."""
     model, batch = random_llama(layers=3), prompts(150, 97, 1, seed=21)
-    cases = {**CASES, **OTHERWISE}
-    found = dict(zip(cases, replayed(model, batch, cases.values()), strict=True))
-    for name, (settings, chosen) in cases.items():
+    answers = {}
+    for name, (settings, chosen) in {**CASES, **OTHERWISE}.items():
         with engine(model, settings, chunked_prefill_size=64) as eager:
             rids = [eager.send(p, NEW, policy) for p, policy in zip(batch, chosen, strict=True)]
             eager.drain()
-            answers = [eager.output(rid) for rid in rids]
-        assert found[name]["waves"] == [answers, answers], name
+            answers[name] = [eager.output(rid) for rid in rids]
+    return model, batch, answers
+
+
+@pytest.mark.parametrize("stock", ["triton", "flash"])
+def test_replayed_steps_answer_as_eager_ones(eager, stock):
+    """Padded batches of three; FlashAttention 3 is held to its contract in each call."""
+    model, batch, answers = eager
+    cases = {**CASES, **OTHERWISE}
+    environment = {"KVPLUG_TEST_FLASH": "1"} if stock == "flash" else {}
+    served = replayed(model, batch, cases.values(), **environment)
+    for name, found in zip(cases, served, strict=True):
+        assert found["backend"] == f"kvplug_sglang.cuda_{stock}", name
+        assert found["waves"] == [answers[name], answers[name]], name
         replays = 0 if name in OTHERWISE else 2 * (NEW - 1)
-        assert found[name]["replays"] == replays, name
+        assert found["replays"] == replays, name

@@ -32,7 +32,7 @@ def test_triton_answers_as_torch_native(engine, random_llama, prompts):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     backend, interpreted = json.loads(done.stdout.splitlines()[-1])
-    assert backend == "kvplug_sglang.cuda"
+    assert backend == "kvplug_sglang.cuda_triton"
     for policy in POLICIES:
         with engine(model, policy, chunked_prefill_size=64) as native:
             assert native.generate(batch, 4) == interpreted[policy], policy

@@ -1,0 +1,72 @@
+"""The stock FlashAttention 3 backend, planned. Never run on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.kernels.ops.attention.flash_attention import flash_attn_with_kvcache
+from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
+from torch import Tensor
+
+from kvplug_kernels.virtual_heads import virtual_heads
+from kvplug_sglang.cuda import ReplayedAttention
+from kvplug_sglang.step import Selected, Whole
+
+
+class KVPlugBackend(ReplayedAttention, FlashAttentionBackend):
+    def attend(self, layer: Any, query: Tensor, whole: Whole, out: Tensor) -> None:
+        keys, values = self.get_paged_mha_kv_cache(layer)
+        self._flash(
+            layer, query, keys, values, whole.page_table, whole.lengths, whole.starts,
+            whole.longest_run, out,
+        )  # fmt: skip
+
+    def attend_heads(
+        self, layer: Any, query: Tensor, step: Selected, chosen: Tensor, counts: Tensor,
+        out: Tensor,
+    ) -> None:  # fmt: skip
+        size, heads, group = self.page_size, query.shape[1], query.shape[2]
+        table, lengths = virtual_heads(
+            step.page_table, chosen, counts, step.lengths, size, size * heads, 1
+        )
+        keys, values = (one_head(each, size) for each in self._kv(layer.layer_id))
+        starts = torch.arange(len(table) + 1, dtype=torch.int32, device=table.device)
+        out = out.view(-1, group, out.shape[2])
+        self._flash(layer, query.flatten(0, 1), keys, values, table, lengths, starts, 1, out)
+
+    def _flash(
+        self, layer: Any, query: Tensor, keys: Tensor, values: Tensor, table: Tensor,
+        lengths: Tensor, starts: Tensor, longest_run: int, out: Tensor,
+    ) -> None:  # fmt: skip
+        same = out.dtype == keys.dtype
+        found = flash_attn_with_kvcache(
+            q=query.to(keys.dtype).contiguous(),
+            k_cache=keys,
+            v_cache=values,
+            page_table=table,
+            cache_seqlens=lengths,
+            cu_seqlens_q=starts,
+            max_seqlen_q=longest_run,
+            softmax_scale=layer.scaling,
+            causal=True,
+            softcap=layer.logit_cap,
+            num_splits=self.num_splits,
+            out=out if same else None,
+            ver=self.fa_impl_ver,
+        )
+        if not same:
+            out.copy_(found)
+
+
+def one_head(cache: Tensor, page_size: int) -> Tensor:
+    """cache [slots, H, D] -> [n, S, 1, D]: virtual page p * S * H + h is KV head h of page p.
+
+    The kernel gathers rows by stride and asks neither that pages lie apart nor how many there are.
+    """
+    assert cache.is_contiguous(), "a pool of token-major pages"
+    slots, heads, channels = cache.shape
+    return cache.as_strided(
+        (slots * heads - (page_size - 1) * heads, page_size, 1, channels),
+        (channels, heads * channels, channels, 1),
+    )

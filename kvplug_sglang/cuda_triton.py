@@ -1,0 +1,75 @@
+"""The stock Triton backend, planned. Triton's interpreter runs it on a CPU, in fp32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from sglang.kernels.ops.attention.metadata import get_num_kv_splits_triton
+from sglang.srt.layers.attention.triton_backend import TritonAttnBackend, logit_capping_mod
+from torch import Tensor
+
+from kvplug_kernels.slot_lists import slot_lists
+from kvplug_sglang.cuda import ReplayedAttention
+from kvplug_sglang.step import Selected, Whole
+
+SEQUENCES = 256
+"""That the stock kernel plans splits for at least: fewer would compile it anew."""
+
+
+class KVPlugBackend(ReplayedAttention, TritonAttnBackend):
+    def attend(self, layer: Any, query: Tensor, whole: Whole, out: Tensor) -> None:
+        keys, values = self._kv(layer.layer_id)
+        if whole.longest_run == 1:
+            self._decode(layer, query, keys, values, whole.seen, whole.lengths, out)
+            return
+        bounds, slots = whole.before
+        cap = logit_capping_mod(layer.logit_capping_method, layer.logit_cap)
+        self.extend_attention_fwd(
+            query.contiguous(), keys[whole.own], values[whole.own], out, keys, values,
+            whole.starts, bounds, slots, None, True, None, whole.longest_run, 1.0, 1.0,
+            layer.scaling, logit_cap=cap,
+        )  # fmt: skip
+
+    def attend_heads(
+        self, layer: Any, query: Tensor, step: Selected, chosen: Tensor, counts: Tensor,
+        out: Tensor,
+    ) -> None:  # fmt: skip
+        bounds, slots = slot_lists(
+            step.page_table, step.lengths, self.engine.page_size, chosen, counts
+        )
+        keys, values = (each.view(-1, 1, each.shape[2]) for each in self._kv(layer.layer_id))
+        out = out.view(-1, query.shape[2], out.shape[2])
+        read = bounds, slots
+        self._decode(layer, query.flatten(0, 1), keys, values, read, bounds.diff(), out)
+
+    def _decode(
+        self, layer: Any, query: Tensor, keys: Tensor, values: Tensor,
+        read: tuple[Tensor, Tensor], lengths: Tensor, out: Tensor,
+    ) -> None:  # fmt: skip
+        partial = (*query.shape[:2], self.max_kv_splits)
+        self.decode_attention_fwd(
+            query, keys, values, out, *read,
+            query.new_empty(*partial, out.shape[2], dtype=torch.float32),
+            query.new_empty(partial, dtype=torch.float32),
+            self.splits(lengths, query.shape[1], keys.shape[1]), self.max_kv_splits,
+            layer.scaling, 1.0, 1.0,
+            logit_cap=logit_capping_mod(layer.logit_capping_method, layer.logit_cap),
+        )  # fmt: skip
+
+    def splits(self, lengths: Tensor, heads: int, kv_heads: int) -> Tensor:
+        """Parts that each sequence is read in. [n] int32
+
+        As the stock ``get_num_kv_splits``, which takes every sequence to have the model's heads:
+        a sequence of one KV head is 1 / H of that work, and wants as many more parts.
+        """
+        found = torch.empty_like(lengths)
+        if self.static_kv_splits or self.device_core_count <= 0:
+            return found.fill_(self.max_kv_splits)
+        most = max(SEQUENCES, triton.next_power_of_2(len(lengths)))
+        get_num_kv_splits_triton[(1,)](
+            found, lengths, len(lengths), 1, heads, kv_heads, self.max_kv_splits,
+            self.device_core_count, MAX_NUM_SEQ=most, uneven_batch_ptr=None,
+        )  # fmt: skip
+        return found

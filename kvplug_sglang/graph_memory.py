@@ -1,0 +1,72 @@
+"""What decode graphs hold of kvplug's, told to SGLang before it sizes the pool.
+
+A graph keeps the memory that its operations allocate, and all graphs share one pool of it: that of
+the largest batch. Layers follow one another, so one layer's temporaries are all of theirs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvplug import BatchPlanner, Offer, read_offer
+from kvplug_sglang import compat
+from kvplug_sglang.backend import TRITON, stock
+from kvplug_sglang.refusals import PAGE_SIZE
+from kvplug_sglang.settings import given
+
+MIB = 1 << 20
+PLANNING = 32
+"""Bytes of what is computed for a page of a request while its table is planned."""
+
+
+def decide(server_args: Any) -> None:
+    """Before SGLang sizes memory: it would count on graphs of prefill that kvplug turns off, and
+    then leave next to nothing for prefill without them."""
+    if _sparse() is not None:
+        view, _ = compat.resolved(server_args)
+        compat.declare(server_args, compat.graphs_of_decode_alone(view))
+
+
+def reserve(server_args: Any) -> float:
+    """MiB beside what SGLang reckons for its own graphs."""
+    offer = _sparse()
+    if offer is None:
+        return 0.0
+    view, model = compat.resolved(server_args)
+    batch = compat.decode_batch(view)
+    size = view.page_size or (PAGE_SIZE if offer.digest is not None else 1)
+    lists = stock(server_args, view.device) == TRITON
+    splits = view.triton_attention_num_kv_splits if lists else 0
+    return graph_bytes(offer, model, view.tp_size, batch, size, splits) / MIB
+
+
+def _sparse() -> Offer | None:
+    """What a server offers beside dense attention."""
+    try:
+        offer = read_offer(given(), environ={})
+    except ValueError:
+        return None  # refused a little later, together with all other reasons
+    return None if offer.settings.policy.is_dense and not offer.mixed else offer
+
+
+def graph_bytes(
+    offer: Offer, model: Any, ranks: int, batch: int, page_size: int, kv_splits: int
+) -> int:
+    """On one rank. batch: of the largest graph, 0 for none; kv_splits: of Triton's decode kernel,
+    which reads lists of tokens; 0 where FlashAttention reads page tables."""
+    planners = BatchPlanner(page_size)
+    planners.know([offer.settings])
+    own, policy = planners.planners[0], offer.settings.policy
+    tables = 1 if policy.uniform else len(set(policy.layer_budgets(model.num_hidden_layers)))
+    pages = -(-model.context_len // page_size)
+    heads, query_heads = model.get_num_kv_heads(ranks), model.num_attention_heads // ranks
+    found = (PLANNING + 4 * tables) * pages
+    if kv_splits:
+        found += 4 * query_heads * kv_splits * (model.head_dim + 1)
+        if own.scored or own.eviction or offer.mixed:
+            found += 8 * tables * pages * page_size
+    if own.selector is not None:
+        width = own.width(model.context_len)
+        read = 8 * page_size if kv_splits else 4
+        found += heads * (4 * pages + (4 + read) * width)
+    return batch * found
