@@ -68,9 +68,10 @@ bench: setup models
 	$(BIN)/kvplug bench attention
 	$(BIN)/kvplug bench compression
 
-# For a machine that has a GPU, PyTorch and Triton, and nothing else: no virtual environment.
+# For a machine that has a GPU, PyTorch and Triton, and nothing else: no virtual environment. Whole
+# engines run too where the parts lie that tools/gpu_bundle.py makes on a machine with a network.
 gpu:
-	PYTHONPATH=kernels:. $(PYTHON) -m kvplug_kernels.gpu_suite --out results/gpu
+	PYTHONPATH=kernels:. $(PYTHON) tools/gpu_engines.py --out results/gpu --bundle .cache/gpu-bundle
 
 setup: $(VENV)/.ready
 setup-sglang: $(SGLANG_VENV)/.ready
