@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 from array import array
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
-from kvplug import Settings, parse
-from kvplug_sglang import backend, compat, hooks, packing
+import torch
+
+from kvplug import Settings, parse, read_offer
+from kvplug_sglang import NAME, backend, compat, hooks, packing
 from kvplug_sglang.router import OWN
-from kvplug_sglang.settings import Engine
+from kvplug_sglang.settings import Engine, given, remember
 
 log = logging.getLogger("sglang.kvplug")
 
@@ -47,6 +51,53 @@ def examine(scheduler: Any) -> None:
             backend.kernels(scheduler.server_args),
             len(hooks.HOOKS),
         )
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    passed: bool
+    detail: str
+
+
+def checks(model: str | None, policy: str | None) -> Iterator[Check]:
+    """What can be said without a server; one that raises has failed, and its error says why.
+
+    policy: what a server started from this process would be given too.
+    """
+    yield _try("versions", _versions)
+    if policy is not None:
+        remember(policy)
+        yield _try("policy", lambda: str(read_offer(given(), environ={}).settings.policy))
+    if model is not None:
+        yield _try("model", lambda: _model(model))
+
+
+def _try(name: str, check: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, check())
+    except Exception as error:  # a diagnosis reports whatever it meets
+        return Check(name, False, f"{type(error).__name__}: {error}")
+
+
+def _versions() -> str:
+    found = version("sglang")
+    if not compat.supported():
+        raise ValueError(
+            f"kvplug was tested with sglang 0.5.23, got {found}: pip install sglang==0.5.23"
+        )
+    return f"kvplug {version('kvplug')}, sglang {found}, torch {torch.__version__}"
+
+
+def _model(model: str) -> str:
+    """Resolve a server's arguments as its launcher does, refusals and all."""
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import ServerArgs
+
+    load_plugins()
+    arguments = ServerArgs(model_path=model, attention_backend=NAME)
+    arguments.resolve_once()
+    return f"nothing is refused; it would be served over {backend.kernels(arguments)}"
 
 
 def canary(tree: Any, engine: Engine) -> None:
