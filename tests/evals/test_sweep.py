@@ -6,8 +6,6 @@ import logging
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from importlib.util import find_spec
@@ -16,10 +14,12 @@ from pathlib import Path
 import pytest
 import yaml
 from rich.console import Console
+from typer.testing import CliRunner
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("matplotlib")
 
+from kvplug_evals.cli import app
 from kvplug_evals.engines.interface import EngineError, EngineOptions, Reply, Wave
 from kvplug_evals.engines.start import start_engine
 from kvplug_evals.interrupts import Interrupts
@@ -39,8 +39,6 @@ from kvplug_evals.sweep.session import (
 )
 from kvplug_evals.sweep.settings import Suite, changed, expand, folder, read_suite
 from kvplug_evals.sweep.stats import paired, summary
-
-ROOT = Path(__file__).parents[2]
 
 
 def suite(**options):
@@ -369,6 +367,16 @@ def out(tmp_path):
     return tmp_path / "a"
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures, none of which is saved: that takes most of the time of a plot."""
+    figures = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure)
+    )
+    return figures
+
+
 def test_the_report_ranks_only_what_says_something(out):
     plots = draw(results(out), out)
     text = write_report(out, plots).read_text()
@@ -432,15 +440,34 @@ def test_a_packed_setting_is_finished_and_its_data_is_remembered(tmp_path):
         run_sweep([setting], run, Console(quiet=True))
 
 
-def test_a_report_is_written_anew_and_nothing_is_run(out):
-    command = [sys.executable, "-m", "kvplug_evals.cli", "eval", "--report", str(out)]
-    path = os.pathsep.join(str(ROOT / root) for root in (".", "kernels", "evals"))
-    said = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
-    )
-    assert said.returncode == 0, said.stderr
-    assert (out / "report.md").read_text().startswith("# mine")
+@pytest.fixture
+def handlers():
+    """A command takes the signals that end it; here they are put back."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_reports_are_written_anew_and_directories_packed_and_nothing_is_run(out):
+    def kvplug(*arguments):
+        done = CliRunner().invoke(app, ["eval", *arguments])
+        assert done.exit_code == 0, done.output
+        return "".join(done.output.split())
+
+    kvplug("--report", str(out))
+    text = (out / "report.md").read_text()
+    assert text.startswith("# mine")
+    (out / "mine-kvplug_recall-2048.png").unlink()
+    assert str(out / PACKED) in kvplug("--pack", str(out))
+    assert not list(out.glob("*/metrics.json"))
+    kvplug("--report", str(out))
+    assert (out / "report.md").read_text() == text
     assert (out / "mine-kvplug_recall-2048.png").exists()
+    nowhere = CliRunner().invoke(app, ["eval", "--pack", str(out / "unfinished")])
+    assert nowhere.exit_code == 1
+    assert "holds no finished setting" in " ".join(nowhere.output.split())
 
 
 def test_wrong_data_is_refused_before_an_engine_starts(tmp_path, monkeypatch):
@@ -468,21 +495,17 @@ def test_wrong_data_is_refused_before_an_engine_starts(tmp_path, monkeypatch):
         assert logging.getLogger("lm_eval").level == level, "left as it was"
 
 
+@pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_that_a_library_swallows_still_ends_the_sweep(number):
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        interrupts = Interrupts()
+    interrupts = Interrupts()
+    interrupts.check()
+    with contextlib.suppress(KeyboardInterrupt):
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+    assert interrupts.came
+    with pytest.raises(KeyboardInterrupt):
         interrupts.check()
-        with contextlib.suppress(KeyboardInterrupt):
-            os.kill(os.getpid(), number)
-            time.sleep(5)
-        assert interrupts.came
-        with pytest.raises(KeyboardInterrupt):
-            interrupts.check()
-    finally:
-        for n, handler in before.items():
-            signal.signal(n, handler)
 
 
 def test_every_row_saves_or_is_marked(out):
@@ -498,7 +521,7 @@ def test_a_row_that_was_not_counted_is_not_called_dense(tmp_path):
     assert (knorm.saves, knorm.verdict) == (None, "not counted")
 
 
-def test_tables_of_two_seeds_are_told_apart(out):
+def test_tables_of_two_seeds_are_told_apart(out, drawn):
     before = write_report(out, []).read_text()
     assert "seed" not in before
     finish(out, "dense", rows([1.0, 0.75]), seed=1)
@@ -507,11 +530,12 @@ def test_tables_of_two_seeds_are_told_apart(out):
     assert len(set(heads)) == len(heads)
     assert sum(", seed 1" in head for head in heads) == 1
     draw(results(out), out)
+    assert sum(", seed 1" in axes.get_ylabel() for axes in drawn[0].axes) == 1
     finish(out / "own", "dense", rows([1.0]), answers="own")
     assert ", answers own\n" in write_report(out / "own", []).read_text()
 
 
-def test_settings_of_two_engines_are_never_compared_in_one_table(out):
+def test_settings_of_two_engines_are_never_compared_in_one_table(out, drawn):
     finish(out, "dense", rows([0.5, 1.0]), engine="sglang")
     finish(out, "knorm", rows([0.5, 0.5], held_bytes=1e6), engine="sglang")
     made = {(m[0].result.engine, m[0].result.place[2]): m for _, m in tables(results(out))}
@@ -524,6 +548,7 @@ def test_settings_of_two_engines_are_never_compared_in_one_table(out):
     assert knorm.accuracy.mean == pytest.approx(-0.25)
     text = write_report(out, draw(results(out), out)).read_text()
     assert text.count(", sglang\n") == 1
+    assert sum(", sglang\n" in axes.get_ylabel() for axes in drawn[0].axes) == 1
     assert "vllm 0.32, sglang 0.32" in text
 
 
@@ -534,13 +559,11 @@ def test_what_selects_from_random_is_not_the_baseline(out):
     assert found["random(budget=512) + quest(budget=64)"].beyond_random.mean == pytest.approx(0.25)
 
 
-def test_a_plot_names_its_data(tmp_path, monkeypatch):
+def test_a_plot_names_its_data(tmp_path, drawn):
     finish(tmp_path, "dense", rows([1.0]))
     finish(tmp_path, "knorm", rows([0.5], held_bytes=1e6))
-    titles = []
-    monkeypatch.setattr("matplotlib.figure.Figure.suptitle", lambda _, t, **k: titles.append(t))
     draw(results(tmp_path), tmp_path)
-    assert "kvplug_recall (our own task)" in titles[0]
+    assert "kvplug_recall (our own task)" in drawn[0].get_suptitle()
 
 
 def test_a_label_is_that_of_the_data_whatever_was_stored_with_the_answers(tmp_path):
@@ -559,11 +582,7 @@ def test_a_label_is_that_of_the_data_whatever_was_stored_with_the_answers(tmp_pa
     assert result.source("ruler_vt") == "lm-eval"
 
 
-def test_a_plot_shows_what_holds_more_than_dense(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(
-        "matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure)
-    )
+def test_a_plot_shows_what_holds_more_than_dense(tmp_path, drawn):
     finish(tmp_path, "dense", rows([1.0]))
     finish(tmp_path, "snapkv(budget=512)", rows([0.5], held_bytes=7.2e6))
     draw(results(tmp_path), tmp_path)
