@@ -152,7 +152,7 @@ def circles(packages: set[str]) -> list[str]:
     return []
 
 
-TO_UNTIE = {"kvplug_vllm", "kvplug_sglang"}
+TO_UNTIE = {"kvplug_sglang"}
 
 
 @pytest.mark.parametrize(
