@@ -1,12 +1,13 @@
 """vLLM for a GPU machine that has PyTorch and no network, in parts of a size that travels.
 
-    python3 tools/gpu_bundle.py [--out .cache/gpu-bundle] [--most 60] [--vllm vllm==0.32.0]
+    python3 tools/gpu_bundle.py [--out .cache/gpu-bundle] [--most 55] [--vllm vllm==0.32.0]
 
 makes `part1`, `part2`, … of at most so many MiB each: the compiled operators that Hopper needs,
 FlashAttention 3 among them, vLLM's Python, and as wheels what tools/gpu_bundle.txt lists. Carry
 them beside the checkout on that machine, one at a time if need be; `make gpu` unpacks them there
-and runs whole engines. Both versions' libraries use PyTorch's stable ABI alone, so they may load
-under PyTorch 2.11: not run on a GPU. Needs only the standard library and 3 GB beside --out.
+and runs whole engines. Under PyTorch 2.11 for CUDA 13 on a CPU everything imports and, against a
+stub of the driver, both libraries load; not run on a GPU. Needs only the standard library and
+1 GB beside the checkout.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class BundleError(Exception):
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--most", type=int, default=60, help="MiB of a part")
+    parser.add_argument("--most", type=int, default=55, help="MiB of a part")
     parser.add_argument("--vllm", default=VLLM, help="a requirement, or a wheel that lies here")
     options = parser.parse_args()
     started = time.monotonic()

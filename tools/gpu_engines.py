@@ -81,7 +81,7 @@ def items(out: Path, engines: bool) -> list[Item]:
         Item("imports", "vLLM's compiled operators load", 40, (python, "-c", IMPORTS)),
         Item("kernels", "the kernels against their references, then their times", 150, suite),
         test("full_budget_equals_stock", "eager, every policy with the whole cache as budget", 60),
-        test("replayed_batches_equal_eager", "graphs with 1, 2, 3, 5 and 9 requests", 70),
+        test("replayed_batches_equal_eager", "graphs with 1, 2, 3, 5 and 9 requests", 80),
         test(
             "long_decode_beside_chunked_prefill", "20,000 tokens decode, another is prefilled", 60
         ),

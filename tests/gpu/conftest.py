@@ -1,7 +1,7 @@
 """Whole vLLM engines on a GPU, in this process, with and without graphs.
 
-Where there is none, ``KVPLUG_TWIN=graphs`` runs the same tests small over its stand-ins
-(``tests/stand_ins``): that proves the tests, and nothing about a GPU.
+Where there is none, ``KVPLUG_TWIN=graphs pytest tests/gpu`` runs the same tests small over its
+stand-ins (``tests/stand_ins``): that proves the tests, and nothing about a GPU.
 """
 
 from __future__ import annotations
@@ -21,22 +21,32 @@ import twin
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 CUDA = torch.cuda.is_available()
-ON_TWIN = not CUDA and twin.MODE == "graphs"
-if ON_TWIN:
-    with contextlib.suppress(AssertionError):  # tests/vllm's conftest came first
-        twin.install()
+
+
+class Twin:
+    """Whether the stand-ins serve here."""
+
+    here = False
+
 
 MiB = 1 << 20
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}
 """Without torch.compile: graphs are what there is to test."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Among all tests it is tests/vllm that chooses; here the folder must have been asked for."""
+    asked = any("gpu" in Path(arg).parts for arg in config.args)
+    if not CUDA and twin.MODE == "graphs" and asked:
+        twin.install()
+        Twin.here = True
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent == Path(__file__).parent:
-            item.add_marker(pytest.mark.gpu)
             item.add_marker(pytest.mark.filterwarnings("default", "error:::kvplug"))
-            if not (CUDA or ON_TWIN):
+            if not (CUDA or Twin.here):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
@@ -117,7 +127,7 @@ def engine(sizes: Sizes) -> Callable[..., contextlib.AbstractContextManager[Engi
             **options,
         }
         with contextlib.ExitStack() as capturing:
-            if ON_TWIN and not graphs:
+            if Twin.here and not graphs:
                 import cuda_path
 
                 capturing.enter_context(cuda_path.eagerly())

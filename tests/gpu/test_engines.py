@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import time
 
+import pytest
 import torch
 
+pytestmark = pytest.mark.gpu
 TIE = 0.03
 """Difference of log-probabilities that rounding to half precision may turn around."""
 
