@@ -9,11 +9,11 @@ Each metric takes (prediction, answer, options) to a number from 0 to 1. What ``
     vt, many_shot, qa_chn
                         loop over the label: over the letters of a label that is a text
                                                                      -> the whole label
-    qa_eng              a label inside a longer word or answer counts -> F1 of words
+    qa_eng              a label inside a longer word counts          -> F1 of words
     choice_eng          an answer that begins with A ("According …") is an A
                                                                      -> a letter that stands alone
-    repoqa              comments and docstrings lower the similarity, a block that is cut short is
-                        no block, of equals the first asked for wins -> without, one, the one meant
+    repoqa              comments, docstrings and a missing fence lower the similarity, and of
+                        equals the first counts                      -> not so; the one meant
     summary             rougeLsum without lines is rougeL            -> a sentence a line
     recall              nothing
 
