@@ -127,15 +127,27 @@ class BatchPlanner:
 
     def by_layer(
         self, segments: Segments, layers: Iterable[int],
-        whole: Callable[[Segments], Whole], selected: Callable[[Segments], Selected],
+        whole: Callable[[Segments, tuple[int, ...]], Whole],
+        selected: Callable[[Segments], Selected], rows: int | None = None,
     ) -> dict[int, LayerReads[Whole, Selected]]:  # fmt: skip
         """What each layer reads of a step: where a policy does not select, its queries read all.
 
         ``selected`` puts the selecting segments of one choice into an adapter's terms, ``whole``
         those that remain, if any: once for all layers in which the same choices select.
+
+        rows: of a decode step under the first choice whose shapes must follow from its size
+        alone: every row is then in all that a layer reads, with nothing to read where it has no
+        part.
         """
+
+        def shaped(part: Segments) -> Segments:
+            return part if rows is None else part.one_per_row(rows)
+
         chosen = segments.where(segments.selects).by_choice()
-        terms = {one: selected(part) for one, part in chosen.items()}
+        if rows is not None:
+            own = self.planners[0].selector is not None
+            chosen = {0: segments.where(segments.selects)} if own else {}
+        terms = {one: selected(shaped(part)) for one, part in chosen.items()}
         others: dict[tuple[int, ...], Whole | None] = {}
         reads = {}
         for layer in layers:
@@ -143,7 +155,8 @@ class BatchPlanner:
             here = tuple(one for one, budget in asked if budget is not None)
             if here not in others:
                 rest = segments.where(~(segments.selects & np.isin(segments.choice, here)))
-                others[here] = whole(rest) if len(rest.row) else None
+                rest = shaped(rest)
+                others[here] = whole(rest, here) if len(rest.row) else None
             mine = [(terms[one], budget) for one, budget in asked if budget is not None]
             reads[layer] = LayerReads(others[here], mine)
         return reads

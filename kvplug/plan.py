@@ -139,10 +139,14 @@ class Planner:
         """Tokens that a selecting query reads in a layer; None for all of them."""
         return self.selector.layer_budget(layer) if self.selector else None
 
-    def width(self, max_tokens: int) -> int:
-        """The widest selection, in pages, of any request up to ``max_tokens``."""
+    def width(self, max_tokens: int, short: bool = True) -> int:
+        """The widest selection, in pages, of any request up to ``max_tokens``.
+
+        short: requests that the shortcut would spare select too, with all of their pages.
+        """
         whole = -(-max(self.settings.min_context, 1) // self.page_size)
-        return min(max(self.keep, whole), -(-max_tokens // self.page_size))
+        widest = max(self.keep, whole) if short or not self.settings.shortcut else self.keep
+        return min(widest, -(-max_tokens // self.page_size))
 
     def evictable(self, processed: int) -> list[tuple[int, int]]:
         """Ranges of pages [first, last) that no query from position ``processed`` on will see."""

@@ -82,9 +82,11 @@ class Segments:
         found = np.unique(self.choice).tolist()
         return {one: self.where(self.choice == one) for one in found}
 
-    def one_per_row(self, rows: int, selects: bool) -> Segments:
+    def one_per_row(self, rows: int, selects: bool | None = None) -> Segments:
         """A decode batch in a shape that depends on nothing but its size: a query for each of
-        ``rows`` rows, which reads nothing where the row has no segment. All select, or none.
+        ``rows`` rows, which reads nothing where the row has no segment.
+
+        selects: all do, or none; None for those that did.
         """
         fields = {name: np.zeros(rows, np.int64) for name in _PER_SEGMENT}
         fields["packed"] -= 1
@@ -92,9 +94,10 @@ class Segments:
             values[self.row] = getattr(self, name)
         index = np.arange(rows)
         fields |= {"row": index, "token": index}
+        chosen = fields["selects"] > 0 if selects is None else np.full(rows, selects)
         return Segments(
             page_size=self.page_size,
-            **{**fields, "selects": np.full(rows, selects), "decodes": np.full(rows, True)},  # type: ignore[arg-type]
+            **{**fields, "selects": chosen, "decodes": np.full(rows, True)},  # type: ignore[arg-type]
         )
 
     @classmethod

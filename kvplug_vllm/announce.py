@@ -7,15 +7,19 @@ from typing import Any
 import numpy as np
 from vllm.logger import init_logger
 
-from kvplug import Offer, Planner
+from kvplug import Planner
+from kvplug_vllm.settings import Engine
 
 
-def announce(offer: Offer, planner: Planner, spec: Any, vllm_config: Any) -> None:
-    line = describe(planner, spec, vllm_config.model_config.max_model_len, vllm_config)
+def announce(engine: Engine, planner: Planner, spec: Any) -> None:
+    offer, config = engine.offer, engine.vllm_config
+    line = describe(planner, spec, config.model_config.max_model_len, config)
     if offer.mixed:
         line += f" Requests may choose {', '.join(offer.names)}"
         line += f" and keep at most {offer.max_tokens:,} tokens." if offer.max_tokens else "."
-    init_logger("vllm.kvplug").info("%s", line)
+    if line not in engine.announced:
+        engine.announced.add(line)
+        init_logger("vllm.kvplug").info("%s", line)
 
 
 def describe(planner: Planner, spec: Any, tokens: int, vllm_config: Any) -> str:

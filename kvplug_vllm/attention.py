@@ -91,7 +91,6 @@ class PlannedImpl:
         """Windowed layers stay on the stock path; the policy plans the global ones."""
         self.digest = engine.offer.digest if self.planned else None
         self._window: dict[int, Tensor] = {}
-        self._most_windows = 2 * vllm_config.scheduler_config.max_num_seqs
         self.packed_prompts = 0
         """Prompts that were packed here, for tests and doctor."""
         dense = engine.settings.policy.is_dense and not engine.offer.mixed
@@ -181,8 +180,11 @@ class PlannedImpl:
         for stay, seen in observations:
             window = self._window.pop(stay, None)
             self._window[stay] = window_queries(seen, query, window)
-        while len(self._window) > self._most_windows:  # of requests that were aborted
-            del self._window[next(iter(self._window))]
+
+    def forget(self, staying: set[int]) -> None:
+        """The windows of requests that left before their prompt was packed."""
+        for stay in self._window.keys() - staying:
+            del self._window[stay]
 
     def pack(self, layer: Any, kv_cache: Tensor, packing: Packing) -> None:
         """Copy what each KV head keeps of the prompts' whole pages into their private blocks."""
@@ -272,14 +274,18 @@ class PlannedImpl:
         else:
             metadata = step.rebuild(table, lengths)
         grouped = (queries * self.num_kv_heads, self.num_queries_per_kv, self.head_size)
-        in_place = step.tokens is None and output.is_contiguous()
+        in_place = step.tokens is None and step.among is None and output.is_contiguous()
         out = output[:queries].view(grouped) if in_place else output.new_empty(grouped)
         self.stock.forward(
             self._single, layer, heads.reshape(grouped), None, None, views.virtual, metadata, out
         )
-        if not in_place:
+        out = out.view(queries, *output.shape[1:])
+        if step.among is not None:
+            among = step.among[:, None, None] > 0
+            output[:queries] = torch.where(among, out, output[:queries])
+        elif not in_place:
             rows = slice(0, queries) if step.tokens is None else step.tokens
-            output[rows] = out.view(queries, *output.shape[1:])
+            output[rows] = out
 
 
 def virtual_cache(kv_cache: Tensor) -> tuple[Tensor, int, int]:

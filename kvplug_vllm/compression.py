@@ -5,7 +5,7 @@ The private blocks that hold what a prompt keeps come from the scheduler (``kvpl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from kvplug import BatchPlanner, Observed, Segments, Settings
 from kvplug.policy import Positions
 from kvplug_vllm.metrics import Metrics
 from kvplug_vllm.metrics import packing as packing_time
-from kvplug_vllm.router import Router
+from kvplug_vllm.router import Router, Rows
 from kvplug_vllm.settings import Engine
 
 
@@ -50,15 +50,27 @@ class Compression:
     """What a builder of attention metadata plans of it, for its layers."""
 
     planner: BatchPlanner
-    tensor: Callable[[str, Positions], Tensor]
-    """The builder's own: a named array, on the device."""
+    tensor: Callable[[Positions], Tensor]
+    """The builder's own: an array on the device."""
     vllm_config: Any
     layer_names: Sequence[str]
     metrics: Metrics | None
 
-    def observations(self, common: Any, seen: Sequence[Observed]) -> list[tuple[int, Observed]]:
-        stays = Router.stays_of(self.vllm_config, common) if seen else ()
-        return [(int(stays[each.row]), each) for each in seen]
+    def observations(self, rows: Rows, seen: Sequence[Observed]) -> list[tuple[int, Observed]]:
+        """By the stay of their request. What is kept of requests that have left is let go."""
+        wanted = [(int(rows.stay[each.row]), each) for each in seen if not rows.ends[each.row]]
+        if wanted:
+            staying = Router.staying(self.vllm_config)
+            for layer in self._planned():
+                layer.impl.forget(staying)
+        return wanted
+
+    def observe(self, observations: Sequence[tuple[int, Observed]]) -> None:
+        """In all layers, what the last step may have computed without running any Python: a
+        prompt's last chunk of one token is replayed as a decode."""
+        if observations:
+            for layer in self._planned():
+                layer.impl.observe(layer.impl.recent, observations)
 
     def redirect(self, common: Any, segments: Segments) -> None:
         """Private blocks push later blocks down the row: send new tokens where they belong.
@@ -74,46 +86,48 @@ class Compression:
         position = tokens - behind.token[segment] + behind.start[segment]
         page = position // behind.page_size
         column = page + np.where(page >= behind.packed[segment], behind.kept[segment], 0)
-        at = self.tensor("redirect.row", behind.row[segment])
-        block = common.block_table_tensor[at, self.tensor("redirect.column", column)]
-        offset = self.tensor("redirect.offset", position % behind.page_size)
+        at = self.tensor(behind.row[segment])
+        block = common.block_table_tensor[at, self.tensor(column)]
+        offset = self.tensor(position % behind.page_size)
         slots = block.to(torch.int64) * behind.page_size + offset
-        common.slot_mapping[self.tensor("redirect.token", tokens)] = slots
+        common.slot_mapping[self.tensor(tokens)] = slots
 
     def packings(
-        self, common: Any, rows: Positions, choice: Positions, prompt: Positions
+        self, common: Any, ended: Positions, rows: Rows, prompt: Positions
     ) -> list[Packing]:
-        """rows [n] of the batch whose prompts are packed; choice, prompt [B]"""
-        found = [(one, rows[choice[rows] == one]) for one in np.unique(choice[rows]).tolist()]
-        return [self._packing(common, mine, one, prompt[mine]) for one, mine in found]
+        """ended [n]: rows of the batch whose prompts are packed, one at a time, so that the
+        memory it takes is that of one; prompt [B]"""
+        return [
+            self._packing(common, ended[n : n + 1], rows, prompt[ended[n : n + 1]])
+            for n in range(len(ended))
+        ]
 
-    def _packing(self, common: Any, rows: Positions, choice: int, prompt: Positions) -> Packing:
-        """rows, prompt [J]"""
-        planner = self.planner.planners[choice]
+    def _packing(self, common: Any, ended: Positions, rows: Rows, prompt: Positions) -> Packing:
+        """ended, prompt [J]: of one policy"""
+        planner = self.planner.planners[int(rows.choice[ended[0]])]
         size = planner.page_size
         private = planner.private_pages(prompt)
         ends = -(-prompt // size)
-        table = common.block_table_tensor[self.tensor("pack.row", rows)].long()
+        table = common.block_table_tensor[self.tensor(ended)].long()
         columns = np.minimum(np.arange(int(ends.max()))[None], ends[:, None] - 1)
         places = ends[:, None] + np.minimum(np.arange(int(private.max())), private[:, None] - 1)
-        blocks = table.gather(1, self.tensor("pack.private", places))
+        blocks = table.gather(1, self.tensor(places))
         keep, width = private * size, int(private.max()) * size
         if self.metrics is not None:
             self.metrics.count_packed(prompt, keep + prompt % size, planner.settings)
         packed = np.flatnonzero((np.arange(width)[None] < keep[:, None]).ravel())
         slots = (blocks[:, :, None] * size + torch.arange(size, device=blocks.device)).flatten()
-        kept = self.tensor("pack.packed", packed)
-        stays = Router.stays_of(self.vllm_config, common)
+        kept = self.tensor(packed)
         return Packing(
             settings=planner.settings,
-            pages=table.gather(1, self.tensor("pack.pages", columns)),
-            lengths=self.tensor("pack.lengths", prompt),
-            keep=self.tensor("pack.keep", keep),
+            pages=table.gather(1, self.tensor(columns)),
+            lengths=self.tensor(prompt),
+            keep=self.tensor(keep),
             width=width,
             private=blocks,
             slots=slots[kept],
             packed=kept,
-            stays=stays[rows].tolist(),
+            stays=rows.stay[ended].tolist(),
         )
 
     def pack_now(self, packings: Sequence[Packing]) -> None:
@@ -121,8 +135,11 @@ class Compression:
 
         Nothing is missing: a single-token step passes the prompt's end with all of it cached.
         """
-        context = self.vllm_config.compilation_config.static_forward_context
-        for layer in (context[name] for name in self.layer_names):
+        for layer in self._planned():
             for packing in packings:
                 with packing_time(Engine.current, packing.settings):
                     layer.impl.pack(layer, layer.kv_cache, packing)
+
+    def _planned(self) -> Iterator[Any]:
+        context = self.vllm_config.compilation_config.static_forward_context
+        return (context[name] for name in self.layer_names)

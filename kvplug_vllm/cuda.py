@@ -1,7 +1,7 @@
 """The stock FlashAttention backend, planned. Not run on a GPU yet (see the README's table).
 
-Decode steps keep their shapes and live in persistent buffers, so that full CUDA graphs replay
-them: every row of a decode batch goes through the selection, short ones with all their pages.
+Decode steps that a full CUDA graph may replay keep their shapes and live in buffers that never
+move: every row of such a batch goes through the selection, short ones with all their pages.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -19,13 +20,102 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
+from kvplug import keep_tokens
 from kvplug_vllm.attention import PlannedBackend, PlannedImpl
-from kvplug_vllm.settings import offer_of
+from kvplug_vllm.settings import Engine, offer_of
 from kvplug_vllm.step import PlannedBuilder
+
+
+def most_replayed(vllm_config: Any) -> int:
+    """Requests of the largest decode step that a graph of ours replays; 0 for none."""
+    compilation, offer = vllm_config.compilation_config, offer_of(vllm_config)
+    if offer.mixed or offer.settings.policy.is_dense:
+        return 0
+    if not compilation.cudagraph_mode.has_full_cudagraphs():
+        return 0
+    return compilation.max_cudagraph_capture_size or 0
 
 
 class KVPlugImpl(PlannedImpl, FlashAttentionImpl):
     stock = FlashAttentionImpl
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """With the model's weights, so that the engine's memory profile counts it."""
+        super().process_weights_after_loading(act_dtype)
+        assert Engine.current is not None
+        config, scored = Engine.current.vllm_config, Engine.current.settings.policy.scored
+        most = most_replayed(config)
+        if self.planned and most and scored is not None and scored.needs_queries:
+            device = config.device_config.device
+            shape = most, self.num_heads, self.head_size
+            self.recent = torch.zeros(shape, dtype=act_dtype, device=device)
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        if attn_metadata is None and self.planned and not kv_cache.numel():
+            self.rehearse(layer, key)
+        return super().forward(
+            layer, query, key, value, kv_cache, attn_metadata, output,
+            output_scale, output_block_scale,
+        )  # fmt: skip
+
+    def rehearse(self, layer: Any, key: Tensor) -> None:
+        """Before there is a cache, the engine measures how much memory a step takes: let it see
+        what packing the longest prompt takes, by each policy that a request may have."""
+        assert Engine.current is not None
+        offer, longest = (
+            Engine.current.offer,
+            Engine.current.vllm_config.model_config.max_model_len,
+        )
+        for scored in offer.scorers:
+            kv = key.new_zeros(1, longest, self.num_kv_heads, 2 * self.head_size)
+            keys, values = kv.split(self.head_size, dim=-1)
+            window = None
+            if scored.needs_queries:
+                window = key.new_zeros(1, scored.window, self.num_heads, self.head_size)
+            lengths = torch.full((1,), longest, device=key.device)
+            prompt = self.prompt(layer, keys, values, window, lengths, page_size=1)
+            width = min(offer.max_tokens, longest)
+            tokens = keep_tokens(scored, prompt, lengths.clamp(max=width), width)
+            index = tokens.transpose(1, 2)[..., None].expand(-1, -1, -1, self.head_size)
+            keys.gather(1, index)  # to their digests
+
+
+class Lasting:
+    """Buffers at addresses that graphs capture: one for each purpose that a step has."""
+
+    def __init__(self, most: int, device: torch.device) -> None:
+        """most: requests of a step."""
+        self.most = most
+        self.device = device
+        self.buffers: dict[str, Tensor] = {}
+        self.taken: set[str] = set()
+
+    def begin(self) -> None:
+        """A step: each purpose has one content again."""
+        self.taken.clear()
+
+    def put(self, name: str, values: Tensor, rows: int, columns: int | None) -> Tensor:
+        """values, as the first of a buffer of so many rows (and columns)."""
+        assert name not in self.taken, f"{name} is wanted twice in a step that a graph replays"
+        self.taken.add(name)
+        if name not in self.buffers:
+            shape = (rows,) if columns is None else (rows, columns)
+            self.buffers[name] = torch.zeros(shape, dtype=torch.int32, device=self.device)
+        buffer = self.buffers[name][: len(values)]
+        held = buffer if columns is None else buffer[:, : values.shape[1]]
+        held.copy_(values, non_blocking=True)
+        return buffer
 
 
 class KVPlugBuilder(PlannedBuilder, FlashAttentionMetadataBuilder):
@@ -35,12 +125,8 @@ class KVPlugBuilder(PlannedBuilder, FlashAttentionMetadataBuilder):
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.fixed_shapes = self.use_full_cuda_graph and not self.offer.mixed
-        self.buffers: dict[tuple[str, torch.Size], Tensor] = {}
-        if self.single is not None:
-            # FlashAttention 3 can be scheduled ahead by lengths; those of a selection by mass
-            # are known to the device alone, so the kernel schedules itself.
-            self.single.aot_schedule = False
+        self.most_replayed = most_replayed(vllm_config)
+        self.lasting = Lasting(self.most_replayed, device)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
@@ -51,29 +137,29 @@ class KVPlugBuilder(PlannedBuilder, FlashAttentionMetadataBuilder):
             return super().get_cudagraph_support(vllm_config, kv_cache_spec)
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
-    def _tensor(self, name: str, values: NDArray[Any], dtype: torch.dtype = torch.int32) -> Tensor:
-        """Without waiting; where graphs replay, always into the same buffer."""
+    def plan_step(self, common: Any, metadata: Any) -> Any:
+        self.lasting.begin()
+        return super().plan_step(common, metadata)
+
+    def _tensor(self, values: NDArray[Any], dtype: torch.dtype = torch.int32) -> Tensor:
+        """Without waiting."""
         host = torch.from_numpy(values).to(dtype).pin_memory()
-        if not self.fixed_shapes:
-            return host.to(self.device, non_blocking=True)
-        return self._buffer(name, host).copy_(host, non_blocking=True)
+        return host.to(self.device, non_blocking=True)
 
-    def _table(self, common: Any, segments: Any, name: str) -> Tensor:
-        table = super()._table(common, segments, name)
-        if not self.fixed_shapes or table is common.block_table_tensor:
-            return table
-        return self._buffer(f"{name}.table", table).copy_(table)
-
-    def _buffer(self, name: str, like: Tensor) -> Tensor:
-        key = (name, like.shape)
-        if key not in self.buffers:
-            self.buffers[key] = torch.empty_like(like, device=self.device)
-        return self.buffers[key]
+    def _lasting(
+        self, name: str, values: NDArray[Any] | Tensor, each: int = 1, more: int = 0,
+        columns: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        if not self.fixed:
+            return super()._lasting(name, values, each, more, columns)
+        if isinstance(values, np.ndarray):
+            values = torch.from_numpy(values).to(torch.int32).pin_memory()
+        return self.lasting.put(name, values, self.lasting.most * each + more, columns)
 
     def _rebuilder(
         self, metadata: Any, build: Callable[[Tensor, Tensor], Any]
     ) -> Callable[[Tensor, Tensor], Any]:
-        if self.fixed_shapes:
+        if self.fixed:
             metadata.max_num_splits = self.max_num_splits
 
         def rebuild(table: Tensor, lengths: Tensor) -> Any:

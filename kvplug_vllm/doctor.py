@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +37,7 @@ def examine(model: str | None, policy: str | None) -> Iterator[Check]:
     yield _try("platform", _platform)
     yield _try("cache specs", _specs)
     yield _try("request rows", _router)
+    yield _try("serving path", _serving)
     if policy is not None:
         yield _try("policy", lambda: str(parse(policy)))
     if model is not None:
@@ -134,6 +137,33 @@ def _router() -> str:
             f"vLLM asks its logits processors for {sorted(Router.__abstractmethods__)}"
         )
     return "speaks to Model Runner V1 and V2"
+
+
+def _serving() -> str:
+    """What would run a step here, under the engine's own defaults."""
+    from vllm.config import VllmConfig
+    from vllm.platforms import current_platform
+
+    config = VllmConfig()
+    runner = "Model Runner V2" if config.use_v2_model_runner else "Model Runner V1"
+    mode = config.compilation_config.cudagraph_mode
+    graphs = "no CUDA graphs" if mode is None or not mode.value else f"CUDA graphs {mode.name}"
+    return f"{runner}, {graphs}, over {_kernel(current_platform.is_cuda())}; {on_a_gpu()}"
+
+
+def _kernel(cuda: bool) -> str:
+    if not cuda:
+        return "CPU_ATTN"
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+    return f"FLASH_ATTN, version {get_flash_attn_version()}"
+
+
+def on_a_gpu() -> str:
+    """What the results that lie beside the source say; a wheel carries none."""
+    found = sorted((Path(kvplug.__file__).parents[1] / "results" / "gpu").glob("*.json"))
+    names = sorted({str(json.loads(each.read_text()).get("gpu", each.stem)) for each in found})
+    return f"run on {', '.join(names)}" if names else "never run on a GPU"
 
 
 def _model(model: str, policy: str | None) -> str:

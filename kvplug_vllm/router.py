@@ -7,6 +7,7 @@ Model Runner V2 refuses a processor that knows V1 alone.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,6 +22,32 @@ from kvplug_vllm.settings import asked_for, offer_of, selected
 UNKNOWN = -1
 OWN = 0
 """The choice of a request that says nothing: the server's own settings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """A step's batch as its planner takes it, rows that only pad it included; [B] each."""
+
+    settings: list[Settings]
+    """By number."""
+    choice: NDArray[np.int64]
+    """The number of each row's; the server's own for rows of no request."""
+    computed: NDArray[np.int64]
+    """Cached tokens before the step."""
+    total: NDArray[np.int64]
+    """Cached tokens after the step."""
+    prompt: NDArray[np.int64]
+    """Tokens of the original prompt, also after a preemption; UNKNOWN for rows of no request."""
+    stay: NDArray[np.int64]
+    """What tells requests apart while they stay in the batch; UNKNOWN for rows of no request."""
+
+    ends: NDArray[np.bool_]
+    """Rows of requests for a single token: they are gone before their prompt could be packed."""
+
+    @property
+    def known(self) -> NDArray[np.bool_]:
+        """Rows of requests: what warm-up, graph capture and padding bring has no prompt."""
+        return (self.stay != UNKNOWN) & (self.prompt != 0)
 
 
 class Router(*compat.logits_processors()):  # type: ignore[misc]
@@ -45,6 +72,8 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
         self.stay = np.full(rows, UNKNOWN, np.int64)
         """A number for each request, the same when it leaves the batch for a few steps."""
         self.stays = 0
+        self.answer = np.full(rows, UNKNOWN, np.int64)
+        """The most tokens that a request may decode."""
         self._known: dict[int, tuple[Any, int]] = {}
         # V2 hands over its request states, V1 a device and whether memory is pinned.
         self.slots = rest[0] if len(rest) == 1 else None
@@ -53,6 +82,22 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
             self.choices = Choices(self.offer.settings)
             self._of_engine.clear()  # a process serves one engine at a time
             self._of_engine[id(vllm_config)] = self
+
+    @classmethod
+    def rows(cls, vllm_config: Any, common: Any) -> Rows:
+        """common: CommonAttentionMetadata"""
+        settings, choice = cls.chosen(vllm_config, common)
+        bounds = common.query_start_loc_cpu[: common.num_reqs + 1].numpy().astype(np.int64)
+        total = compat.host_lengths(common)
+        return Rows(
+            settings=settings,
+            choice=choice,
+            computed=total - np.diff(bounds),
+            total=total,
+            prompt=cls.prompts(vllm_config, common),
+            stay=cls.stays_of(vllm_config, common),
+            ends=cls._ends(vllm_config, common),
+        )
 
     @classmethod
     def prompts(cls, vllm_config: Any, common: Any) -> NDArray[np.int64]:
@@ -75,6 +120,19 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
         return router.choices.settings, np.maximum(_at(router.choice, common), OWN)
 
     @classmethod
+    def _ends(cls, vllm_config: Any, common: Any) -> NDArray[np.bool_]:
+        router = cls._of_engine.get(id(vllm_config))
+        return _at(None if router is None else router.answer, common) == 1
+
+    @classmethod
+    def staying(cls, vllm_config: Any) -> set[int]:
+        """Stays of requests that may be served again; all others have left."""
+        router = cls._of_engine.get(id(vllm_config))
+        if router is None:
+            return set()
+        return {*router.stay.tolist(), *(number for _, number in router._known.values())}
+
+    @classmethod
     def stays_of(cls, vllm_config: Any, common: Any) -> NDArray[np.int64]:
         """What tells requests apart while they stay in the batch. common -> [B]"""
         router = cls._of_engine.get(id(vllm_config))
@@ -85,17 +143,19 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
         if batch_update is None or not self.active:
             return
         for row in batch_update.removed:
-            self.prompt[row] = self.stay[row] = UNKNOWN
+            self.prompt[row] = self.stay[row] = self.answer[row] = UNKNOWN
             self.choice[row] = OWN
         for row, params, prompt, output in batch_update.added:
             self.prompt[row] = UNKNOWN if prompt is None else len(prompt)
             self.stay[row] = self._stay(output)
+            self.answer[row] = getattr(params, "max_tokens", None) or UNKNOWN
             self.choice[row] = self._choice(params)
         for source, target, direction in batch_update.moved:
             swap = direction == MoveDirectionality.SWAP
             for table, nobody in (
                 (self.prompt, UNKNOWN),
                 (self.stay, UNKNOWN),
+                (self.answer, UNKNOWN),
                 (self.choice, OWN),
             ):
                 moved, displaced = table[source], table[target]
@@ -120,6 +180,7 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
         """V2: nothing of a request's logits is ours."""
         if self.active:
             self.stay[req_idx], self.stays = self.stays, self.stays + 1
+            self.answer[req_idx] = getattr(sampling_params, "max_tokens", None) or UNKNOWN
             self.choice[req_idx] = self._choice(sampling_params)
         return False
 
@@ -135,4 +196,5 @@ def _at(table: NDArray[np.int64] | None, common: Any) -> NDArray[np.int64]:
     if table is None:
         return np.full(common.num_reqs, UNKNOWN, np.int64)
     rows = compat.request_rows(common)
-    return np.where(rows < len(table), table[np.minimum(rows, len(table) - 1)], UNKNOWN)
+    known = (rows >= 0) & (rows < len(table))
+    return np.where(known, table[np.clip(rows, 0, len(table) - 1)], UNKNOWN)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from typing import Any, ClassVar
@@ -96,6 +96,8 @@ class Engine:
 
     vllm_config: Any
     offer: Offer
+    announced: set[str] = field(default_factory=set, compare=False)
+    """Lines that its log has: builders are made for a profile too."""
 
     current: ClassVar[Engine | None] = None
 

@@ -12,13 +12,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvplug import BatchPlanner, LayerReads, Observed, Segments, Selector, reads_by_policy
+from kvplug import (
+    BatchPlanner,
+    LayerReads,
+    Observed,
+    Segments,
+    Selector,
+    StepReads,
+    reads_by_policy,
+)
 from kvplug_vllm import compat
 from kvplug_vllm.announce import announce
 from kvplug_vllm.cache import planned_layers
 from kvplug_vllm.compression import Compression, Packing
 from kvplug_vllm.metrics import Metrics
-from kvplug_vllm.router import OWN, UNKNOWN, Router
+from kvplug_vllm.router import OWN, UNKNOWN, Router, Rows
 from kvplug_vllm.settings import Engine
 
 
@@ -29,6 +37,8 @@ class Selected:
     selector: Selector
     tokens: Tensor | None
     """Rows of the flat queries; None for the first Q."""
+    among: Tensor | None
+    """Which of them select, where a step of fixed shapes has others; the rest have no pages."""
     page_table: Tensor  # [Q, P]
     pages: Tensor
     keep: dict[int, Tensor]
@@ -56,6 +66,8 @@ class StepPlan:
     packings: Sequence[Packing] = ()
     observations: Sequence[tuple[int, Observed]] = ()
     """By the stay of their request."""
+    replayed: bool = False
+    """No Python of the step runs: what it computes for later ones must be left in memory."""
 
 
 class PlannedBuilder:
@@ -66,8 +78,8 @@ class PlannedBuilder:
     vllm_config: Any
     layer_names: list[str]
     device: torch.device
-    fixed_shapes = False
-    """Whether decode steps must keep their shapes, because CUDA graphs replay them."""
+    most_replayed = 0
+    """Requests of a decode step that a CUDA graph may replay, padded ones included."""
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
@@ -77,6 +89,8 @@ class PlannedBuilder:
         context = vllm_config.compilation_config.static_forward_context
         planned = [name for name in layer_names if context[name].impl.planned]
         self.offer, policy = engine.offer, engine.settings.policy
+        self.dense = policy.is_dense and not self.offer.mixed
+        """Every step is the engine's own."""
         self.packs = policy.scored is not None or self.offer.mixed
         """Whether rows may hold private blocks."""
         self.rewrites = self.packs or policy.eviction is not None
@@ -87,7 +101,15 @@ class PlannedBuilder:
             kv_cache_spec.block_size, getattr(kv_cache_spec, "budget", None)
         )
         self.planner.know([engine.settings])
+        self.second: Any = compat.second_builder(self)
         self.single: Any = None
+        self.fixed = False
+        """Whether the step that is planned may be replayed: it must keep its shapes."""
+        self.capturing = False
+        self.unseen: list[tuple[int, Observed]] = []
+        """Of a step that may have been replayed: the next one takes them from memory."""
+        self.selected_queries = dict.fromkeys(self.layers, 0)
+        """Queries that went through a selection, by layer, for tests and doctor."""
         self.metrics = None
         if planned:
             group = context[planned[0]].impl.num_queries_per_kv
@@ -96,63 +118,103 @@ class PlannedBuilder:
         tensor = partial(self._tensor, dtype=torch.int64)
         self.compression = Compression(self.planner, tensor, vllm_config, planned, self.metrics)
         if self.metrics is not None:
-            announce(self.offer, self.planner.planners[OWN], kv_cache_spec, vllm_config)
+            announce(engine, self.planner.planners[OWN], kv_cache_spec)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> Any:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
-        metadata.kvplug = self.plan_step(common_attn_metadata, metadata) if self.layers else None
+        metadata.kvplug = None
+        if self.layers and self.dense:
+            self._count_dense(common_attn_metadata)
+        elif self.layers:
+            metadata.kvplug = self.plan_step(common_attn_metadata, metadata)
         return metadata
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
+        self.capturing = True
+        try:
+            return super().build_for_cudagraph_capture(common_attn_metadata)  # type: ignore[misc]
+        finally:
+            self.capturing = False
 
     def plan_step(self, common: Any, metadata: Any) -> StepPlan | None:
         """None where the engine's own path serves the whole step."""
         planner = self.planner
-        settings, choice = Router.chosen(self.vllm_config, common)
-        planner.know(settings)
-        bounds = common.query_start_loc_cpu[: common.num_reqs + 1].numpy().astype(np.int64)
-        total = compat.host_lengths(common)
-        computed = total - np.diff(bounds)
-        prompt = Router.prompts(self.vllm_config, common)
+        rows = Router.rows(self.vllm_config, common)
+        planner.know(rows.settings)
         # Rows of no request (warm-up, graph capture): single queries are decodes.
-        decodes = (total - computed == 1) & (not self.packs)
-        prompt = np.where(prompt == UNKNOWN, np.where(decodes, computed, total), prompt)
-        batch = choice, computed, total, prompt
+        decodes = (rows.total - rows.computed == 1) & (not self.packs)
+        unknown = np.where(decodes, rows.computed, rows.total)
+        prompt = np.where(rows.prompt == UNKNOWN, unknown, rows.prompt)
+        batch = rows.choice, rows.computed, rows.total, prompt
         segments = planner.plan(*batch)
-        self._count(segments)
-        fixed = self.fixed_shapes and common.max_query_len == 1
-        observations = self.compression.observations(common, planner.observed(*batch))
-        if fixed and not settings[OWN].policy.is_dense:
-            own = planner.planners[OWN]
-            segments = segments.one_per_row(common.num_reqs, own.selector is not None)
+        self._count(segments, rows)
+        self.compression.observe(self.unseen)
+        self.unseen = []
+        self.fixed = common.max_query_len == 1 and common.num_reqs <= self.most_replayed
+        observations = self.compression.observations(rows, planner.observed(*batch))
+        if self.fixed:
+            self.unseen, observations = observations, []
         elif segments.untouched and planner.planners[OWN].settings.shortcut:
             if not observations:
                 return None
             return StepPlan(dict.fromkeys(self.layers), observations=observations)
         if self.packs:
             self.compression.redirect(common, segments)
-        packings = self.compression.packings(common, planner.compresses(*batch), choice, prompt)
-        if fixed:
+        packings = self.compression.packings(common, planner.compresses(*batch), rows, prompt)
+        if self.fixed:
             self.compression.pack_now(packings)
             packings = []
         whole = partial(self._whole, common, metadata, segments)
         selected = partial(self._selected, common)
-        layers = planner.by_layer(segments, self.layers, whole, selected)
-        return StepPlan(layers, packings, observations)
+        fixed = common.num_reqs if self.fixed else None
+        layers = planner.by_layer(segments, self.layers, whole, selected, fixed)
+        return StepPlan(layers, packings, observations, self.fixed)
 
-    def _count(self, segments: Segments) -> None:
+    def _count(self, segments: Segments, rows: Rows) -> None:
+        if self.capturing:
+            return
+        segments = segments.where(rows.known[segments.row])
+        for choice, part in segments.where(segments.selects).by_choice().items():
+            for layer in self.layers:
+                if self.planner.planners[choice].layer_budget(layer) is not None:
+                    self.selected_queries[layer] += len(part.row)
         if self.metrics is not None:
             counted = reads_by_policy(segments, self.planner.planners, self.layers)
             for settings, reads in counted:
                 self.metrics.count(reads, settings)
 
-    def _tensor(self, name: str, values: NDArray[Any], dtype: torch.dtype = torch.int32) -> Tensor:
-        """A planned array on the device. ``name`` tells buffers apart where they are reused."""
+    def _count_dense(self, common: Any) -> None:
+        """All that a dense server costs in a step: no plan, and nothing on the device."""
+        if self.metrics is None or self.capturing:
+            return
+        rows = Router.rows(self.vllm_config, common)
+        behind = rows.total[
+            rows.known & (rows.computed >= rows.prompt) & (rows.computed < rows.total)
+        ]
+        reads = StepReads(queries=len(behind), cached=int(behind.sum()), read=float(behind.sum()))
+        self.metrics.count(reads, rows.settings[OWN])
+
+    def _tensor(self, values: NDArray[Any], dtype: torch.dtype = torch.int32) -> Tensor:
+        """A planned array on the device, for this step."""
         return torch.from_numpy(values).to(dtype)
+
+    def _lasting(
+        self, name: str, values: NDArray[Any] | Tensor, each: int = 1, more: int = 0,
+        columns: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """What a layer of this step reads, int32 on the device, where a graph that was captured
+        finds it.
+
+        name: its one purpose in a step. Of n requests it has n * each + more rows, and at most so
+        many columns.
+        """
+        return self._tensor(values) if isinstance(values, np.ndarray) else values
 
     def _tokens(self, segments: Segments) -> Tensor:
         """Flat query rows of the segments, in their order."""
-        return self._tensor("tokens", segments.flat, torch.int64)
+        return self._tensor(segments.flat, torch.int64)
 
     def _table(self, common: Any, segments: Segments, name: str) -> Tensor:
         """Pages that each segment sees, in order, as the engine numbers them. -> [n, P] int32
@@ -160,51 +222,64 @@ class PlannedBuilder:
         Freed pages leave stale ids in the engine's table: they are skipped, never read.
         """
         table = common.block_table_tensor
-        rows = segments.row
+        rows, most = segments.row, table.shape[1]
         in_order = len(rows) == len(table) and (rows == np.arange(len(rows))).all()
         if not in_order:
-            table = table[self._tensor(f"{name}.row", rows, torch.int64)]
+            table = table[self._tensor(rows, torch.int64)]
         if not self.rewrites:
             return table
-        width = table.shape[1] if self.fixed_shapes else int(segments.pages.max(initial=1))
-        column = torch.arange(width, device=table.device)[None]
-        kept = self._tensor(f"{name}.kept", segments.kept, torch.int64)[:, None]
-        first = self._tensor(f"{name}.first", segments.first, torch.int64)[:, None]
+        column = torch.arange(int(segments.pages.max(initial=1)), device=table.device)[None]
+        kept = self._tensor(segments.kept, torch.int64)[:, None]
+        first = self._tensor(segments.first, torch.int64)[:, None]
         held = np.append(self.planner.planners[OWN].held, 0)
-        start = self._tensor(f"{name}.held", held, torch.int64)[column.clamp(max=len(held) - 1)]
-        packed = self._tensor(f"{name}.packed", segments.packed, torch.int64)[:, None]
+        start = self._tensor(held, torch.int64)[column.clamp(max=len(held) - 1)]
+        packed = self._tensor(segments.packed, torch.int64)[:, None]
         page = column - kept + first
         page = torch.where((packed >= 0) & (page >= packed), page + kept, page)
         start = torch.where(packed >= 0, packed + column, start)
         page = torch.where(column < kept, start, page)
-        return table.gather(1, page.clamp(max=table.shape[1] - 1))
+        table = table.gather(1, page.clamp(max=most - 1))
+        return self._lasting(f"{name}.table", table, columns=most)
 
-    def _whole(self, common: Any, metadata: Any, segments: Segments, rest: Segments) -> Whole:
-        """rest: those of a step's segments that some layers read whole."""
-        everything = len(rest.row) == len(segments.row)
+    def _whole(
+        self,
+        common: Any,
+        metadata: Any,
+        segments: Segments,
+        rest: Segments,
+        select: tuple[int, ...],
+    ) -> Whole:
+        """rest: those of a step's segments that layers read whole in which the choices ``select``
+        read a selection."""
+        everything = not select if self.fixed else len(rest.row) == len(segments.row)
         if everything and not self.rewrites:
             return Whole(None, metadata)
+        name = "rest" if select else "whole"
+        queries = np.ones_like(rest.row) if self.fixed else rest.queries
         bounds = np.zeros(len(rest.row) + 1, np.int64)
-        bounds[1:] = np.cumsum(rest.queries)
+        bounds[1:] = np.cumsum(queries)
         sequences = self._common(
             common,
             bounds,
-            self._tensor("whole.lengths", rest.visible),
-            self._table(common, rest, "whole"),
-            longest=int(rest.visible.max(initial=1)),
+            self._lasting(f"{name}.bounds", bounds, more=1),
+            self._lasting(f"{name}.lengths", rest.visible),
+            self._table(common, rest, name),
+            longest=self.max_tokens if self.fixed else int(rest.visible.max(initial=1)),
         )
-        tokens = None if everything else self._tokens(rest)
-        return Whole(tokens, self.stock.build(self, 0, sequences))
+        tokens = None if everything or self.fixed else self._tokens(rest)
+        return Whole(tokens, self.stock.build(self.second, 0, sequences))
 
     def _common(
-        self, common: Any, bounds: NDArray[np.int64], lengths: Tensor, table: Tensor, longest: int
-    ) -> Any:
-        """The step's metadata for other sequences over the same cache."""
+        self, common: Any, bounds: NDArray[np.int64], starts: Tensor, lengths: Tensor,
+        table: Tensor, longest: int,
+    ) -> Any:  # fmt: skip
+        """The step's metadata for other sequences over the same cache. starts: the bounds, on
+        the device."""
         return replace(
             common,
             num_reqs=len(bounds) - 1,
             num_actual_tokens=int(bounds[-1]),
-            query_start_loc=self._tensor(f"bounds{len(bounds)}", bounds),
+            query_start_loc=starts,
             query_start_loc_cpu=torch.from_numpy(bounds).to(torch.int32),
             max_query_len=int(np.diff(bounds).max(initial=1)),
             seq_lens=lengths,
@@ -222,30 +297,38 @@ class PlannedBuilder:
         planner = self.planner.planners[int(segments.choice[0])]
         assert planner.selector is not None
         pages, lengths, keep = segments.pages, segments.visible, planner.selection(segments)
-        width = planner.width(self.max_tokens) if self.fixed_shapes else int(keep.max(initial=1))
+        width = int(keep.max(initial=1))
+        if self.fixed:
+            width = planner.width(self.max_tokens, short=False)
         reads = np.maximum(lengths - (pages - keep) * planner.page_size, 0)
         heads = self.kv_heads
         in_order = (segments.token == np.arange(len(segments.token))).all()
-        sequences = np.arange(len(reads) * heads + 1)
+        bounds = np.arange(len(reads) * heads + 1)
+        starts = self._lasting("selected.bounds", bounds, each=heads, more=1)
 
         def build(table: Tensor, lengths: Tensor) -> Any:
-            virtual = self._common(common, sequences, lengths, table, width * planner.page_size)
+            virtual = self._common(
+                common, bounds, starts, lengths, table, width * planner.page_size
+            )
             return self.stock.build(self.single, 0, virtual)
 
         metadata = build(
             common.block_table_tensor.new_zeros(len(reads) * heads, width),
-            self._tensor("reads", np.repeat(reads, heads)),
+            self._lasting("selected.reads", np.repeat(reads, heads), each=heads),
         )
         return Selected(
             selector=planner.selector,
             tokens=None if in_order else self._tokens(segments),
+            among=self._lasting("selected.among", segments.selects) if self.fixed else None,
             page_table=self._table(common, segments, "selected"),
-            pages=self._tensor("pages", pages),
+            pages=self._lasting("selected.pages", pages),
             keep={
-                budget: self._tensor(f"keep{budget}", planner.selection(segments, budget))
+                budget: self._lasting(
+                    f"selected.keep {budget}", planner.selection(segments, budget)
+                )
                 for budget in planner.selector.budgets(self.layers)
             },
-            lengths=self._tensor("lengths", lengths),
+            lengths=self._lasting("selected.lengths", lengths),
             width=width,
             metadata=metadata,
             rebuild=self._rebuilder(metadata, build),

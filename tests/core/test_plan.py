@@ -604,8 +604,9 @@ def reads_of(several, requests, layers):
     segments = planner.plan(choice, total - 1, total, total - 1)
     asked = []
 
-    def whole(part):
+    def whole(part, select):
         assert len(part.row), "nothing is no sequence for a kernel"
+        assert not (part.selects & np.isin(part.choice, select)).any()
         asked.append(tuple(part.row.tolist()))
         return part
 

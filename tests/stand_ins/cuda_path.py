@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +23,7 @@ from recorded import Graph, capture, opaque
 from torch import Tensor
 
 SIZES = [1, 2, 4, 8]
-"""Batches that are captured: others are padded."""
+"""Batches that are captured: others are padded, or run eagerly beyond them."""
 
 OPERATIONS = ("page_bound", "page_select", "page_digest", "virtual_heads", "pack_tokens")
 NAMES = {"page_digest": "update_page_digest"}
@@ -157,6 +159,22 @@ def install(graphs: bool, version: int = 3) -> None:
         _install_graphs(cls)
 
 
+class Capturing:
+    """Whether engines that start now capture graphs, where graphs are installed."""
+
+    enabled = True
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Engines that start within capture nothing."""
+    Capturing.enabled = False
+    try:
+        yield
+    finally:
+        Capturing.enabled = True
+
+
 def _install_graphs(platform: Any) -> None:
     import vllm.v1.worker.cpu_worker as worker
     import vllm.v1.worker.gpu.cudagraph_utils as manager
@@ -177,20 +195,25 @@ def _install_graphs(platform: Any) -> None:
 
     def __post_init__(self: Any) -> None:
         complete(self)
+        self.scheduler_config.async_scheduling = True
+        if not Capturing.enabled:
+            return
         compilation = self.compilation_config
         compilation.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
         compilation.cudagraph_capture_sizes = SIZES
         compilation.max_cudagraph_capture_size = SIZES[-1]
-        self.scheduler_config.async_scheduling = True
 
     def compile_or_warm_up_model(self: Any) -> Any:
         times = warm_up(self)
-        self.model_runner.capture_model()
+        if Capturing.enabled:
+            self.model_runner.capture_model()
         return times
 
     def determine_available_memory(self: Any) -> Any:
-        """As on a GPU: graphs are captured first over a cache that is thrown away."""
-        self.model_runner.profile_cudagraph_memory()
+        """As on a GPU: a step without a cache, then graphs over a cache that is thrown away."""
+        self.model_runner.profile_run()
+        if Capturing.enabled:
+            self.model_runner.profile_cudagraph_memory()
         return available(self)
 
     VllmConfig.__post_init__ = __post_init__

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,11 +46,37 @@ def install() -> None:
 class Plain:
     """In a kernel's place: launched as it is, with the same arguments."""
 
+    checked: ClassVar[Counter[str] | None] = None
+    """Launches that were compared with the kernel's own, by name; None to compare none."""
+
     def __init__(self, kernel: Any, function: Callable[..., None]) -> None:
         self.kernel, self.function = kernel, function
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return partial(self.function, grid)
+        return partial(self.launch, grid)
+
+    def launch(self, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
+        if Plain.checked is None:
+            self.function(grid, *args, **kwargs)
+            return
+        others = [each.clone() if torch.is_tensor(each) else each for each in args]
+        self.function(grid, *args, **kwargs)
+        self.kernel[grid](*others, **kwargs)
+        for mine, theirs in zip(args, others, strict=True):
+            if torch.is_tensor(mine):
+                name = self.function.__name__
+                assert torch.equal(mine.nan_to_num(), theirs.nan_to_num()), name
+        Plain.checked[self.function.__name__] += 1
+
+
+@contextmanager
+def checked() -> Iterator[Counter[str]]:
+    """Compare every launch with the kernel's own, by the interpreter."""
+    Plain.checked = Counter()
+    try:
+        yield Plain.checked
+    finally:
+        Plain.checked = None
 
 
 def replace_kernels() -> None:
@@ -212,9 +240,14 @@ def _gather(kernel: Any) -> Any:
             for row, slot in enumerate(slots):
                 table[row, : held[slot]] = source[slot, : held[slot]]
             table[len(slots) : num_reqs_padded] = 0
-        return tuple(table[:num_reqs_padded] for table in tables)
+        found = tuple(table[:num_reqs_padded] for table in tables)
+        if Plain.checked is not None:
+            mine = [table.clone() for table in found]
+            theirs = kernel(self, idx_mapping, num_reqs_padded, out, out_ptrs)
+            assert all(map(torch.equal, mine, theirs)), "gather_block_tables"
+            Plain.checked["gather_block_tables"] += 1
+        return found
 
-    gather_block_tables.kernel = kernel  # type: ignore[attr-defined]
     return gather_block_tables
 
 
@@ -235,7 +268,11 @@ def _slots(kernel: Any) -> Any:
                 real = slot >= 0 and bool(self.slot_mapping_enabled[group])
                 found = table[slot, at // size].long() * size + at % size if real else -1
                 mapping[group, bounds[row] : bounds[row + 1]] = found
+        if Plain.checked is not None:
+            mine = mapping.clone()
+            kernel(self, idx_mapping, query_start_loc, positions, num_tokens_padded, out)
+            assert torch.equal(mine, mapping), "compute_slot_mappings"
+            Plain.checked["compute_slot_mappings"] += 1
         return mapping[:, :num_tokens_padded]
 
-    compute_slot_mappings.kernel = kernel  # type: ignore[attr-defined]
     return compute_slot_mappings

@@ -413,7 +413,9 @@ def test_the_steps_metadata_has_what_a_plan_reads_and_rewrites():
     assert not missing, f"{MOVED}: CommonAttentionMetadata lacks {sorted(missing)}"
 
 
-@pytest.mark.parametrize("req_idx, rows", [(None, [0, 1, 2]), (np.array([4, 0, 2, 9]), [4, 0, 2])])
+@pytest.mark.parametrize("req_idx, rows", [
+    (None, [0, 1, 2]), (np.array([4, 0, 2, 9]), [4, 0, 2]), (np.array([4, 0]), [4, 0, -1])
+])  # fmt: skip
 def test_rows_are_slots_where_the_runner_names_them(req_idx, rows):
     from kvplug_vllm import compat
 

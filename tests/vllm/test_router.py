@@ -47,7 +47,7 @@ def test_rows_follow_requests_that_move_swap_and_leave():
 
 
 def asks(what):
-    return SimpleNamespace(extra_args=None if what is None else {"kvplug": what})
+    return SimpleNamespace(max_tokens=8, extra_args=None if what is None else {"kvplug": what})
 
 
 def test_choices_follow_their_requests_and_the_rest_have_the_servers_own():

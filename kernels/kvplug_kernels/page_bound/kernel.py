@@ -16,8 +16,13 @@ def page_bound_kernel(
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
-    p = tl.program_id(2) * BP + tl.arange(0, BP)
-    valid = p < tl.load(pages + b)
+    count = tl.load(pages + b)
+    start = tl.program_id(2) * BP
+    p = start + tl.arange(0, BP)
+    if start >= count:  # most of a short request's programs, where a graph keeps the longest's
+        tl.store(out + b * out_b + h * out_h + p, float("-inf"), mask=p < P)
+        return
+    valid = p < count
     page = tl.load(page_table + b * table_b + p, mask=valid, other=0).to(tl.int64)
     d = tl.arange(0, BD)
     inside = (d < D)[:, None] & valid[None, :]
