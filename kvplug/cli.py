@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from kvplug import __version__
 from kvplug.registry import policy_class, policy_names
@@ -74,23 +75,22 @@ def doctor(
     ] = None,
 ) -> None:
     """Check versions, hooks (by using them) and, with a model, what would be refused."""
-    if find_spec("vllm") is None and find_spec("sglang") is not None:
-        raise SystemExit(
-            "doctor examines vLLM; an SGLang server examines itself when it starts: "
-            "python -m sglang.launch_server --model-path MODEL --attention-backend kvplug"
-        )
-    if find_spec("vllm") is None:
+    checks: Callable[[str | None, str | None], Iterable[Any]]
+    if find_spec("vllm") is not None:
+        from kvplug_vllm.doctor import examine as checks
+    elif find_spec("sglang") is not None:
+        from kvplug_sglang.doctor import checks
+    else:
         raise SystemExit(
             "no engine is installed here; install one with: pip install 'kvplug[vllm]'"
         )
-    from kvplug_vllm.doctor import examine
 
     table = Table(title="kvplug doctor", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     healthy = True
-    for check in examine(model, policy):
+    for check in checks(model, policy):
         healthy &= check.passed
         table.add_row("[green]ok[/]" if check.passed else "[red]no[/]", check.name, check.detail)
     Console().print(table)

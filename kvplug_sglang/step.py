@@ -234,7 +234,7 @@ class StepPlanner:
             packed=index,
         )
 
-    def _whole(self, batch: Batch, segments: Segments, *_: Any) -> Whole:
+    def _whole(self, batch: Batch, segments: Segments) -> Whole:
         """Sequences for the stock kernel."""
         tokens = segments.flat
         in_order = len(tokens) == batch.queries and bool((np.diff(tokens) == 1).all())

@@ -19,6 +19,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What an engine warns about is its own business; what we warn about stays an error."""
     for item in items:
         if item.get_closest_marker("engine"):
+            if item.path.parent.name == "evals":
+                item.add_marker(pytest.mark.cpu)
             item.add_marker(pytest.mark.filterwarnings("default", "error:::kvplug"))
 
 

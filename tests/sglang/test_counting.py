@@ -1,4 +1,4 @@
-"""What counts and what is said, and nothing that is served depends on: in processes of their own."""
+"""What counts and what is said, and nothing that is served depends on, in their own processes."""
 
 from __future__ import annotations
 

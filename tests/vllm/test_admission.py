@@ -17,6 +17,7 @@ SERVED = ["length", 8]
 
 
 @pytest.mark.engine
+@pytest.mark.cpu
 @pytest.mark.timeout(600)
 def test_of_three_engines_each_judges_by_its_own_offer(random_llama, tmp_path):
     out = tmp_path / "out.json"

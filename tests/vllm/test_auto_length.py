@@ -66,6 +66,7 @@ def test_private_blocks_of_any_choice_are_set_aside_where_requests_choose():
 
 
 @pytest.mark.engine
+@pytest.mark.cpu
 @pytest.mark.timeout(300)
 def test_an_engine_fits_itself_to_its_memory(engine, random_llama, prompts):
     model = random_llama()

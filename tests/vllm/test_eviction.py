@@ -143,6 +143,7 @@ class Shadow:
             self.attended += 1
 
 
+@pytest.mark.both
 @pytest.mark.parametrize(
     "policy, dtype, heads, head_dim",
     [

@@ -61,6 +61,7 @@ def stock(engine, request):
     return of
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", MODELS)
 def test_full_budget_equals_stock(engine, stock, request, name, policy):

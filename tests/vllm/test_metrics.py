@@ -70,6 +70,7 @@ def decoded(prompt: int) -> range:
 
 
 @pytest.mark.engine
+@pytest.mark.cpu
 @pytest.mark.timeout(300)
 def test_a_server_shows_what_it_compressed_and_read(smollm2, tmp_path, drawn):
     policy = "snapkv(budget=512, window=32) + quest(budget=256, dense_layers=2)"
@@ -110,6 +111,7 @@ def test_a_server_shows_what_it_compressed_and_read(smollm2, tmp_path, drawn):
 
 
 @pytest.mark.engine
+@pytest.mark.cpu
 @pytest.mark.timeout(300)
 def test_and_so_do_two_api_servers_of_one_engine(smollm2, tmp_path):
     policy = "streaming_llm(sinks=32, window=480)"
@@ -266,7 +268,10 @@ page = lambda: generate_latest(REGISTRY).decode()
     "lost, why",
     [
         ("", "No such file or directory"),
-        ("tempfile.tempdir, tempfile._candidate_tempdir_list = None, list", "No usable temporary directory"),
+        (
+            "tempfile.tempdir, tempfile._candidate_tempdir_list = None, list",
+            "No usable temporary directory",
+        ),
     ],
 )
 def test_where_no_file_can_be_kept_nothing_is_counted(tmp_path, lost, why):

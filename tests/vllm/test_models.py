@@ -65,6 +65,7 @@ def test_small_budgets_beside_windowed_layers_answer_as_alone(engine, gemma, pro
 
 
 @pytest.mark.timeout(1200)
+@pytest.mark.cpu
 def test_two_ranks_answer_as_one(random_llama, prompts, tmp_path):
     """8 query and 2 KV heads: each rank selects for one KV head, and counts agree."""
     import json

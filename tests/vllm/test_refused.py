@@ -207,6 +207,7 @@ def test_mla_is_refused(tmp_path):
 
 
 @pytest.mark.engine
+@pytest.mark.cpu
 @pytest.mark.parametrize("environment", [{}, {"VLLM_TARGET_DEVICE": "cpu"}])
 def test_a_server_with_a_wrong_policy_does_not_start(random_llama, environment):
     """Also where VLLM_TARGET_DEVICE bypasses platform plugins, ours with them."""

@@ -117,6 +117,7 @@ def generate(engine, model, policy, batches, shortcut=True, **options):
         return [planned.generate(batch, 8) for batch in batches]
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("heads, kv_heads, head_dim, page, dtype", SHAPES)
 def test_selection_is_the_definition(
     engine, random_llama, prompts, monkeypatch, heads, kv_heads, head_dim, page, dtype
