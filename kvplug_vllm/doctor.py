@@ -61,7 +61,8 @@ def _versions() -> str:
     found = of("vllm")
     if not compat.supported():
         raise ValueError(
-            f"kvplug was tested with vllm 0.32, got {found}: pip install 'vllm==0.32.*'"
+            f"kvplug was tested with vllm 0.32 and 0.33, got {found}: "
+            "pip install 'vllm>=0.32,<0.34'"
         )
     return f"kvplug {kvplug.__version__}, vllm {found}, torch {torch.__version__}"
 
