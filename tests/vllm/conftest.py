@@ -38,7 +38,13 @@ class Engine:
                 "additional_config": {"kvplug": kvplug},
                 **options,
             }
-        self.llm = LLM(
+        with uncollected():
+            self.llm = self._start(LLM, model, options)
+        self.config = self.llm.llm_engine.vllm_config
+
+    @staticmethod
+    def _start(cls: Any, model: Path, options: dict[str, Any]) -> Any:
+        return cls(
             str(model),
             **{
                 "dtype": "float32",
@@ -54,7 +60,6 @@ class Engine:
                 **options,
             },
         )
-        self.config = self.llm.llm_engine.vllm_config
 
     @property
     def scheduler(self) -> Any:
@@ -154,6 +159,18 @@ class Engine:
 
 
 @contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """vLLM collects garbage a dozen times while an engine starts, and again when it ends: a second
+    each among all that a test's process has loaded."""
+    collect = gc.collect
+    gc.collect = lambda *_: 0
+    try:
+        yield
+    finally:
+        gc.collect = collect
+
+
+@contextlib.contextmanager
 def start(model: Path, kvplug: dict[str, Any] | None = None, **options: Any) -> Iterator[Engine]:
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
@@ -163,7 +180,8 @@ def start(model: Path, kvplug: dict[str, Any] | None = None, **options: Any) -> 
     finally:
         engine.llm.llm_engine.engine_core.shutdown()
         del engine.llm, engine
-        cleanup_dist_env_and_memory()
+        with uncollected():
+            cleanup_dist_env_and_memory()
         gc.collect()
 
 

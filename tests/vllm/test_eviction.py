@@ -26,7 +26,7 @@ def conversation(prompts, vocab):
 
 
 @pytest.mark.parametrize("policy", FULL)
-@pytest.mark.parametrize("name", ["random_llama", "smollm2"])
+@pytest.mark.parametrize("name", ["random_llama", pytest.param("smollm2", marks=pytest.mark.cpu)])
 def test_full_budget_equals_stock(engine, request, prompts, name, policy):
     model = request.getfixturevalue(name)
     model, vocab = (model(), 512) if name == "random_llama" else (model, 40000)

@@ -13,7 +13,7 @@ POLICIES = [
     "streaming_llm(sinks=4, window=8192)",
     "streaming_llm(sinks=40, window=8192) + quest(budget=8192, dense_layers=0)",
 ]
-MODELS = ["smollm2", "recall"]
+MODELS = [pytest.param("smollm2", marks=pytest.mark.cpu), "recall"]
 
 
 def conversation(model: Path) -> tuple[list[list[int]], list[list[int]]]:

@@ -44,7 +44,6 @@ def solo(engine, prompts, tokens):
     return answers
 
 
-@pytest.mark.both
 @pytest.mark.parametrize("caching", [False, True])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_preempted_requests_answer_as_alone(engine, random_llama, prompts, policy, caching):

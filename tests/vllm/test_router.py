@@ -9,8 +9,8 @@ import pytest
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
 
 from kvplug import parse
+from kvplug_vllm.admission import Judging
 from kvplug_vllm.router import UNKNOWN, Router
-from kvplug_vllm.settings import Engine
 
 OFFER = {"policy": "snapkv(budget=128)", "allow": ["quest"]}
 
@@ -81,7 +81,7 @@ def test_clients_may_send_any_number_of_policies():
 
 
 def test_a_server_without_kvplug_does_not_ignore_a_request_for_it(monkeypatch):
-    monkeypatch.setattr(Engine, "current", None)
+    monkeypatch.setattr(Judging, "begun", False)
     Router.validate_params(asks(None))
     with pytest.raises(ValueError, match="start it with --attention-backend kvplug"):
         Router.validate_params(asks("dense"))

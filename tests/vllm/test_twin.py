@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not twin.MODE.startswith("graphs"), reason="needs KVPLUG_TWIN=graphs"),
 ]
 
+collect = gc.collect  # also while an engine starts
 POLICIES = [
     "dense",
     "quest(budget=64, dense_layers=0)",
@@ -164,7 +165,7 @@ def test_the_profiled_cache_is_let_go(engine, random_llama, monkeypatch):
         monkeypatch.setattr(GPUModelRunner, "initialize_kv_cache", watch)
         found = profile(self)
         monkeypatch.setattr(GPUModelRunner, "initialize_kv_cache", initialize)
-        gc.collect()
+        collect()
         assert profiled, "nothing was profiled"
         alive = [each for each in gc.get_objects() if type(each) is torch.Tensor]
         held.append(
