@@ -7,6 +7,7 @@ from pathlib import Path
 
 
 def main(model: str, prompts: str, policies: list[str]) -> None:
+    sys.path.append(str(Path(__file__).parents[1] / "stand_ins"))
     spec = importlib.util.spec_from_file_location(
         "vllm_engine", Path(__file__).parents[1] / "vllm" / "conftest.py"
     )

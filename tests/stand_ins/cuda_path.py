@@ -98,9 +98,9 @@ class Flash:
             pages = block_table[row, : -(-length // size)].long()
             assert len(pages) * size >= length, f"a block table too narrow for {length} tokens"
             assert pages.min() >= 0 and pages.max() < len(k), "a page out of bounds"
-            keys = k[pages].flatten(0, 1)[:length].repeat_interleave(group, 1)
-            values = v[pages].flatten(0, 1)[:length].repeat_interleave(group, 1)
-            scores = torch.einsum("qhd,khd->hqk", q[a:b], keys) * softmax_scale
+            keys = k[pages].flatten(0, 1)[:length].repeat_interleave(group, 1).float()
+            values = v[pages].flatten(0, 1)[:length].repeat_interleave(group, 1).float()
+            scores = torch.einsum("qhd,khd->hqk", q[a:b].float(), keys) * softmax_scale
             if causal:
                 last = torch.arange(length - (b - a), length)[:, None]
                 hidden = torch.arange(length)[None] > last

@@ -7,6 +7,8 @@ from collections import defaultdict
 
 import pytest
 import torch
+import twin
+from recorded import opaque
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
@@ -55,26 +57,39 @@ class Shadow:
         update, pack = attention.PlannedImpl.do_kv_cache_update, attention.PlannedImpl.pack
         forward = attention.PlannedImpl.forward
 
+        check_attention = opaque(self.check_attention)  # replayed with the step it looks at
+
+        @opaque
+        def keep(name, key, value, slot_mapping):
+            for token, slot in enumerate(slot_mapping.tolist()):
+                self.rows[name][slot] = key[token].float().clone(), value[token].float().clone()
+
+        @opaque
+        def ask(name, query, slot_mapping):
+            for token, slot in enumerate(slot_mapping.tolist()):
+                self.asked[name][slot] = query[token].float().clone()
+
         def shadow_update(impl, layer, key, value, kv_cache, slot_mapping):
             update(impl, layer, key, value, kv_cache, slot_mapping)
-            for token, slot in enumerate(slot_mapping.tolist()):
-                row = key[token].float().clone(), value[token].float().clone()
-                self.rows[layer.layer_name][slot] = row
+            keep(layer.layer_name, key, value, slot_mapping)
 
         def shadow_pack(impl, layer, kv_cache, packing):
             pack(impl, layer, kv_cache, packing)
+            if twin.MODE:  # copied within the cache, whose pages are plain
+                private = packing.slots // kv_cache.shape[2], packing.slots % kv_cache.shape[2]
+                keys, values = kv_cache[private[0], :, private[1]].chunk(2, -1)
+                keep(layer.layer_name, keys, values, packing.slots)
             self.check_packing(impl, layer.layer_name, kv_cache.shape[2], packing)
 
-        def shadow_forward(impl, layer, query, key, value, kv_cache, metadata, output, **more):
+        def shadow_forward(impl, layer, query, key, value, cache, metadata, output, *scales):
             if metadata is not None:
-                for token, slot in enumerate(metadata.slot_mapping.tolist()):
-                    self.asked[layer.layer_name][slot] = query[token].float().clone()
-            forward(impl, layer, query, key, value, kv_cache, metadata, output, **more)
+                ask(layer.layer_name, query, metadata.slot_mapping)
+            forward(impl, layer, query, key, value, cache, metadata, output, *scales)
             plan = getattr(metadata, "kvplug", None)
             if plan is not None:
                 reads = plan.layers[compat.layer_index(layer.layer_name)]
                 whole = metadata if reads is None else reads.whole.metadata
-                self.check_attention(impl, layer.layer_name, query, whole, output)
+                check_attention(impl, layer.layer_name, query, whole, output)
             return output
 
         monkeypatch.setattr(attention.PlannedImpl, "do_kv_cache_update", shadow_update)
@@ -127,7 +142,7 @@ class Shadow:
         bounds = metadata.query_start_loc.tolist()
         for row, (begin, end) in enumerate(itertools.pairwise(bounds)):
             length = int(metadata.seq_lens[row])
-            if end - begin != 1 or length > 900:
+            if end - begin != 1 or not 1 < length <= 900:
                 continue
             slots = [
                 int(metadata.block_table[row, position // size]) * size + position % size
