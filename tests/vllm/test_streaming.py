@@ -23,6 +23,7 @@ def concurrency(engine) -> float:
     return engine.config.cache_config.kv_cache_max_concurrency
 
 
+@pytest.mark.cpu  # asynchronous scheduling has two steps' tokens in flight, in a pool of this size
 def test_capacity_grows_and_that_many_requests_run_at_once(engine, random_llama, prompts):
     model = random_llama()
     options = {
