@@ -84,8 +84,12 @@ class Engine:
     @property
     def selected(self) -> list[int]:
         """Queries that went through a selection, per layer."""
-        counted = [builder.selected_queries for builder in self.builders]
-        return [count for _, count in sorted(item for each in counted for item in each.items())]
+        from kvplug_vllm.compat import layer_index
+
+        counted: dict[int, int] = {}
+        for builder in self.builders:
+            counted.update(builder.selected_queries)
+        return [counted.get(layer_index(name), 0) for name in self.layers]
 
     @property
     def builders(self) -> list[Any]:
