@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import twin
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -13,7 +14,7 @@ SMALL = [
     "streaming_llm(sinks=40, window=150) + quest(budget=96, dense_layers=0)",
     "snapkv(budget=96)",
     "random(budget=96) + quest(budget=64, dense_layers=0)",
-    "pyramid(knorm(budget=128), beta=4)",
+    pytest.param("pyramid(knorm(budget=128), beta=4)", marks=pytest.mark.cpu),
 ]
 
 
@@ -62,6 +63,15 @@ def test_small_budgets_beside_windowed_layers_answer_as_alone(engine, gemma, pro
         assert planned.generate(batch, 12) == alone, "from the prefix cache"
         planned.forget()
         assert planned.free_blocks == free
+
+
+@pytest.mark.skipif(not twin.MODE, reason="Model Runner V1 serves it")
+def test_a_pyramid_beside_windowed_layers_is_refused_in_v2(engine, gemma):
+    with (
+        pytest.raises(ValueError, match="use a policy of one budget"),
+        engine(gemma, {"policy": "pyramid(knorm(budget=128), beta=4)"}),
+    ):
+        raise AssertionError("it was served")
 
 
 @pytest.mark.timeout(1200)
