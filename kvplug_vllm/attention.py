@@ -161,6 +161,8 @@ class PlannedImpl:
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
+        if attn_metadata is None and self.planned and not kv_cache.numel():
+            self.rehearse(layer, key)
         plan: StepPlan | None = getattr(attn_metadata, "kvplug", None) if self.planned else None
         reads = None
         if plan is not None:
@@ -181,6 +183,9 @@ class PlannedImpl:
         for selected, budget in reads.selected:
             self._selected(layer, query, kv_cache, selected, budget, output)
         return output
+
+    def rehearse(self, layer: Any, key: Tensor) -> None:
+        """Before there is a cache, where an engine measures how much memory a step takes."""
 
     def observe(self, query: Tensor, observations: Sequence[tuple[int, Observed]]) -> None:
         """Keep the window's queries of prompts that are still being prefilled."""

@@ -50,28 +50,8 @@ class KVPlugImpl(PlannedImpl, FlashAttentionImpl):
             shape = most, self.num_heads, self.head_size
             self.recent = torch.zeros(shape, dtype=act_dtype, device=device)
 
-    def forward(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: Any,
-        output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
-    ) -> Tensor:
-        if attn_metadata is None and self.planned and not kv_cache.numel():
-            self.rehearse(layer, key)
-        return super().forward(
-            layer, query, key, value, kv_cache, attn_metadata, output,
-            output_scale, output_block_scale,
-        )  # fmt: skip
-
     def rehearse(self, layer: Any, key: Tensor) -> None:
-        """Before there is a cache, the engine measures how much memory a step takes: let it see
-        what packing the longest prompt takes, by each policy that a request may have."""
+        """What packing the longest prompt takes, by each policy that a request may have."""
         assert Engine.current is not None
         offer, longest = (
             Engine.current.offer,
