@@ -6,9 +6,10 @@ import sys
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from kvplug import __version__
+from kvplug.doctor import Check
 from kvplug.registry import policy_class, policy_names
 
 try:
@@ -75,7 +76,7 @@ def doctor(
     ] = None,
 ) -> None:
     """Check versions, hooks (by using them) and, with a model, what would be refused."""
-    checks: Callable[[str | None, str | None], Iterable[Any]]
+    checks: Callable[[str | None, str | None], Iterable[Check]]
     if find_spec("vllm") is not None:
         from kvplug_vllm.doctor import examine as checks
     elif find_spec("sglang") is not None:

@@ -4,8 +4,6 @@ Importing this module imports no SGLang. SGLang calls ``register`` in every proc
 changes for a user who did not select kvplug.
 """
 
-NAME = "kvplug"
-
 
 def register() -> None:
     """``sglang.srt.plugins``: give SGLang the backend's name and its flag."""
@@ -14,4 +12,6 @@ def register() -> None:
     if not compat.supported():
         compat.warn_unsupported()
         return
-    compat.register()
+    from kvplug_sglang import backend, command_line
+
+    compat.register(command_line.HOOKS, backend.build)

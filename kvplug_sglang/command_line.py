@@ -9,8 +9,8 @@ from functools import cache
 from typing import Any
 
 from kvplug.config import ENVIRONMENT, stand_in
-from kvplug_sglang import NAME, compat
-from kvplug_sglang.settings import FLAG, given, remember
+from kvplug_sglang import compat
+from kvplug_sglang.settings import FLAG, NAME, Engine, given, remember
 
 log = logging.getLogger("sglang.kvplug")
 
@@ -79,7 +79,6 @@ def _say_without_effect(line: str) -> None:
 def serve(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
     """Around ``Scheduler.__init__``, in each rank's process: hooks before it, checks behind."""
     from kvplug_sglang import doctor, hooks
-    from kvplug_sglang.settings import Engine
 
     if not compat.selected(server_args):
         Engine.current = None
@@ -88,6 +87,7 @@ def serve(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any)
     try:
         hooks.enter(server_args)
         original(self, server_args, *args, **kwargs)
+        compat.verify((*HOOKS, *hooks.HOOKS))
         doctor.examine(self)
     except RuntimeError as error:
         # SGLang's launcher takes a scheduler that exits for dead, and stops the server.

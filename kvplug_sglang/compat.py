@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from kvplug_sglang import NAME
+from kvplug_sglang.settings import NAME, Engine
 
 FIRST, END = (0, 5, 23), (0, 6)
 """SGLang versions [first, end) that kvplug was tested with."""
@@ -59,17 +59,15 @@ class Hook:
     """Names that the function's parameters begin with: what ours was written against."""
 
 
-def register() -> None:
-    """The backend's name and flag, in every process; the rest waits until kvplug is selected."""
+def register(hooks: tuple[Hook, ...], build: Callable[[Any], Any]) -> None:
+    """The backend's name, what builds it and the flag, in every process; the rest waits until
+    kvplug is selected."""
     from sglang.srt.arg_groups import choices
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
-    from kvplug_sglang import command_line
-    from kvplug_sglang.backend import build
-
     if NAME in choices.ATTENTION_BACKEND_CHOICES:
         return
-    for hook in command_line.HOOKS:
+    for hook in hooks:
         _registry().register(hook.target, hook.ours, _kind(hook))
     register_attention_backend(NAME)(build)
     # Last: SGLang swallows what a plugin raises, and then this name must be unknown.
@@ -85,7 +83,6 @@ def place(hooks: tuple[Hook, ...]) -> None:
 
 def _while_serving(hook: Hook) -> Callable[..., Any]:
     """Ours, which steps aside in a process that went on to serve without kvplug."""
-    from kvplug_sglang.settings import Engine
 
     @functools.wraps(hook.ours)
     def ours(*args: Any, **kwargs: Any) -> Any:

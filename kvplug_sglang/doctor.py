@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from types import SimpleNamespace
@@ -13,17 +13,17 @@ from typing import Any
 import torch
 
 from kvplug import Settings, parse, read_offer
-from kvplug_sglang import NAME, backend, compat, hooks, packing
+from kvplug.doctor import Check
+from kvplug_sglang import backend, compat, hooks, packing
 from kvplug_sglang.router import OWN
-from kvplug_sglang.settings import Engine, given, remember
+from kvplug_sglang.settings import NAME, Engine, given, remember
 
 log = logging.getLogger("sglang.kvplug")
 
 
 def examine(scheduler: Any) -> None:
-    """Raises RuntimeError that says which hook failed and what to do."""
+    """Once every hook is in place. Raises RuntimeError that says which fails and what to do."""
     engine = Engine.serving()
-    hooks.verify()
     compat.verify_bindings(scheduler)
     engine.scheduler = scheduler
     counters, engine.metrics = engine.metrics, None  # nobody asked for the canary
@@ -53,31 +53,17 @@ def examine(scheduler: Any) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Check:
-    name: str
-    passed: bool
-    detail: str
-
-
 def checks(model: str | None, policy: str | None) -> Iterator[Check]:
     """What can be said without a server; one that raises has failed, and its error says why.
 
     policy: what a server started from this process would be given too.
     """
-    yield _try("versions", _versions)
+    yield Check.of("versions", _versions)
     if policy is not None:
         remember(policy)
-        yield _try("policy", lambda: str(read_offer(given(), environ={}).settings.policy))
+        yield Check.of("policy", lambda: str(read_offer(given(), environ={}).settings.policy))
     if model is not None:
-        yield _try("model", lambda: _model(model))
-
-
-def _try(name: str, check: Callable[[], str]) -> Check:
-    try:
-        return Check(name, True, check())
-    except Exception as error:  # a diagnosis reports whatever it meets
-        return Check(name, False, f"{type(error).__name__}: {error}")
+        yield Check.of("model", lambda: _model(model))
 
 
 def _versions() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvplug_sglang import cache, command_line, compat, packing, replay, streaming
+from kvplug_sglang import cache, compat, packing, replay, streaming
 from kvplug_sglang.settings import Engine
 
 HOOKS = (
@@ -24,8 +24,3 @@ def enter(server_args: Any) -> None:
     """Before a scheduler is built in this process. Raises RuntimeError for a hook that is gone."""
     compat.place(HOOKS)
     Engine.enter(compat.page_size(server_args), compat.rank())
-
-
-def verify() -> None:
-    """Raises RuntimeError that names a hook which is not in place."""
-    compat.verify((*command_line.HOOKS, *HOOKS))

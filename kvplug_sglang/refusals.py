@@ -14,7 +14,8 @@ from kvplug import (
     Selector,
     read_offer,
 )
-from kvplug_sglang import NAME, compat
+from kvplug_sglang import compat
+from kvplug_sglang.settings import NAME
 
 PAGE_SIZE = 32
 """With a digest of two keys a page, 1/32 of the pool."""

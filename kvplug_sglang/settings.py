@@ -13,12 +13,12 @@ import torch
 
 from kvplug import BatchPlanner, Choices, Offer, Planner, Refused, Settings, read_offer
 from kvplug.config import ENVIRONMENT
-from kvplug_sglang import NAME
 from kvplug_sglang.router import Router
 
 if TYPE_CHECKING:
     from kvplug_sglang.metrics import Metrics
 
+NAME = "kvplug"
 FLAG = "--kvplug-policy"
 
 

@@ -6,8 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,39 +15,26 @@ import torch
 
 import kvplug
 from kvplug import parse, read_offer, read_settings
+from kvplug.doctor import Check
 from kvplug_vllm import compat
 from kvplug_vllm.settings import NAME, offer_of
 
 
-@dataclass(frozen=True)
-class Check:
-    name: str
-    passed: bool
-    detail: str
-
-
 def examine(model: str | None, policy: str | None) -> Iterator[Check]:
     """Every check; one that raises has failed, and its error says why."""
-    yield _try("versions", _versions)
-    yield _try("device", _device)
-    yield _try("default policy", lambda: str(read_settings()))
-    yield _try("backend name", _backend_name)
-    yield _try("worker start", _unpickles_before_plugins)
-    yield _try("platform", _platform)
-    yield _try("cache specs", _specs)
-    yield _try("request rows", _router)
-    yield _try("serving path", _serving)
+    yield Check.of("versions", _versions)
+    yield Check.of("device", _device)
+    yield Check.of("default policy", lambda: str(read_settings()))
+    yield Check.of("backend name", _backend_name)
+    yield Check.of("worker start", _unpickles_before_plugins)
+    yield Check.of("platform", _platform)
+    yield Check.of("cache specs", _specs)
+    yield Check.of("request rows", _router)
+    yield Check.of("serving path", _serving)
     if policy is not None:
-        yield _try("policy", lambda: str(parse(policy)))
+        yield Check.of("policy", lambda: str(parse(policy)))
     if model is not None:
-        yield _try("model", lambda: _model(model, policy))
-
-
-def _try(name: str, check: Callable[[], str]) -> Check:
-    try:
-        return Check(name, True, check())
-    except Exception as error:  # a diagnosis reports whatever it meets
-        return Check(name, False, f"{type(error).__name__}: {error}")
+        yield Check.of("model", lambda: _model(model, policy))
 
 
 def _versions() -> str:

@@ -152,21 +152,11 @@ def circles(packages: set[str]) -> list[str]:
     return []
 
 
-TO_UNTIE = {"kvplug_sglang"}
-
-
-@pytest.mark.parametrize(
-    "package",
-    [
-        pytest.param(name, marks=[pytest.mark.xfail(reason="not untied yet")] * (name in TO_UNTIE))
-        for name in FOLDERS
-    ],
-)
+@pytest.mark.parametrize("package", FOLDERS)
 def test_no_circle_of_imports_between_the_files_of_a_package(package):
     assert " <- ".join(circles({package})) == ""
 
 
-@pytest.mark.xfail(reason="not untied yet")
 def test_no_circle_of_imports_between_all_files():
     assert " <- ".join(circles(set(FOLDERS))) == ""
 
