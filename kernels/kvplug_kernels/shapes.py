@@ -19,10 +19,17 @@ class Shapes:
     def __getitem__(self, axis: str) -> int:
         return self.lengths[axis]
 
-    def check(self, name: str, tensor: Tensor, axes: str, dtypes: Sequence[torch.dtype]) -> None:
+    def check(
+        self,
+        name: str,
+        tensor: Tensor,
+        axes: str,
+        dtypes: Sequence[torch.dtype],
+        strided: bool = False,
+    ) -> None:
         """Raises ValueError unless `tensor` is, say, [B, 2, D] for axes "B 2 D", and of a dtype.
 
-        Its last axis must be contiguous and it must be on the device of the call.
+        Its last axis must be contiguous, unless strided, and it must be on the device of the call.
         """
         letters = axes.split()
         wanted = [
@@ -38,7 +45,7 @@ class Shapes:
             raise ValueError(f"{name} must be {choices}, got {got}")
         if tensor.device != self.device:
             raise ValueError(f"{name} must be on {self.device}, got {tensor.device}")
-        if tensor.ndim and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        if tensor.ndim and tensor.shape[-1] > 1 and tensor.stride(-1) != 1 and not strided:
             raise ValueError(
                 f"{name} must be contiguous in its last axis, got strides {list(tensor.stride())}"
             )
@@ -54,3 +61,12 @@ class Shapes:
 def check_page_size(page_size: int) -> None:
     if page_size < 1:
         raise ValueError(f"page_size must be at least 1 token, got {page_size}")
+
+
+def check_unit(unit: int | None, page_size: int) -> int:
+    """Tokens of what is chosen, a page's unless said. Raises ValueError unless pages divide so."""
+    if unit is None:
+        return page_size
+    if unit < 1 or page_size % unit:
+        raise ValueError(f"unit must divide the {page_size} tokens of a page, got {unit}")
+    return unit

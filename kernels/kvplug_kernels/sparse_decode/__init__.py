@@ -1,9 +1,9 @@
-"""Softmax attention of one query token per request over the chosen pages of each KV head."""
+"""Softmax attention of one query token per request over what each KV head chose."""
 
 from torch import Tensor
 
 from kvplug_kernels.dispatch import wants_kernel
-from kvplug_kernels.shapes import FLOATS, INDICES, Shapes
+from kvplug_kernels.shapes import FLOATS, INDICES, Shapes, check_unit
 from kvplug_kernels.sparse_decode import reference
 
 
@@ -16,28 +16,33 @@ def sparse_decode(
     counts: Tensor,
     lengths: Tensor,
     scale: float,
+    unit: int | None = None,
 ) -> Tensor:
     """query [B, Hq, D], keys and values [N, S, H, D], chosen [B, H, K] -> [B, Hq, D] as query.
 
-    chosen holds counts [B, H] ascending logical pages, the last of which is the request's last
-    page, filled as far as lengths [B] says. Zeros where counts is 0. Raises ValueError on shapes.
+    chosen holds counts [B, H] ascending units of so many tokens, pages unless said (1: tokens),
+    the last of which is the request's last, filled as far as lengths [B] says. Pages may lie by
+    any strides. Zeros where counts is 0. Raises ValueError on shapes and unit.
     """
     shapes = Shapes(query.device)
     shapes.check("query", query, "B Hq D", FLOATS)
-    shapes.check("keys", keys, "N S H D", (query.dtype,))
-    shapes.check("values", values, "N S H D", (query.dtype,))
+    shapes.check("keys", keys, "N S H D", (query.dtype,), strided=True)
+    shapes.check("values", values, "N S H D", (query.dtype,), strided=True)
     shapes.check("page_table", page_table, "B P", INDICES)
     shapes.check("chosen", chosen, "B H K", INDICES)
     shapes.check("counts", counts, "B H", INDICES)
     shapes.check("lengths", lengths, "B", INDICES)
     shapes.check_groups()
+    unit = check_unit(unit, shapes["S"])
     if not wants_kernel(query):
         return reference.sparse_decode(
-            query, keys, values, page_table, chosen, counts, lengths, scale
+            query, keys, values, page_table, chosen, counts, lengths, scale, unit
         )
     from kvplug_kernels.sparse_decode import kernel
 
-    return kernel.sparse_decode(query, keys, values, page_table, chosen, counts, lengths, scale)
+    return kernel.sparse_decode(
+        query, keys, values, page_table, chosen, counts, lengths, scale, unit
+    )
 
 
 __all__ = ["sparse_decode"]

@@ -18,17 +18,17 @@ LOG2_E = math.log2(math.e)
 @triton.jit
 def attend_kernel(
     query, keys, values, page_table, chosen, counts, lengths, partial, weight, scale,
-    query_b, query_h, keys_n, keys_s, keys_h, values_n, values_s, values_h,
+    query_b, query_h, keys_n, keys_s, keys_h, keys_d, values_n, values_s, values_h, values_d,
     table_b, chosen_b, chosen_h, counts_b,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, PARTS: tl.constexpr,
-    BG: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, U: tl.constexpr,
+    PARTS: tl.constexpr, BG: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
     part = tl.program_id(2)
     count = tl.load(counts + b * counts_b + h)
-    tail = (tl.load(lengths + b) - 1) % S + 1
-    tokens = tl.where(count > 0, (count - 1) * S + tail, 0)
+    tail = (tl.load(lengths + b) - 1) % U + 1
+    tokens = tl.where(count > 0, (count - 1) * U + tail, 0)
     share = tl.cdiv(tl.cdiv(tokens, BT), PARTS) * BT
     begin = part * share
     end = tl.minimum(begin + share, tokens)
@@ -46,11 +46,12 @@ def attend_kernel(
     for start in range(begin, end, BT):
         t = start + tl.arange(0, BT)
         inside = t < end
-        logical = tl.load(chosen + b * chosen_b + h * chosen_h + t // S, mask=inside, other=0)
-        page = tl.load(page_table + b * table_b + logical, mask=inside, other=0).to(tl.int64)
-        key = keys + page * keys_n + (t % S) * keys_s + h * keys_h
+        of = tl.load(chosen + b * chosen_b + h * chosen_h + t // U, mask=inside, other=0)
+        token = of * U + t % U
+        page = tl.load(page_table + b * table_b + token // S, mask=inside, other=0).to(tl.int64)
+        key = keys + page * keys_n + (token % S) * keys_s + h * keys_h
         k = tl.load(
-            key[None, :] + d[:, None], mask=channels[:, None] & inside[None, :], other=0.0
+            key[None, :] + d[:, None] * keys_d, mask=channels[:, None] & inside[None, :], other=0.0
         )  # [BD, BT]
         logits = tl.dot(q, k, input_precision="ieee") * scale
         logits = tl.where(inside[None, :], logits, float("-inf"))  # [BG, BT]
@@ -58,9 +59,11 @@ def attend_kernel(
         shrink = tl.exp2(top - above)
         p = tl.exp2(logits - above[:, None])
         total = total * shrink + tl.sum(p, axis=1)
-        value = values + page * values_n + (t % S) * values_s + h * values_h
+        value = values + page * values_n + (token % S) * values_s + h * values_h
         v = tl.load(
-            value[:, None] + d[None, :], mask=inside[:, None] & channels[None, :], other=0.0
+            value[:, None] + d[None, :] * values_d,
+            mask=inside[:, None] & channels[None, :],
+            other=0.0,
         )  # [BT, BD]
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         top = above
@@ -119,6 +122,7 @@ def sparse_decode(
     counts: Tensor,
     lengths: Tensor,
     scale: float,
+    unit: int,
 ) -> Tensor:
     B, Hq, D = query.shape
     S, H = keys.shape[1:3]
@@ -126,14 +130,14 @@ def sparse_decode(
     if not out.numel():
         return out
     sizes = blocks(Hq // H, D, keys.element_size())
-    PARTS = parts_for(B * H, chosen.shape[2] * S, sizes["BT"], query.device)
+    PARTS = parts_for(B * H, chosen.shape[2] * unit, sizes["BT"], query.device)
     partial = torch.empty(B * Hq, PARTS, D, dtype=torch.float32, device=query.device)
     weight = torch.empty(B * Hq, PARTS, dtype=torch.float32, device=query.device)
     attend_kernel[(B, H, PARTS)](
         query, keys, values, page_table, chosen, counts, lengths, partial, weight,
-        scale * LOG2_E, *query.stride()[:2], *keys.stride()[:3], *values.stride()[:3],
+        scale * LOG2_E, *query.stride()[:2], *keys.stride(), *values.stride(),
         page_table.stride(0), *chosen.stride()[:2], counts.stride(0),
-        H=H, G=Hq // H, D=D, S=S, PARTS=PARTS, **sizes,
+        H=H, G=Hq // H, D=D, S=S, U=unit, PARTS=PARTS, **sizes,
         num_stages=stages(torch.version.hip is not None),
     )  # fmt: skip
     merge_kernel[(B * Hq,)](partial, weight, out, D=D, PARTS=PARTS, BD=sizes["BD"])

@@ -13,20 +13,22 @@ def sparse_decode(
     counts: Tensor,
     lengths: Tensor,
     scale: float,
+    unit: int | None = None,
 ) -> Tensor:
     B, Hq, D = query.shape
     S, H = keys.shape[1:3]
-    K = chosen.shape[2]
-    tail = (lengths - 1) % S + 1  # [B], tokens of the last page
-    tokens = ((counts - 1) * S + tail[:, None]).masked_fill(counts == 0, 0)  # [B, H]
-    read = torch.arange(K * S, device=query.device) < tokens[:, :, None]  # [B, H, K*S]
+    K, U = chosen.shape[2], unit or S
+    tail = (lengths - 1) % U + 1  # [B], tokens of the last unit
+    tokens = ((counts - 1) * U + tail[:, None]).masked_fill(counts == 0, 0)  # [B, H]
+    read = torch.arange(K * U, device=query.device) < tokens[:, :, None]  # [B, H, K*U]
 
     b, h, t = read.nonzero(as_tuple=True)  # the tokens read, one after the other
-    page = page_table[b, chosen[b, h, t // S].long()].long()
-    k = torch.zeros(B, H, K * S, D, device=query.device)
-    v = torch.zeros(B, H, K * S, D, device=query.device)
-    k[b, h, t] = keys[page, t % S, h].float()
-    v[b, h, t] = values[page, t % S, h].float()
+    token = chosen[b, h, t // U].long() * U + t % U
+    page = page_table[b, token // S].long()
+    k = torch.zeros(B, H, K * U, D, device=query.device)
+    v = torch.zeros(B, H, K * U, D, device=query.device)
+    k[b, h, t] = keys[page, token % S, h].float()
+    v[b, h, t] = values[page, token % S, h].float()
 
     q = query.float().view(B, H, Hq // H, D)
     logits = (q @ k.transpose(2, 3) * scale).masked_fill(~read[:, :, None], float("-inf"))
