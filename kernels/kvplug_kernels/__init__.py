@@ -3,9 +3,12 @@
     page_digest     min and max per channel of a page's keys, written as the keys arrive
     page_bound      upper bound of q . k over each page, from its digest (Quest)
     page_select     the pages that score highest, as ascending indices
+    key_codes       a full page's keys in 1, 2 or 4 bits per channel, kept behind the page
+    code_logits     q . k of every token of the full pages, from the codes of their keys
+    token_select    the tokens that weigh most by such logits, as ascending indices (Twilight)
     virtual_heads   a selection per KV head as page tables for a stock dense kernel
     slot_lists      what each head or request reads as lists of tokens, for a stock kernel
-    sparse_decode   softmax attention of one query token over the selected pages
+    sparse_decode   softmax attention of one query token over the selected pages or tokens
     pack_tokens     the tokens each KV head keeps of a prompt, copied into pages of their own
 
 Import an op from its folder: ``from kvplug_kernels.page_bound import page_bound``.

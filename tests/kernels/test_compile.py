@@ -62,14 +62,19 @@ def variants(hip: bool) -> list[Variant]:
         tensors = dict.fromkeys(("query", "keys", "values", "digest"), f"*{dtype}")
         sizes = sparse_decode.blocks(G, D, 2)
         attend = {"H": 8, "G": G, "D": D, "S": S, "PARTS": 16, **sizes}
-        attend["num_stages"] = sparse_decode.stages(hip)
+        attend |= {"keys_d": 1, "values_d": 1}
+        pages, singles = (
+            {**attend, "U": unit, "num_stages": sparse_decode.stages(hip, unit < S, sizes["BD"])}
+            for unit in (S, 1)
+        )
         merge = {"D": D, "PARTS": 64, "BD": sizes["BD"]}
         bound = {"G": G, "D": D, **page_bound.blocks(G, D)}
         digest = {"H": 8, "D": D, "S": S, **page_digest.blocks(D)}
         pack = {"S": S, "C": 2 * D, **pack_tokens.blocks(2 * D)}
         fp32, out = {"out": "*fp32"}, {"out": f"*{dtype}"}
         found += [
-            Variant(f"attend {name}", sparse_decode.attend_kernel, attend, tensors, True),
+            Variant(f"attend {name}", sparse_decode.attend_kernel, pages, tensors, True),
+            Variant(f"attend U1 {name}", sparse_decode.attend_kernel, singles, tensors, True),
             Variant(f"merge {name}", sparse_decode.merge_kernel, merge, out),
             Variant(
                 f"page_bound {name}", page_bound.page_bound_kernel, bound, tensors | fp32, True
@@ -93,8 +98,11 @@ def variants(hip: bool) -> list[Variant]:
         found.append(
             Variant(f"page_select P{P} {top_p}", page_select.page_select_kernel, select, {})
         )
-    heads = {"S": 16, "BK": 256}
-    found.append(Variant("virtual_heads", virtual_heads.virtual_heads_kernel, heads, {}))
+    for unit in (16, 1):
+        heads = {"S": 16, "U": unit, "BK": 256}
+        found.append(
+            Variant(f"virtual_heads U{unit}", virtual_heads.virtual_heads_kernel, heads, {})
+        )
     for chooses in (True, False):
         of = {"S": 32, "CHOOSES": chooses}
         found += [

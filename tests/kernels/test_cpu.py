@@ -65,10 +65,12 @@ def test_bound_and_choice(threads, B, H, G, D, P, dtype):
 
     lengths = (pages * 16 - 5).clamp(min=0)
     out, expected = [(chosen.new_empty(B * H, width), chosen.new_empty(B * H)) for _ in range(2)]
-    heads.virtual_heads(table, chosen, counts, lengths, 16, 33, 2, out)
-    heads_reference.virtual_heads(table, chosen, counts, lengths, 16, 33, 2, expected)
-    assert torch.equal(out[0], expected[0])
-    assert torch.equal(out[1], expected[1])
+    for unit in (16, 8, 1):
+        rest = (lengths, 16, 33, 2)
+        heads.virtual_heads(table, chosen, counts, *rest, out, unit, 5)
+        heads_reference.virtual_heads(table, chosen, counts, *rest, expected, unit, 5)
+        assert torch.equal(out[0], expected[0])
+        assert torch.equal(out[1], expected[1])
 
 
 def test_choice_among_many_equals(threads):

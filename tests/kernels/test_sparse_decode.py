@@ -3,6 +3,7 @@ import torch
 
 from kvplug_kernels.sparse_decode import reference, sparse_decode
 from kvplug_kernels.virtual_heads import reference as virtual_heads
+from tests.kernels.coded_cache import coded_cache
 from tests.kernels.paged_cache import paged_cache, random_query
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -102,6 +103,79 @@ def test_kernel_equals_reference(lengths, H, G, D, S, dtype, device, poisoned_ou
         rtol=TOLERANCE[dtype],
         atol=TOLERANCE[dtype],
     )
+
+
+def as_units(cache, chosen, counts, unit):
+    """The same pages named by their units."""
+    S = cache.keys.shape[1]
+    each = chosen[..., None] * (S // unit) + torch.arange(S // unit)
+    filled = ((cache.lengths - 1) % S // unit + 1)[:, None]  # units of the last page
+    named = ((counts - 1) * (S // unit) + filled).masked_fill(counts == 0, 0)
+    return each.flatten(2).int(), named.int()
+
+
+def some_tokens(cache, K):
+    """Up to K tokens of each head, the last one among them, unevenly spread over pages."""
+    B, H = len(cache.lengths), cache.keys.shape[2]
+    chosen, counts = torch.zeros(B, H, K).int(), torch.zeros(B, H).int()
+    for b, length in enumerate(cache.lengths.tolist()):
+        for h in range(H):
+            drawn = torch.randperm(max(length - 1, 0))[: K - 1 - h].tolist()
+            picked = sorted([*drawn, length - 1]) if length else []
+            chosen[b, h, : len(picked)] = torch.tensor(picked)
+            counts[b, h] = len(picked)
+    return chosen.to(cache.lengths.device), counts.to(cache.lengths.device)
+
+
+def poison_unread(cache, chosen, counts):
+    """NaN in every key and value of a token that its head did not choose."""
+    S, H = cache.keys.shape[1:3]
+    read = torch.zeros(len(cache.keys), S, H, dtype=torch.bool)
+    for b in range(len(cache.lengths)):
+        for h in range(H):
+            tokens = chosen[b, h, : counts[b, h]].long()
+            read[cache.page_table[b, tokens // S].long(), tokens % S, h] = True
+    for pool in (cache.keys, cache.values):
+        pool.masked_fill_(~read.to(pool.device)[..., None], float("nan"))
+
+
+@pytest.mark.parametrize("unit", [1, 2])
+def test_reference_reads_units_as_their_pages(unit):
+    cache = paged_cache([33 * 4 - 1, 0, 8], H=2, D=24, S=4)
+    query = random_query(cache, G=3)
+    pages = some_pages(cache, K=9)
+    inputs = (query, cache.keys, cache.values, cache.page_table)
+    expected = reference.sparse_decode(*inputs, *pages, cache.lengths, 0.2)
+    units = as_units(cache, *pages, unit)
+    got = reference.sparse_decode(*inputs, *units, cache.lengths, 0.2, unit)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    "lengths, H, G, D, S",
+    [([1], 1, 1, 64, 16), ([200, 0, 33], 2, 7, 96, 16), ([300], 1, 4, 80, 32)],
+)
+@pytest.mark.parametrize("across", [False, True])
+def test_kernel_reads_chosen_tokens(lengths, H, G, D, S, across, dtype, device, poisoned_outputs):
+    """Where keys lie as [D, S] too; a token that was not chosen is NaN."""
+    cache = coded_cache(lengths, H, D, S, 2, dtype, device, across)
+    chosen, counts = some_tokens(cache, K=70)
+    poison_unread(cache, chosen, counts)
+    query = random_query(cache, G)
+    inputs = (query, cache.keys, cache.values, cache.page_table, chosen, counts, cache.lengths)
+    torch.testing.assert_close(
+        sparse_decode(*inputs, 0.2, unit=1),
+        reference.sparse_decode(*inputs, 0.2, 1),
+        rtol=TOLERANCE[dtype],
+        atol=TOLERANCE[dtype],
+    )
+
+
+def test_wrong_unit_says_what_it_wanted():
+    cache = paged_cache([5], 1, 16, 4)
+    inputs = (random_query(cache, 1), cache.keys, cache.values, cache.page_table)
+    with pytest.raises(ValueError, match="unit must divide the 4 tokens of a page, got 3"):
+        sparse_decode(*inputs, *every_page(cache), cache.lengths, 1.0, unit=3)
 
 
 @pytest.mark.gpu

@@ -40,6 +40,40 @@ def test_kernel_turns_heads_into_sequences(device, poisoned_outputs, monkeypatch
     assert (buffer[:, 3:] == -5).all()
 
 
+# Tokens of both heads: 9, 0 and 10; 5. Empty. 3, 4 and 7; 7.
+TOKEN_CHOICE = [[[0, 9, 10], [5, 0, 0]], [[0, 0, 0]] * 2, [[3, 4, 7], [7, 0, 0]]]
+TOKEN_COUNTS = [[3, 1], [0, 0], [3, 1]]
+TOKEN_TABLE = [[700, 510, 520], [313, 0, 0], [0, 0, 0], [0, 0, 0], [230, 900, 930], [933, 0, 0]]
+PAIR_TABLE = [[700, 520, 0], [323, 0, 0], [0, 0, 0], [0, 0, 0], [220, 900, 920], [923, 0, 0]]
+
+
+def units(device, unit):
+    """Tokens, or the pairs of tokens 0, 5 and 2 and so on."""
+    table, _, _, lengths = selection(device)
+    chosen = [[[0, 5, 0], [3, 0, 0]], [[0, 0, 0]] * 2, [[1, 2, 3], [3, 0, 0]]]
+    counts = [[2, 1], [0, 0], [3, 1]]
+    if unit == 1:
+        chosen, counts = TOKEN_CHOICE, TOKEN_COUNTS
+    named = (torch.tensor(t, device=device, dtype=torch.int32) for t in (chosen, counts))
+    return table, *named, lengths
+
+
+@pytest.mark.parametrize(
+    "unit, table, tokens",
+    [(1, TOKEN_TABLE, [3, 1, 0, 0, 3, 1]), (2, PAIR_TABLE, [3, 1, 0, 0, 6, 2])],
+)
+def test_units_begin_within_their_pages(unit, table, tokens):
+    out = virtual_heads(*units("cpu", unit), 4, 100, 3, unit=unit, token_stride=10)
+    assert out[0].tolist() == table
+    assert out[1].tolist() == tokens
+
+
+@pytest.mark.parametrize("unit", [1, 2])
+def test_kernel_finds_units_within_their_pages(unit, device, poisoned_outputs):
+    out = virtual_heads(*units(device, unit), 4, 100, 3, unit=unit, token_stride=10)
+    assert out[0].tolist() == (TOKEN_TABLE if unit == 1 else PAIR_TABLE)
+
+
 def test_wrong_out_says_what_it_wanted():
     out = torch.zeros(6, 2, dtype=torch.int32), torch.zeros(6, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"out\[0\] must be \[B\*H=6, K=3\], got \[6, 2\]"):

@@ -100,8 +100,9 @@ def blocks(G: int, D: int, itemsize: int) -> dict[str, int]:
     return {"BG": max(16, triton.next_power_of_2(G)), "BT": BT, "BD": BD}
 
 
-def stages(hip: bool) -> int:
-    return 2 if hip else 3  # 64 KiB of LDS against 163 KiB and more
+def stages(hip: bool, scattered: bool, BD: int) -> int:
+    """64 KiB of LDS against 163 KiB and more; wide keys that lie apart spill their addresses."""
+    return 2 if hip or (scattered and BD > 128) else 3
 
 
 def parts_for(rows: int, tokens: int, BT: int, device: torch.device) -> int:
@@ -138,7 +139,7 @@ def sparse_decode(
         scale * LOG2_E, *query.stride()[:2], *keys.stride(), *values.stride(),
         page_table.stride(0), *chosen.stride()[:2], counts.stride(0),
         H=H, G=Hq // H, D=D, S=S, U=unit, PARTS=PARTS, **sizes,
-        num_stages=stages(torch.version.hip is not None),
+        num_stages=stages(torch.version.hip is not None, unit < S, sizes["BD"]),
     )  # fmt: skip
     merge_kernel[(B * Hq,)](partial, weight, out, D=D, PARTS=PARTS, BD=sizes["BD"])
     return out

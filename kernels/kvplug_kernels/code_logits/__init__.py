@@ -1,0 +1,29 @@
+"""q . k of every token of the full pages, from the codes of their keys."""
+
+from torch import Tensor
+
+from kvplug_kernels.code_layout import check_rows
+from kvplug_kernels.code_logits import reference
+from kvplug_kernels.shapes import FLOATS, INDICES, Shapes
+
+
+def code_logits(
+    query: Tensor, codes: Tensor, page_table: Tensor, pages: Tensor, page_size: int, bits: int
+) -> Tensor:
+    """query [B, Hq, D], codes [N, H, R, D], page_table [B, P], pages [B] -> [B, Hq, P * S] fp32.
+
+    sum_d q_d * (lo_d + step_d * code_d) for each token of the first pages of a row, which are full
+    and coded (``update_key_codes``); -inf behind them. Not scaled. Raises ValueError on shapes,
+    bits and page_size.
+    """
+    shapes = Shapes(query.device)
+    shapes.check("query", query, "B Hq D", FLOATS)
+    shapes.check("codes", codes, "N H R D", (query.dtype,))
+    shapes.check("page_table", page_table, "B P", INDICES)
+    shapes.check("pages", pages, "B", INDICES)
+    shapes.check_groups()
+    check_rows(codes, page_size, bits)
+    return reference.code_logits(query, codes, page_table, pages, page_size, bits)
+
+
+__all__ = ["code_logits"]

@@ -1,0 +1,31 @@
+"""Plain fp32 torch: a page's steps go into the query, then a product for each place in a byte."""
+
+import torch
+from torch import Tensor
+
+from kvplug_kernels.code_layout import packed
+
+PAGES = 64  # whose codes are spread out at once
+
+
+def code_logits(
+    query: Tensor, codes: Tensor, page_table: Tensor, pages: Tensor, page_size: int, bits: int
+) -> Tensor:
+    B, Hq, D = query.shape
+    H, P = codes.shape[1], page_table.shape[1]
+    q = query.float().view(B, H, Hq // H, D)
+    spread = packed(codes, page_size, bits)  # [N, H, J, D]
+    out = query.new_full((B, H, Hq // H, P, page_size), float("-inf"), dtype=torch.float32)
+    for b, count in enumerate(pages.tolist()):
+        for start in range(0, count, PAGES):
+            stop = min(start + PAGES, count)
+            ids = page_table[b, start:stop]
+            lo, step = codes[ids, :, :2].float().unbind(2)  # [p, H, D]
+            weights = q[b] * step[:, :, None]  # [p, H, G, D]
+            base = q[b] @ lo[..., None]  # [p, H, G, 1]
+            shares = [
+                weights @ (spread[ids] >> place & 2**bits - 1).float().transpose(2, 3)
+                for place in range(0, 8, bits)
+            ]  # of [p, H, G, J]
+            out[b, :, :, start:stop] = (base + torch.cat(shares, 3)).permute(1, 2, 0, 3)
+    return out.view(B, Hq, P * page_size)

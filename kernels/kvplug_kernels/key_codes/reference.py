@@ -1,0 +1,28 @@
+"""Plain fp32 torch."""
+
+import torch
+from torch import Tensor
+
+from kvplug_kernels.code_layout import packed
+
+
+def update_key_codes(codes: Tensor, keys: Tensor, slots: Tensor, bits: int) -> None:
+    S = keys.shape[1]
+    pages = slots[(slots >= 0) & (slots % S == S - 1)] // S
+    rows = keys[pages].float()  # [E, S, H, D]
+    lo, hi = rows.amin(1), rows.amax(1)
+    step = steps(hi - lo, 2**bits - 1, codes.dtype)
+    code = ((rows - lo[:, None]) / step.float()[:, None] + 0.5).floor().clamp(0, 2**bits - 1)
+    shares = code.to(torch.uint8).unflatten(1, (8 // bits, -1))  # [E, 8 / bits, J, H, D]
+    codes[pages, :, 0] = lo.to(codes.dtype)
+    codes[pages, :, 1] = step
+    places = torch.arange(0, 8, bits, device=codes.device, dtype=torch.uint8)
+    joined = (shares << places[:, None, None, None]).sum(1, dtype=torch.uint8)  # [E, J, H, D]
+    packed(codes, S, bits)[pages] = joined.transpose(1, 2)
+
+
+def steps(span: Tensor, levels: int, dtype: torch.dtype) -> Tensor:
+    """The smallest normal numbers of dtype that cover span [...] fp32 in so many steps."""
+    near = (span / levels).to(dtype).clamp(min=torch.finfo(dtype).tiny)
+    above = near.view(torch.int32 if dtype == torch.float32 else torch.int16) + 1
+    return torch.where(near.float() * levels < span, above.view(dtype), near)

@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+from kvplug_kernels.code_logits import code_logits, reference
+from tests.kernels.coded_cache import coded_cache
+from tests.kernels.paged_cache import random_query
+from tests.kernels.test_key_codes import code
+
+
+def plain(query, cache, bits):
+    """The sum over channels, token by token."""
+    S, H, D = cache.keys.shape[1:]
+    B, Hq = query.shape[:2]
+    out = torch.full((B, Hq, cache.page_table.shape[1] * S), float("-inf"), dtype=torch.double)
+    for b, pages in enumerate(cache.full.tolist()):
+        for t in range(pages * S):
+            n = int(cache.page_table[b, t // S])
+            for h in range(H):
+                each = [code(cache.codes, n, h, d, t % S, S, bits) for d in range(D)]
+                lo, step = cache.codes[n, h, :2].double()
+                key = lo + step * torch.tensor(each).double()
+                heads = slice(h * Hq // H, (h + 1) * Hq // H)
+                out[b, heads, t] = query[b, heads].double() @ key
+    return out
+
+
+@pytest.mark.parametrize("bits, S", [(1, 16), (2, 16), (4, 6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_reference_sums_over_channels(bits, S, dtype, monkeypatch):
+    monkeypatch.setattr(reference, "PAGES", 2)
+    cache = coded_cache([3 * S + 1, 0, S, 4 * S, 5], 2, 8, S, bits, dtype)
+    query = random_query(cache, G=3)
+    got = code_logits(query, cache.codes, cache.page_table, cache.full, S, bits)
+    torch.testing.assert_close(got.double(), plain(query, cache, bits), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits, error", [(4, 0.1), (2, 0.45), (1, 1.6)])
+def test_logits_come_near_those_of_the_keys(bits, error):
+    """32 normal keys span about 4.1 deviations: steps of 0.27, 1.4 and 4.1 for 4, 2 and 1 bits."""
+    S, D = 32, 64
+    cache = coded_cache([20 * S + 1], 1, D, S, bits)
+    query = random_query(cache, G=2)
+    got = code_logits(query, cache.codes, cache.page_table, cache.full, S, bits)[0, :, : 20 * S]
+    keys = cache.keys[cache.page_table[0, :20].long()].view(20 * S, D)
+    exact = query[0] @ keys.T
+    assert (got - exact).square().mean().sqrt() < error * exact.std()
+
+
+def test_wrong_rows_say_what_they_wanted():
+    cache = coded_cache([40], 1, 8, 16, 2)
+    with pytest.raises(ValueError, match="R = 3 rows for pages of 16 tokens at 2 bits"):
+        code_logits(
+            torch.zeros(1, 1, 8), cache.codes[:, :, :2], cache.page_table, cache.full, 16, 2
+        )
