@@ -12,17 +12,17 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch import Tensor
 
-from kvplug import PromptKV, choose_pages, keep_tokens, window_queries
+from kvplug import choose_pages, window_queries
 from kvplug_sglang import compat
 from kvplug_sglang.cache import Digests, page_bytes
+from kvplug_sglang.compression import Packing
 from kvplug_sglang.router import OWN, Tenant
 from kvplug_sglang.settings import Engine
-from kvplug_sglang.step import Batch, Packing, Selected, StepPlan, StepPlanner, Whole
+from kvplug_sglang.step import Batch, Selected, StepPlan, StepPlanner, Whole
 
 
 class PlannedAttention:
@@ -61,8 +61,17 @@ class PlannedAttention:
     def init_forward_metadata(self, forward_batch: Any) -> None:
         super().init_forward_metadata(forward_batch)  # type: ignore[misc]
         batch = self._batch(forward_batch)
+        if self.engine.dense:
+            self._count_dense(batch)
+            return
         self.plans = [None if batch is None else each.plan(batch) for each in self.steps]
         self.planned_steps += any(any(plan.layers.values()) for plan in self.plans if plan)
+
+    def _count_dense(self, batch: Batch | None) -> None:
+        """All that a dense server costs in a step: no plan, and nothing on the device."""
+        if batch is not None:
+            for each in self.steps:
+                each.count_dense(batch)
 
     def _batch(self, forward_batch: Any) -> Batch | None:
         """None for a batch of no request (a dummy run) and for an idle one."""
@@ -138,38 +147,24 @@ class PlannedAttention:
             window = tenant.window
             window[layer.layer_id] = window_queries(seen, query, window.get(layer.layer_id))
         for packing in plan.packings:
-            with self.engine.packing(packing.tenants[0].choice):
+            with self.engine.packing(packing.tenant.choice):
                 self._pack(layer, packing)
 
     def _pack(self, layer: Any, packing: Packing) -> None:
-        """Copy what each KV head keeps of the prompts' whole pages into their private slots."""
-        if layer.layer_id == self.layers[0]:
-            self.packed_prompts += len(packing.tenants)
-        cached_keys, cached_values = self._kv(layer.layer_id)
-        keys, values = cached_keys[packing.slots], cached_values[packing.slots]  # [J, T, H, D]
-        queries = None
+        """Copy what each KV head keeps of a prompt's whole pages into its private slots."""
+        self.packed_prompts += layer.layer_id == self.layers[0]
+        window = None
         if packing.scored.needs_queries:
-            windows = [tenant.window.pop(layer.layer_id) for tenant in packing.tenants]
-            queries = torch.stack(windows).unflatten(2, (layer.tp_k_head_num, -1))
-        prompt = PromptKV(
-            keys=keys,
-            values=values,
-            queries=queries,
-            lengths=packing.lengths,
+            window = packing.tenant.window.pop(layer.layer_id)
+        keys, values = packing.kept(
+            *self._kv(layer.layer_id),
+            window,
             scale=layer.scaling,
             first_head=compat.first_kv_head(layer),
             page_size=self.engine.page_size,
         )
-        tokens = keep_tokens(packing.scored, prompt, packing.keep, packing.width, packing.protect)
-        index = tokens.transpose(1, 2)[..., None]  # [J, K, H, 1]
-        self.token_to_kv_pool.set_kv_buffer(
-            layer,
-            KVWriteLoc(packing.targets),
-            keys.gather(1, index.expand(-1, -1, -1, keys.shape[3])).flatten(0, 1)[packing.packed],
-            values.gather(1, index.expand(-1, -1, -1, values.shape[3])).flatten(0, 1)[
-                packing.packed
-            ],
-        )
+        where = KVWriteLoc(packing.targets)
+        self.token_to_kv_pool.set_kv_buffer(layer, where, keys, values)
         self._written(layer, packing.targets)
 
     def _whole(self, layer: Any, query: Tensor, whole: Whole, output: Tensor) -> None:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from kvplug_sglang.settings import NAME, Engine
 
 FIRST, END = (0, 5, 23), (0, 6)
@@ -249,6 +251,12 @@ def default_attention(server_args: Any) -> str:
 
     model = model_config_of(server_args)
     return str(get_default_attn_backend(resolved_view(server_args), uses_mla(model), model))
+
+
+def cache_dtype(view: Any, model: Any) -> torch.dtype:
+    """Of the pool, where it is not quantised."""
+    model_dtype: torch.dtype = model.dtype
+    return torch.bfloat16 if view.kv_cache_dtype in ("bf16", "bfloat16") else model_dtype
 
 
 def decode_batch(view: Any) -> int:

@@ -26,6 +26,9 @@ class ReplayedAttention(PlannedAttention):
         super().init_forward_metadata_out_graph(  # type: ignore[misc]
             forward_batch, in_capture
         )
+        if self.engine.dense:
+            self._count_dense(None if in_capture else self._batch(forward_batch))
+            return
         batch = self._batch(forward_batch) if self.replays else None
         if batch is not None:
             for each in self.replays:

@@ -11,6 +11,7 @@ from typing import Any
 from kvplug import BatchPlanner, Offer, read_offer
 from kvplug_sglang import compat
 from kvplug_sglang.backend import TRITON, stock
+from kvplug_sglang.compression import packing_bytes
 from kvplug_sglang.refusals import PAGE_SIZE
 from kvplug_sglang.settings import given
 
@@ -28,7 +29,8 @@ def decide(server_args: Any) -> None:
 
 
 def reserve(server_args: Any) -> float:
-    """MiB beside what SGLang reckons for its own graphs."""
+    """MiB beside what SGLang reckons for its own graphs: what ours hold, and what packing a prompt
+    takes."""
     offer = _sparse()
     if offer is None:
         return 0.0
@@ -37,7 +39,9 @@ def reserve(server_args: Any) -> float:
     size = view.page_size or (PAGE_SIZE if offer.digest is not None else 1)
     lists = stock(server_args, view.device) == TRITON
     splits = view.triton_attention_num_kv_splits if lists else 0
-    return graph_bytes(offer, model, view.tp_size, batch, size, splits) / MIB
+    held = graph_bytes(offer, model, view.tp_size, batch, size, splits)
+    dtype = compat.cache_dtype(view, model)
+    return (held + packing_bytes(offer, model, view.tp_size, size, dtype)) / MIB
 
 
 def _sparse() -> Offer | None:

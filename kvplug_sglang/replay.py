@@ -50,8 +50,7 @@ class Replayed:
         """On the host, before the graph is captured or replayed."""
         segments = self.steps.segments(batch)
         if count:
-            known = np.array([tenant.row >= 0 for tenant in batch.tenants])
-            self.steps.count(segments.where(known[segments.row]))
+            self.steps.count(segments.where(batch.known[segments.row]))
         fixed = segments.one_per_row(len(batch.total), selects=bool(self.budgets))
         values = np.zeros((len(self.fields), len(batch.total)), np.int64)
         values[:4] = fixed.kept, fixed.first, fixed.packed, fixed.visible

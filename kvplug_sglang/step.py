@@ -17,13 +17,14 @@ from kvplug import (
     LayerReads,
     Observed,
     Planner,
-    ScoredEviction,
     Segments,
     Selector,
+    StepReads,
     reads_by_policy,
 )
 from kvplug_kernels.slot_lists import slot_lists
-from kvplug_sglang.router import Tenant
+from kvplug_sglang.compression import Packing
+from kvplug_sglang.router import OWN, Tenant
 from kvplug_sglang.settings import Engine
 
 Numbers = NDArray[np.int64]
@@ -95,24 +96,6 @@ class Selected:
 
 
 @dataclass
-class Packing:
-    """Prompts of one policy whose kept tokens are packed in this step; J of them."""
-
-    scored: ScoredEviction
-    protect: Sequence[tuple[int, int]]
-    tenants: list[Tenant]
-    slots: Tensor
-    """Where the prompts' tokens lie, in order. [J, T] int64"""
-    lengths: Tensor  # [J] int64 prompt tokens
-    keep: Tensor  # [J] int64 tokens kept
-    width: int
-    """The most tokens kept."""
-    targets: Tensor
-    """Where kept token k of prompt j goes, and which they are: rows of [J * width]. [n] int64"""
-    packed: Tensor  # [n] int64
-
-
-@dataclass
 class StepPlan:
     layers: Mapping[int, LayerReads[Whole, Selected] | None]
     """What each reads; None where the engine's own path serves it."""
@@ -137,6 +120,11 @@ class Batch:
     @cached_property
     def choice(self) -> Numbers:
         return np.array([tenant.choice for tenant in self.tenants], np.int64)
+
+    @property
+    def known(self) -> NDArray[np.bool_]:
+        """Which of them hold a row: the others are padding. [B]"""
+        return np.array([tenant.row >= 0 for tenant in self.tenants], np.bool_)
 
     @property
     def queries(self) -> int:
@@ -193,45 +181,44 @@ class StepPlanner:
             for settings, reads in counted:
                 metrics.count(str(settings.policy), reads, self.share)
 
+    def count_dense(self, batch: Batch) -> None:
+        """Without a plan: each query behind its prompt reads all up to itself."""
+        metrics = self.engine.metrics
+        if metrics is None:
+            return
+        begin = np.maximum(batch.computed, batch.prompt)
+        queries = np.maximum(batch.total - begin, 0) * batch.known
+        cached = float((queries * (begin + 1 + batch.total)).sum()) / 2
+        reads = StepReads(queries=int(queries.sum()), cached=cached, read=cached)
+        metrics.count(str(self.planner(OWN).settings.policy), reads, self.share)
+
     def _observations(self, batch: Batch) -> list[tuple[Tenant, Observed]]:
         seen = self.planners.observed(batch.choice, batch.computed, batch.total, batch.prompt)
         return [(batch.tenants[each.row], each) for each in seen]
 
     def _packings(self, batch: Batch, private: Numbers) -> list[Packing]:
-        """The requests whose prompt's last token is computed in this step, by policy."""
+        """Of the requests whose prompt's last token is computed in this step: one at a time, so
+        that the memory it takes is that of one."""
         ends = (batch.computed < batch.prompt) & (batch.prompt <= batch.total)
-        rows = np.flatnonzero(ends & (private > 0))
-        choices = np.unique(batch.choice[rows]).tolist()
-        return [self._packing(batch, rows[batch.choice[rows] == one], private) for one in choices]
+        rows = np.flatnonzero(ends & (private > 0)).tolist()
+        return [self._packing(batch.tenants[row], int(private[row])) for row in rows]
 
-    def _packing(self, batch: Batch, rows: Numbers, private: Numbers) -> Packing:
-        tenants = [batch.tenants[row] for row in rows]
-        planner = self.planner(tenants[0].choice)
+    def _packing(self, tenant: Tenant, private: int) -> Packing:
+        """private: pages that these layers keep of its prompt."""
+        planner, size = self.planner(tenant.choice), self.page_size
         assert planner.scored is not None
-        held = np.array([tenant.private for tenant in tenants])
-        assert (held >= private[rows]).all(), "a prompt has not the private pages it should have"
-        size, prompt = self.page_size, batch.prompt[rows]
-        keep = private[rows] * size
-        width = int(keep.max())
-        at = batch.rows[self._tensor(rows)]
-        column = torch.arange(int(prompt.max()), device=self.req_to_token.device)
-        packed = np.flatnonzero((np.arange(width)[None] < keep[:, None]).ravel())
-        index = self._tensor(packed)
-        targets = tokens_of(self.engine.router.pages[at, : width // size], size)
+        assert tenant.private >= private, "a prompt has not the private pages it should have"
         if self.engine.metrics is not None:
-            self.engine.metrics.count_packed(
-                str(planner.settings.policy), prompt, keep + prompt % size, self.share
-            )
+            policy, prompt = str(planner.settings.policy), np.array([tenant.prompt])
+            keep = private * size + prompt % size
+            self.engine.metrics.count_packed(policy, prompt, keep, self.share)
+        pages = self.engine.router.pages[tenant.row, :private]
         return Packing(
             scored=planner.scored,
             protect=planner.settings.protect,
-            tenants=tenants,
-            slots=self.req_to_token[at[:, None], column].long(),
-            lengths=self._tensor(prompt),
-            keep=self._tensor(keep),
-            width=width,
-            targets=targets.flatten()[index],
-            packed=index,
+            tenant=tenant,
+            slots=self.req_to_token[tenant.row, : tenant.prompt].long(),
+            targets=tokens_of(pages[None], size)[0],
         )
 
     def _whole(self, batch: Batch, segments: Segments) -> Whole:

@@ -50,9 +50,14 @@ class Handed:
     """Of selections."""
     _last: tuple[Any, Tensor, Tensor] | None = None
 
-    def listen(self, monkeypatch: pytest.MonkeyPatch, attention: ModuleType) -> None:
-        """attention: the adapter's, which calls ``keep_tokens`` and ``choose_pages``."""
-        keep, choose = attention.keep_tokens, attention.choose_pages
+    def listen(
+        self, monkeypatch: pytest.MonkeyPatch, attention: ModuleType,
+        packing: ModuleType | None = None,
+    ) -> None:  # fmt: skip
+        """attention: the adapter's, which calls ``choose_pages``, and ``keep_tokens`` unless
+        ``packing`` does."""
+        packing = packing or attention
+        keep, choose = packing.keep_tokens, attention.choose_pages
 
         def keep_tokens(policy, prompt, kept, *more):
             tokens = keep(policy, prompt, kept, *more)
@@ -63,7 +68,7 @@ class Handed:
             self.scales.add(named["scale"])
             return choose(*arguments, **named)
 
-        monkeypatch.setattr(attention, "keep_tokens", keep_tokens)
+        monkeypatch.setattr(packing, "keep_tokens", keep_tokens)
         monkeypatch.setattr(attention, "choose_pages", choose_pages)
 
     def note(self, digests: Tensor, slots: Tensor) -> None:

@@ -211,6 +211,7 @@ def start(model: Path, policy: str | None = None, **options: Any) -> Iterator[En
         destroy_model_parallel,
     )
 
+    gc.freeze()  # SGLang collects garbage as it starts: a second, among all that is loaded
     engine = Engine(model, policy, **options)
     try:
         yield engine
@@ -222,6 +223,7 @@ def start(model: Path, policy: str | None = None, **options: Any) -> Iterator[En
 
 
 @pytest.fixture(scope="session")
-def engine() -> Callable[..., contextlib.AbstractContextManager[Engine]]:
+def engine() -> Iterator[Callable[..., contextlib.AbstractContextManager[Engine]]]:
     """Start an engine: ``with engine(model, "dense") as stock: ...``"""
-    return start
+    yield start
+    gc.unfreeze()

@@ -32,7 +32,14 @@ def main(model: str, prompts: str, tokens: str, cases: list[str]) -> None:
                 engine.drain()
                 waves.append([engine.output(rid) for rid in rids])
             backend = type(engine.backend).__module__
-            found.append({"waves": waves, "replays": graphs.replays, "backend": backend})
+            found.append(
+                {
+                    "waves": waves,
+                    "replays": graphs.replays,
+                    "backend": backend,
+                    "counted": engine.counted()["decode_queries"],
+                }
+            )
     print(json.dumps(found))
 
 

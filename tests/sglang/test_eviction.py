@@ -48,7 +48,7 @@ class Shadow:
 
         made = self.made[layer.layer_id]
         queries, keys, values = (torch.cat([each[i] for each in made]) for i in range(3))
-        length, scored, size = int(packing.lengths[0]), packing.scored, backend.engine.page_size
+        length, scored, size = len(packing.slots), packing.scored, backend.engine.page_size
         assert len(keys) == length, "the prompt was prefilled from its start"
         window = None
         if scored.needs_queries:
@@ -58,7 +58,7 @@ class Shadow:
             lengths=torch.tensor([length]), scale=layer.scaling,
             first_head=layer.layer_id * layer.tp_k_head_num, page_size=size,
         )  # fmt: skip
-        keep = int(packing.keep[0])
+        keep = len(packing.targets)
         kept = keep_tokens(scored, prompt, torch.tensor([keep]), keep, packing.protect)[0]
         stored_keys, stored_values = backend.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         for head in range(layer.tp_k_head_num):

@@ -1,4 +1,4 @@
-"""What decode graphs hold of kvplug's is known to SGLang before it sizes the pool."""
+"""What kvplug takes of memory beside the pool is known to SGLang before it sizes the pool."""
 
 from __future__ import annotations
 
@@ -68,9 +68,73 @@ def test_prefill_without_graphs_is_decided_before_memory_is_sized(resolve):
     assert resolve("quest(budget=64)")["prefill"] == "disabled"
 
 
-def test_sglang_leaves_room_for_them(resolve):
-    stock, dense, sparse = (resolve(line)["ours"] for line in (None, "dense", "quest(budget=64)"))
-    assert stock == dense == 0 < sparse
+def test_sglang_leaves_room_for_them_and_for_packing(resolve):
+    policies = (None, "dense", "quest(budget=64)", "knorm(budget=64)")
+    stock, dense, selects, packs = (resolve(line)["ours"] for line in policies)
+    assert stock == dense == 0 < selects
+    longest = 2 * 8192 * 2 * 64 * 4 / MIB  # keys and values of a layer: two heads of 64, fp32
+    assert selects + longest < packs < selects + 2 * longest
+
+
+@pytest.mark.parametrize(
+    "policy", ["snapkv(budget=96)", "pyramid(keydiff(budget=96), beta=4) + quest(budget=64)"]
+)
+def test_packing_takes_what_sglang_was_told_whoever_ends_together(
+    engine, random_llama, prompts, monkeypatch, policy
+):
+    """By the tensors that are alive at once: three prompts of almost the longest, in one step."""
+    from kvplug_sglang import compat
+    from kvplug_sglang.attention import PlannedAttention
+    from kvplug_sglang.compression import Taken, packing_bytes
+
+    pack, taken, steps = PlannedAttention._pack, [], set()
+
+    def measured(backend, layer, packing):
+        with Taken() as found:
+            pack(backend, layer, packing)
+        taken.append(found.most)
+        steps.add(id(backend.plans[0]))
+
+    monkeypatch.setattr(PlannedAttention, "_pack", measured)
+    options = {"context_length": 2048, "chunked_prefill_size": 8192}
+    with engine(random_llama(), policy, **options) as planned:
+        planned.generate(prompts(2040, 2040, 2040, seed=3), 4)
+        assert len(steps) == 1, "all at once"
+        assert len(taken) == 3 * 2, "one prompt at a time, in two layers"
+        offer, model = planned.backend.engine.offer, planned.scheduler.model_config
+        dtype = compat.cache_dtype(planned.scheduler.server_args, model)
+        told = packing_bytes(offer, model, 1, 16, dtype)
+        assert max(taken) <= told < 1.3 * max(taken)
+
+
+def test_a_score_that_cannot_be_rehearsed_is_refused(monkeypatch):
+    import torch
+
+    from kvplug import read_offer
+    from kvplug.policies.knorm import KNorm
+    from kvplug_sglang.compression import packing_bytes
+
+    monkeypatch.setattr(KNorm, "score", lambda self, prompt: prompt.keys.sum().item())
+    offer = read_offer({"policy": "knorm(budget=64)"}, environ={})
+    with pytest.raises(ValueError, match=r"knorm.score takes of memory could not be found out"):
+        packing_bytes(offer, SimpleNamespace(**vars(MODEL), dtype=torch.bfloat16), 1, 16,
+                      torch.bfloat16)  # fmt: skip
+
+
+def test_a_dense_server_plans_nothing_and_counts(engine, random_llama, prompts, monkeypatch):
+    from kvplug_sglang.step import StepPlanner
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a dense server planned a step")
+
+    for name in ("plan", "segments", "_tensor", "table"):
+        monkeypatch.setattr(StepPlanner, name, refuse)
+    with engine(random_llama(), "dense") as planned:
+        planned.generate(prompts(40, 300, 1), 6)
+        counted = planned.counted()
+    behind = [n + new for n in (40, 300, 1) for new in range(1, 6)]
+    assert counted["decode_queries"] == len(behind)
+    assert counted["cached_tokens"] == counted["read_tokens"] == sum(behind)
 
 
 def test_they_hold_no_lists_where_flash_attention_reads_tables():

@@ -13,13 +13,13 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 @pytest.fixture(scope="module")
 def handed(engine, random_llama, prompts):
-    from kvplug_sglang import attention
+    from kvplug_sglang import attention, compression
 
     handed = handover.Handed()
     with pytest.MonkeyPatch.context() as patch, engine(
         random_llama(), json.dumps(handover.SETTINGS)
     ) as planned:  # fmt: skip
-        handed.listen(patch, attention)
+        handed.listen(patch, attention, compression)
         pack = attention.PlannedAttention._pack
 
         def noted(backend, layer, packing):

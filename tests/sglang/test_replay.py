@@ -79,3 +79,5 @@ def test_replayed_steps_answer_as_eager_ones(eager, stock):
         assert found["waves"] == [answers[name], answers[name]], name
         replays = 0 if name in OTHERWISE else 2 * (NEW - 1)
         assert found["replays"] == replays, name
+        own = 2 * sum(policy is None for policy in cases[name][1])
+        assert found["counted"] == own * (NEW - 1), name

@@ -1,0 +1,125 @@
+"""A prompt that a step compresses: what stays of it, and what memory it takes to find out.
+
+The private slots it is packed into come from the scheduler (``kvplug_sglang.packing``).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kvplug import Offer, PromptKV, ScoredEviction, keep_tokens
+from kvplug_sglang.router import Tenant
+
+
+@dataclass
+class Packing:
+    """A prompt whose kept tokens are packed in this step: T tokens, of which n stay."""
+
+    scored: ScoredEviction
+    protect: Sequence[tuple[int, int]]
+    tenant: Tenant
+    slots: Tensor
+    """Where the prompt's tokens lie, in order. [T] int64"""
+    targets: Tensor
+    """Where those that stay go, in order. [n] int64"""
+
+    def kept(
+        self, keys: Tensor, values: Tensor, window: Tensor | None, *, scale: float,
+        first_head: int, page_size: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """What each KV head of a layer keeps, in the order of ``targets``.
+
+        keys, values [slots, H, D] of the pool, window [W, Hq, D]: the queries of the prompt's last
+        tokens -> [n, H, D] twice. Nothing synchronises.
+        """
+        prompt = PromptKV(
+            keys=keys[self.slots][None],
+            values=values[self.slots][None],
+            queries=None if window is None else window.unflatten(1, (keys.shape[1], -1))[None],
+            lengths=self.slots.new_full((1,), len(self.slots)),
+            scale=scale,
+            first_head=first_head,
+            page_size=page_size,
+        )
+        width = len(self.targets)
+        keep = self.slots.new_full((1,), width)
+        tokens = keep_tokens(self.scored, prompt, keep, width, self.protect)
+        index = tokens[0].T[..., None].expand(-1, -1, keys.shape[2])  # [n, H, D]
+        return prompt.keys[0].gather(0, index), prompt.values[0].gather(0, index)
+
+
+def packing_bytes(offer: Offer, model: Any, ranks: int, page_size: int, dtype: torch.dtype) -> int:
+    """The most that packing the longest prompt takes on one rank beside the pool, by each policy
+    that a request may have: done once, on tensors without memory. dtype: of the pool.
+
+    Prompts are packed one at a time, and layer by layer.
+    """
+    policy, longest = offer.settings.policy, model.context_len
+    layers = model.num_hidden_layers
+    most = max(offer.max_tokens, *([] if policy.uniform else policy.layer_budgets(layers)), 0)
+    kept = min(-(-most // page_size), longest // page_size) * page_size
+    shape = longest, model.get_num_kv_heads(ranks), model.head_dim
+    cache = torch.empty(shape, dtype=dtype, device="meta")
+    found = [0]
+    for scored in offer.scorers:
+        packing = Packing(
+            scored=scored,
+            protect=offer.settings.protect,
+            tenant=Tenant(0, longest),
+            slots=torch.empty(longest, dtype=torch.int64, device="meta"),
+            targets=torch.empty(kept, dtype=torch.int64, device="meta"),
+        )
+        window, windows = None, 0
+        if scored.needs_queries:
+            heads = model.num_attention_heads // ranks
+            window = cache.new_empty(scored.window, heads, model.head_dim, dtype=model.dtype)
+            windows = layers * window.nbytes
+        with Taken() as taken:
+            try:
+                packing.kept(cache, cache, window, scale=1.0, first_head=0, page_size=page_size)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"what {scored.name}.score takes of memory could not be found out on "
+                    f"PyTorch's meta device ({error}); write it in operations that read no "
+                    "tensor's value"
+                ) from error
+        found.append(taken.most + windows)
+    return max(found)
+
+
+class Taken(TorchDispatchMode):
+    """Bytes of the tensors that are made within: ``most`` of them at once, on whatever device."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.most = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        given = {each.untyped_storage() for each in _tensors((args, kwargs))}
+        result = function(*args, **(kwargs or {}))
+        for each in _tensors(result):
+            storage = each.untyped_storage()
+            if storage not in given and storage not in self._known:
+                self._known.add(storage)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._gone, storage.nbytes())
+        return result
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [each for each in tree_leaves(values) if isinstance(each, Tensor)]
