@@ -89,13 +89,6 @@ class PlannedImpl:
         windowed = self.sliding_window not in (None, -1, (-1, -1))
         self.planned = self.attn_type == AttentionType.DECODER and not windowed
         """Windowed layers stay on the stock path; the policy plans the global ones."""
-        uniform = engine.settings.policy.uniform
-        if windowed and not uniform and vllm_config.use_v2_model_runner:
-            raise ValueError(
-                f"kvplug cannot serve {engine.settings.policy} beside a model's windowed layers "
-                "in vLLM's Model Runner V2, where a batch answered otherwise than its requests "
-                "alone; use a policy of one budget, such as snapkv, or VLLM_USE_V2_MODEL_RUNNER=0"
-            )
         self.digest = engine.offer.digest if self.planned else None
         self._window: dict[int, Tensor] = {}
         self.packed_prompts = 0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import twin
+
+from tests.pace import Pace
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -14,7 +15,8 @@ SMALL = [
     "streaming_llm(sinks=40, window=150) + quest(budget=96, dense_layers=0)",
     "snapkv(budget=96)",
     "random(budget=96) + quest(budget=64, dense_layers=0)",
-    pytest.param("pyramid(knorm(budget=128), beta=4)", marks=pytest.mark.cpu),
+    # Not of knorm: Gemma 3 normalises its keys, and an untrained one's all have the same norm.
+    "pyramid(snapkv(budget=128, window=32), beta=4)",
 ]
 
 
@@ -65,15 +67,6 @@ def test_small_budgets_beside_windowed_layers_answer_as_alone(engine, gemma, pro
         assert planned.free_blocks == free
 
 
-@pytest.mark.skipif(not twin.MODE, reason="Model Runner V1 serves it")
-def test_a_pyramid_beside_windowed_layers_is_refused_in_v2(engine, gemma):
-    with (
-        pytest.raises(ValueError, match="use a policy of one budget"),
-        engine(gemma, {"policy": "pyramid(knorm(budget=128), beta=4)"}),
-    ):
-        raise AssertionError("it was served")
-
-
 @pytest.mark.timeout(1200)
 @pytest.mark.cpu
 def test_two_ranks_answer_as_one(random_llama, prompts, tmp_path):
@@ -105,6 +98,7 @@ def test_two_ranks_answer_as_one(random_llama, prompts, tmp_path):
     for ranks in (1, 2):
         output = tmp_path / f"{ranks}.json"
         command = [sys.executable, script, model, tmp_path / "jobs.json", str(ranks), output]
+        Pace.starts += 1
         done = subprocess.run(command, capture_output=True, text=True, timeout=550)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         answers.append(json.loads(output.read_text()))
