@@ -6,9 +6,10 @@ VENV := .venvs/vllm
 BIN := $(VENV)/bin
 SGLANG_VENV := .venvs/sglang
 MODELS := .models
+PACE := $(CURDIR)/.cache/pace
 # Two processes of one thread each; a file's tests share what they build.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
-PYTEST_SGLANG := OMP_NUM_THREADS=1 $(SGLANG_VENV)/bin/python -m pytest -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 KVPLUG_PACE=$(PACE) $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST_SGLANG := OMP_NUM_THREADS=1 KVPLUG_PACE=$(PACE) $(SGLANG_VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 export XDG_CACHE_HOME := $(CURDIR)/.cache
 export PIP_CACHE_DIR := $(CURDIR)/.cache/pip
@@ -21,7 +22,7 @@ export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: demo demo-sglang test test-fast test-interpreted test-engine test-sglang test-next lint format \
+.PHONY: demo demo-sglang test unpaced test-fast test-interpreted test-engine test-sglang test-next lint format \
 	setup setup-sglang models bench gpu clean
 .NOTPARALLEL:
 
@@ -33,7 +34,11 @@ demo-sglang: setup-sglang models
 	PYTHONPATH=tests/sglang/shims SGLANG_USE_CPU_ENGINE=1 \
 	  $(SGLANG_VENV)/bin/kvplug demo --engine sglang --out demo-out/sglang
 
-test: lint test-fast test-interpreted test-engine test-sglang
+test: unpaced lint test-fast test-interpreted test-engine test-sglang
+	@$(BIN)/python tests/pace.py $(PACE)
+
+unpaced:
+	@rm -f $(PACE)
 
 test-fast: setup
 	$(PYTEST) -m "not engine and not gpu" --ignore tests/sglang

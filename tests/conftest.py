@@ -11,8 +11,14 @@ from typing import Any
 
 import pytest
 
+from tests.pace import Pace
+
 MODELS = Path(__file__).parents[1] / ".models"
 DASHBOARD = Path(__file__).parents[1] / "dashboards/kvplug.json"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Pace())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

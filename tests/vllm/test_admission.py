@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.pace import Pace
 from tests.vllm.test_refused import configure
 
 SERVED = ["length", 8]
@@ -21,6 +22,7 @@ SERVED = ["length", 8]
 @pytest.mark.timeout(600)
 def test_of_three_engines_each_judges_by_its_own_offer(random_llama, tmp_path):
     out = tmp_path / "out.json"
+    Pace.starts += 3
     done = subprocess.run(
         [sys.executable, "-m", "tests.vllm.three_engines", str(random_llama()), str(out)],
         env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},

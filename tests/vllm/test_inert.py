@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.pace import Pace
+
 pytestmark = [pytest.mark.engine, pytest.mark.cpu, pytest.mark.timeout(300)]
 
 SCRIPT = """
@@ -17,6 +19,7 @@ import json, sys
 from pathlib import Path
 
 from vllm import LLM, SamplingParams
+from tests.pace import Pace
 
 model, prompts, out, selected = sys.argv[1:]
 options = {"attention_backend": "kvplug", "additional_config": {"kvplug": {"policy": "dense"}}}
@@ -45,6 +48,7 @@ def served(tmp_path, model, prompts, *, installed: bool, selected: bool) -> dict
     out = tmp_path / f"{installed}-{selected}.json"
     # VLLM_PLUGINS is vLLM's own allow-list: kvplug might as well not be installed.
     plugins = {} if installed else {"VLLM_PLUGINS": "none"}
+    Pace.starts += 1
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(model), json.dumps(prompts), str(out),
          "yes" if selected else "no"],

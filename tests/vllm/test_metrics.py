@@ -13,6 +13,8 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.pace import Pace
+
 httpx = pytest.importorskip("httpx")
 
 from kvplug import parse  # noqa: E402
@@ -49,6 +51,7 @@ def served(model, policy, tmp_path, **options) -> tuple[dict[str, float], str, P
     """Each of PROMPTS and TOKENS behind it -> kvplug's counts, the whole page, the log."""
     log = tmp_path / "server.log"
     prompts = [[(7 * n + i) % 40000 for n in range(length)] for i, length in enumerate(PROMPTS)]
+    Pace.starts += 1
     with serve(Server(model=model, **options), policy, log) as server:
         request = {"max_tokens": TOKENS, "ignore_eos": True, "temperature": 0}
         for prompt in prompts:

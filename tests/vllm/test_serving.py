@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.pace import Pace
+
 httpx = pytest.importorskip("httpx")
 
 from kvplug_evals.demo.server import serve  # noqa: E402
@@ -65,6 +67,7 @@ def server(smollm2, tmp_path_factory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("server")
     disk, log = folder / "disk", folder / "server.log"
     disk.mkdir()
+    Pace.starts += 1
     with serve(Server(model=smollm2, disk=disk), "dense", log) as started:
         inside = Path(f"/proc/{(folder / 'disk.pid').read_text().strip()}/root")
         yield Running(url=started.url, disk=inside / disk.relative_to("/"), log=log)
