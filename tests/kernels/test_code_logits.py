@@ -30,7 +30,7 @@ def test_reference_sums_over_channels(bits, S, dtype, monkeypatch):
     monkeypatch.setattr(reference, "PAGES", 2)
     cache = coded_cache([3 * S + 1, 0, S, 4 * S, 5], 2, 8, S, bits, dtype)
     query = random_query(cache, G=3)
-    got = code_logits(query, cache.codes, cache.page_table, cache.full, S, bits)
+    got = reference.code_logits(query, cache.codes, cache.page_table, cache.full, S, bits)
     torch.testing.assert_close(got.double(), plain(query, cache, bits), rtol=1e-5, atol=1e-4)
 
 
@@ -40,10 +40,35 @@ def test_logits_come_near_those_of_the_keys(bits, error):
     S, D = 32, 64
     cache = coded_cache([20 * S + 1], 1, D, S, bits)
     query = random_query(cache, G=2)
-    got = code_logits(query, cache.codes, cache.page_table, cache.full, S, bits)[0, :, : 20 * S]
+    inputs = (query, cache.codes, cache.page_table, cache.full, S, bits)
+    got = reference.code_logits(*inputs)[0, :, : 20 * S]
     keys = cache.keys[cache.page_table[0, :20].long()].view(20 * S, D)
     exact = query[0] @ keys.T
     assert (got - exact).square().mean().sqrt() < error * exact.std()
+
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.parametrize(
+    "lengths, H, G, D, S, bits",
+    [
+        ([17], 1, 1, 64, 16, 1),
+        ([33 * 16 - 1, 0, 5], 2, 3, 80, 16, 2),
+        ([70, 16, 129], 1, 8, 128, 32, 4),
+        ([300, 64, 65], 2, 4, 64, 64, 2),
+        ([61], 1, 3, 160, 12, 2),
+    ],
+)
+def test_kernel_equals_reference(lengths, H, G, D, S, bits, dtype, device, poisoned_outputs):
+    """Keys rounded to the cache's dtype add what its products would have lost."""
+    cache = coded_cache(lengths, H, D, S, bits, dtype, device)
+    inputs = (random_query(cache, G), cache.codes, cache.page_table, cache.full, S, bits)
+    got, expected = code_logits(*inputs), reference.code_logits(*inputs)
+    scale = expected[expected.isfinite()].std()
+    torch.testing.assert_close(
+        got / scale, expected / scale, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+    )
 
 
 def test_wrong_rows_say_what_they_wanted():

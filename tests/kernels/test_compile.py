@@ -17,12 +17,16 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from kvplug_kernels.code_layout import code_bytes  # noqa: E402
+from kvplug_kernels.code_logits import kernel as code_logits  # noqa: E402
+from kvplug_kernels.key_codes import kernel as key_codes  # noqa: E402
 from kvplug_kernels.pack_tokens import kernel as pack_tokens  # noqa: E402
 from kvplug_kernels.page_bound import kernel as page_bound  # noqa: E402
 from kvplug_kernels.page_digest import kernel as page_digest  # noqa: E402
 from kvplug_kernels.page_select import kernel as page_select  # noqa: E402
 from kvplug_kernels.slot_lists import kernel as slot_lists  # noqa: E402
 from kvplug_kernels.sparse_decode import kernel as sparse_decode  # noqa: E402
+from kvplug_kernels.token_select import kernel as token_select  # noqa: E402
 from kvplug_kernels.virtual_heads import kernel as virtual_heads  # noqa: E402
 
 # Triton 3.9 warns that 3.10 will no longer fuse multiply and add by default.
@@ -37,7 +41,7 @@ TARGETS = {
 POINTERS = {
     "page_table": "*i32", "pages": "*i32", "keep": "*i32", "chosen": "*i32", "counts": "*i32",
     "lengths": "*i32", "table": "*i32", "tokens": "*i32", "slots": "*i64", "scores": "*fp32",
-    "partial": "*fp32", "weight": "*fp32", "bounds": "*i32",
+    "partial": "*fp32", "weight": "*fp32", "bounds": "*i32", "spread": "*u8",
 }  # fmt: skip
 SCALARS = {"scale": "fp32", "top_p": "fp32"}
 OPTIONS = {"num_warps", "num_stages"}
@@ -59,7 +63,7 @@ def variants(hip: bool) -> list[Variant]:
         ("bf16", 8, 256, 32),
     ):  # fmt: skip
         name = f"{dtype} G{G} D{D} S{S}"
-        tensors = dict.fromkeys(("query", "keys", "values", "digest"), f"*{dtype}")
+        tensors = dict.fromkeys(("query", "keys", "values", "digest", "codes"), f"*{dtype}")
         sizes = sparse_decode.blocks(G, D, 2)
         attend = {"H": 8, "G": G, "D": D, "S": S, "PARTS": 16, **sizes}
         attend |= {"keys_d": 1, "values_d": 1}
@@ -92,6 +96,34 @@ def variants(hip: bool) -> list[Variant]:
                 {"cache": f"*{dtype}"}
                 | dict.fromkeys(("pages", "tokens", "keep", "targets"), "*i64"),
             ),
+        ]
+        bits = {16: 1, 32: 2, 64: 4}[S]
+        J = code_bytes(S, bits)
+        of = {"D": D, "S": S, "J": J, "BITS": bits}
+        found += [
+            Variant(
+                f"code_logits {bits} bits {name}",
+                code_logits.code_logits_kernel,
+                {"G": G, **of, **code_logits.blocks(G, D)},
+                tensors | fp32,
+                True,
+            ),
+            Variant(
+                f"key_codes {bits} bits {name}",
+                key_codes.update_key_codes_kernel,
+                {"TINY": 2.0**-14, "keys_d": 1, **of, **key_codes.blocks(D, J)},
+                tensors,
+            ),
+        ]
+    for T, top_p in ((512, False), (32768, True)):
+        parts = {"S": 32, "PARTS": token_select.parts_for(T), "BT": token_select.TILE}
+        weigh = {"G": 4, **parts}
+        choose = {"S": 32, "TOP_P": top_p, **token_select.blocks(T)}
+        floats = dict.fromkeys(("logits", "tops", "totals", "weights"), "*fp32")
+        found += [
+            Variant(f"sum T{T}", token_select.sum_kernel, parts, floats),
+            Variant(f"weigh T{T}", token_select.weigh_kernel, weigh, floats),
+            Variant(f"choose T{T} {top_p}", token_select.choose_kernel, choose, floats),
         ]
     for P, top_p in ((512, False), (16384, True)):
         select = {"TOP_P": top_p, **page_select.blocks(P)}

@@ -73,6 +73,37 @@ def test_any_order_of_writes_gives_the_same_codes(dtype, across):
         assert codes[4].isnan().all()
 
 
+@pytest.mark.parametrize(
+    "H, D, S, bits", [(2, 80, 16, 1), (1, 64, 32, 2), (3, 128, 64, 4), (2, 64, 12, 2)]
+)
+@pytest.mark.parametrize("across", [False, True])
+def test_kernel_equals_reference(H, D, S, bits, across, dtype, device):
+    """Some pages of a batch end, some do not, and some slots are padding."""
+    keys, codes = written(H, D, S, bits, dtype, device, across, pages=6)
+    expected = codes.clone()
+    slots = [-1, *range(S + 3, 3 * S), 4 * S - 2, -7, 5 * S - 1, 0]
+    slots = torch.tensor(slots, dtype=torch.int64, device=device)
+    update_key_codes(codes, keys, slots, bits)
+    reference.update_key_codes(expected, keys, slots, bits)
+    assert expected[4, :, :2].isfinite().all()
+    assert torch.equal(codes[:, :, :2].nan_to_num(7.0), expected[:, :, :2].nan_to_num(7.0))
+    assert torch.equal(packed(codes, S, bits), packed(expected, S, bits))
+
+
+@pytest.mark.gpu
+def test_kernel_is_captured_in_a_graph():
+    keys, codes = written(8, 128, 32, 2, torch.bfloat16, "cuda")
+    slots = torch.arange(100, device="cuda")
+    update_key_codes(codes, keys, slots, 2)
+    expected = codes.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        update_key_codes(codes, keys, slots, 2)
+    codes.zero_()
+    graph.replay()
+    assert torch.equal(packed(codes, 32, 2)[:3], packed(expected, 32, 2)[:3])
+
+
 def test_a_page_is_coded_by_its_last_token_alone():
     keys, codes = written(1, 8, 16, 4, torch.float32)
     reference.update_key_codes(codes, keys, torch.arange(16, 31), 4)

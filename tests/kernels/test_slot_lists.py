@@ -21,13 +21,14 @@ def lists(bounds, slots):
     return [slots[a:b].tolist() for a, b in pairwise(bounds.tolist())]
 
 
-def run(op, table, lengths, chosen, counts, S=4):
+def run(op, table, lengths, chosen, counts, S=4, unit=None):
     """The op over outputs that hold nothing yet."""
+    unit = unit or S
     sequences, width = (
         (len(table), table.shape[1]) if chosen is None else (counts.numel(), chosen.shape[2])
     )
     out = table.new_full((sequences + 1,), -5), table.new_full((sequences * width * S,), -5).long()
-    op(table, lengths, S, chosen, counts, *out)
+    op(table, lengths, S, chosen, counts, *out, unit)
     return lists(*out)
 
 
@@ -76,6 +77,23 @@ def test_kernel_equals_the_reference(device, poisoned_outputs, B, H, P, K, S):
         wanted = run(reference.slot_lists, *given, S=S)
         moved = [None if each is None else each.to(device) for each in given]
         assert lists(*slot_lists(moved[0], moved[1], S, *moved[2:])) == wanted
+
+
+@pytest.mark.parametrize("unit", [1, 2])
+def test_units_of_tokens_are_read_token_by_token(device, unit):
+    """Head 0 of the first request reads tokens 2 and 3 of its page 1 and the newest, 10."""
+    table, lengths, _, _ = selection(device)
+    tokens = [[[6, 7, 10], [0, 10, 0]], [[0, 0, 0]] * 2, [[2, 7, 0], [7, 0, 0]]]
+    units = [[[3, 5], [0, 5]], [[0, 0]] * 2, [[1, 3], [3, 0]]]
+    counts = {1: [[3, 2], [0, 0], [2, 1]], 2: [[2, 2], [0, 0], [2, 1]]}[unit]
+    chosen = torch.tensor(tokens if unit == 1 else units, dtype=torch.int32, device=device)
+    counts = torch.tensor(counts, dtype=torch.int32, device=device)
+    wanted = {
+        1: [[28, 30, 44], [57, 45], [], [], [20, 78], [79]],
+        2: [[28, 30, 44], [57, 59, 45], [], [], [20, 22, 76, 78], [77, 79]],
+    }[unit]
+    assert lists(*slot_lists(table, lengths, 4, chosen, counts, unit)) == wanted
+    assert run(reference.slot_lists, table, lengths, chosen, counts, unit=unit) == wanted
 
 
 def test_no_request_reads_nothing(device):

@@ -84,9 +84,51 @@ def test_reference_equals_sorting(lengths, S, keep, sinks, G, ties, top_p):
     check(logits, *rest, *reference.token_select(logits, *rest))
 
 
+@pytest.mark.parametrize("top_p", [None, 0.3137, 0.9031])
+@pytest.mark.parametrize("G, ties", [(1, True), (3, False), (4, True)])
+@pytest.mark.parametrize("lengths, S, keep, sinks", CASES)
+def test_kernel_equals_sorting(
+    lengths, S, keep, sinks, G, ties, top_p, device, poisoned_outputs, monkeypatch
+):
+    """In tiles of 64 tokens, so that a row is one to six of them."""
+    from kvplug_kernels.token_select import kernel
+
+    monkeypatch.setattr(kernel, "TILE", 64)
+    monkeypatch.setattr(kernel, "MOST_TOKENS", 64)
+    monkeypatch.setattr(kernel, "MOST_PARTS", 2)
+    logits, ends, most = problem(lengths, S, keep, 2, G, ties, device)
+    rest = (2, ends, S, most, 72, 0.2, top_p, sinks)
+    check(logits, *rest, *token_select(logits, *rest))
+
+
+def test_kernel_takes_infinite_and_missing_logits(device, poisoned_outputs):
+    logits = torch.tensor([[[-INF, NAN, 1.0, -INF, INF, 0.0, NAN, NAN]]], device=device)
+    lengths = torch.tensor([8], dtype=torch.int32, device=device)
+    for keep, top_p in ((0, None), (3, None), (5, None), (8, None), (8, 0.5)):
+        rest = (1, lengths, 2, torch.full_like(lengths, keep), 8, 1.0, top_p, 1)
+        check(logits, *rest, *token_select(logits, *rest))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("top_p", [None, 0.9])
+def test_kernel_equals_reference_on_long_rows(top_p):
+    logits = torch.randn(3, 32, 32768, device="cuda") * 9
+    lengths = torch.tensor([32768, 20001, 300], dtype=torch.int32, device="cuda")
+    keep = torch.full_like(lengths, 2048)
+    rest = (8, lengths, 16, keep, 2048, 0.3, top_p, 4)
+    ours, theirs = token_select(logits, *rest), reference.token_select(logits, *rest)
+    assert (ours[1] - theirs[1]).abs().max() <= (0 if top_p is None else 1)
+    marks = [
+        torch.zeros(3, 8, 32768, device="cuda").scatter_(2, chosen.long(), 1.0)
+        for chosen, _ in (ours, theirs)
+    ]
+    assert ((marks[0] > 0) != (marks[1] > 0)).sum(2).max() <= 4  # of nearly the same weight
+
+
 def test_everything_is_taken_when_the_budget_is_the_cache():
     logits, lengths, keep = problem([37, 8, 0], 8, [37, 8, 1], 1, 2, False)
-    chosen, counts = token_select(logits, 1, lengths, 8, keep, 40, 1.0)
+    rest = (1, lengths, 8, keep, 40, 1.0, None, 0)
+    chosen, counts = reference.token_select(logits, *rest)
     assert counts.flatten().tolist() == [37, 8, 0]
     assert chosen[0, 0].tolist() == [*range(37), 0, 0, 0]
 

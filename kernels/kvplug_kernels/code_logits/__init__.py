@@ -4,6 +4,7 @@ from torch import Tensor
 
 from kvplug_kernels.code_layout import check_rows
 from kvplug_kernels.code_logits import reference
+from kvplug_kernels.dispatch import wants_kernel
 from kvplug_kernels.shapes import FLOATS, INDICES, Shapes
 
 
@@ -23,7 +24,11 @@ def code_logits(
     shapes.check("pages", pages, "B", INDICES)
     shapes.check_groups()
     check_rows(codes, page_size, bits)
-    return reference.code_logits(query, codes, page_table, pages, page_size, bits)
+    if not wants_kernel(query):
+        return reference.code_logits(query, codes, page_table, pages, page_size, bits)
+    from kvplug_kernels.code_logits import kernel
+
+    return kernel.code_logits(query, codes, page_table, pages, page_size, bits)
 
 
 __all__ = ["code_logits"]

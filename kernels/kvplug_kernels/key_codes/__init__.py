@@ -3,6 +3,7 @@
 from torch import Tensor, int64
 
 from kvplug_kernels.code_layout import check_rows, code_rows
+from kvplug_kernels.dispatch import wants_kernel
 from kvplug_kernels.key_codes import reference
 from kvplug_kernels.shapes import FLOATS, Shapes
 
@@ -21,7 +22,11 @@ def update_key_codes(codes: Tensor, keys: Tensor, slots: Tensor, bits: int) -> N
     shapes.check("keys", keys, "N S H D", (codes.dtype,), strided=True)
     shapes.check("slots", slots, "T", (int64,))
     check_rows(codes, shapes["S"], bits)
-    reference.update_key_codes(codes, keys, slots, bits)
+    if not wants_kernel(codes):
+        return reference.update_key_codes(codes, keys, slots, bits)
+    from kvplug_kernels.key_codes import kernel
+
+    kernel.update_key_codes(codes, keys, slots, bits)
 
 
 __all__ = ["code_rows", "update_key_codes"]

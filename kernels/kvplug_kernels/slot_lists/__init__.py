@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kvplug_kernels.dispatch import wants_kernel
-from kvplug_kernels.shapes import INDICES, Shapes, check_page_size
+from kvplug_kernels.shapes import INDICES, Shapes, check_page_size, check_unit
 from kvplug_kernels.slot_lists import reference
 
 
@@ -14,19 +14,22 @@ def slot_lists(
     page_size: int,
     chosen: Tensor | None = None,
     counts: Tensor | None = None,
+    unit: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """page_table [B, P], lengths [B], chosen [B, H, K] and counts [B, H], all int32
-    -> bounds [B*H + 1] int32, slots [B*H * K * S] int64.
+    -> bounds [B*H + 1] int32, slots [B*H * K * U] int64.
 
-    Sequence b * H + h reads slots[bounds[n] : bounds[n + 1]]: the tokens of the chosen pages of KV
-    head h in order, each as (page * S + offset) * H + h, the last page as far as lengths fill it.
-    Without a choice H is 1 and a sequence reads the first lengths tokens of its row's pages. What
-    stands behind the last bound is undefined. Nothing synchronises. Raises ValueError on shapes.
+    Sequence b * H + h reads slots[bounds[n] : bounds[n + 1]]: the tokens of the units that KV head
+    h chose in order, each as (page * S + offset) * H + h, the last unit as far as lengths fill it.
+    Units are U tokens, pages unless said (1: tokens). Without a choice H is 1 and a sequence reads
+    the first lengths tokens of its row's pages. What stands behind the last bound is undefined.
+    Nothing synchronises. Raises ValueError on shapes and unit.
     """
     shapes = Shapes(page_table.device)
     shapes.check("page_table", page_table, "B P", INDICES)
     shapes.check("lengths", lengths, "B", INDICES)
     check_page_size(page_size)
+    unit = check_unit(unit, page_size)
     if (chosen is None) != (counts is None):
         raise ValueError("chosen and counts must be given together, got one of them")
     width, sequences = shapes["P"], shapes["B"]
@@ -35,13 +38,14 @@ def slot_lists(
         shapes.check("counts", counts, "B H", INDICES)
         width, sequences = shapes["K"], shapes["B"] * shapes["H"]
     bounds = page_table.new_empty(sequences + 1)
-    slots = page_table.new_empty(sequences * width * page_size, dtype=torch.int64)
+    slots = page_table.new_empty(sequences * width * unit, dtype=torch.int64)
+    arguments = (page_table, lengths, page_size, chosen, counts, bounds, slots, unit)
     if wants_kernel(page_table):
         from kvplug_kernels.slot_lists import kernel
 
-        kernel.slot_lists(page_table, lengths, page_size, chosen, counts, bounds, slots)
+        kernel.slot_lists(*arguments)
     else:
-        reference.slot_lists(page_table, lengths, page_size, chosen, counts, bounds, slots)
+        reference.slot_lists(*arguments)
     return bounds, slots
 
 

@@ -9,7 +9,7 @@ TOKENS = 1024  # of a sequence that a program writes
 
 
 @triton.jit
-def bounds_kernel(counts, lengths, bounds, N, H, counts_b, S: tl.constexpr, CHOOSES: tl.constexpr,
+def bounds_kernel(counts, lengths, bounds, N, H, counts_b, U: tl.constexpr, CHOOSES: tl.constexpr,
                   BN: tl.constexpr):  # fmt: skip
     total = 0
     tl.store(bounds, 0)
@@ -19,8 +19,8 @@ def bounds_kernel(counts, lengths, bounds, N, H, counts_b, S: tl.constexpr, CHOO
         tokens = tl.load(lengths + n // H, mask=there, other=0)
         if CHOOSES:
             count = tl.load(counts + n // H * counts_b + n % H, mask=there, other=0)
-            # Of an empty sequence the remainder is negative: it has no page.
-            tokens = tl.where(count > 0, (count - 1) * S + (tokens - 1) % S + 1, 0)
+            # Of an empty sequence the remainder is negative: it has no unit.
+            tokens = tl.where(count > 0, (count - 1) * U + (tokens - 1) % U + 1, 0)
         tl.store(bounds + n + 1, total + tl.cumsum(tokens, 0), mask=there)
         total += tl.sum(tokens, 0)
 
@@ -28,7 +28,7 @@ def bounds_kernel(counts, lengths, bounds, N, H, counts_b, S: tl.constexpr, CHOO
 @triton.jit
 def slots_kernel(
     page_table, chosen, bounds, slots, H, table_b, chosen_b, chosen_h,
-    S: tl.constexpr, CHOOSES: tl.constexpr, BT: tl.constexpr,
+    S: tl.constexpr, U: tl.constexpr, CHOOSES: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0).to(tl.int64)
     begin = tl.load(bounds + sequence).to(tl.int64)
@@ -38,11 +38,12 @@ def slots_kernel(
     b, h = sequence // H, sequence % H
     t = tl.program_id(1) * BT + tl.arange(0, BT)
     read = t < tokens
-    column = t // S
+    token = t
     if CHOOSES:
-        column = tl.load(chosen + b * chosen_b + h * chosen_h + column, mask=read, other=0)
-    page = tl.load(page_table + b * table_b + column, mask=read, other=0).to(tl.int64)
-    tl.store(slots + begin + t, (page * S + t % S) * H + h, mask=read)
+        unit = tl.load(chosen + b * chosen_b + h * chosen_h + t // U, mask=read, other=0)
+        token = unit * U + t % U
+    page = tl.load(page_table + b * table_b + token // S, mask=read, other=0).to(tl.int64)
+    tl.store(slots + begin + t, (page * S + token % S) * H + h, mask=read)
 
 
 def slot_lists(
@@ -53,6 +54,7 @@ def slot_lists(
     counts: Tensor | None,
     bounds: Tensor,
     slots: Tensor,
+    unit: int,
 ) -> None:
     N, chooses = len(bounds) - 1, chosen is not None
     if not N:
@@ -64,12 +66,12 @@ def slot_lists(
     most = len(slots) // N
     bounds_kernel[(1,)](
         lengths if counts is None else counts, lengths, bounds, N, H,
-        0 if counts is None else counts.stride(0), S=page_size, CHOOSES=chooses, BN=BN,
+        0 if counts is None else counts.stride(0), U=unit, CHOOSES=chooses, BN=BN,
     )  # fmt: skip
     if not most:
         return
     BT = min(TOKENS, triton.next_power_of_2(most))
     slots_kernel[(N, triton.cdiv(most, BT))](
         page_table, page_table if chosen is None else chosen, bounds, slots, H,
-        page_table.stride(0), *strides, S=page_size, CHOOSES=chooses, BT=BT,
+        page_table.stride(0), *strides, S=page_size, U=unit, CHOOSES=chooses, BT=BT,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from torch import Tensor, float32
 
+from kvplug_kernels.dispatch import wants_kernel
 from kvplug_kernels.shapes import INDICES, Shapes, check_page_size
 from kvplug_kernels.token_select import reference
 
@@ -43,9 +44,12 @@ def token_select(
         )
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
-    return reference.token_select(
-        logits, heads, lengths, page_size, keep, width, scale, top_p, sinks
-    )
+    arguments = (logits, heads, lengths, page_size, keep, width, scale, top_p, sinks)
+    if not wants_kernel(logits):
+        return reference.token_select(*arguments)
+    from kvplug_kernels.token_select import kernel
+
+    return kernel.token_select(*arguments)
 
 
 __all__ = ["token_select"]

@@ -1,0 +1,90 @@
+"""One program per (slot, KV head); all but those of a page's last token leave at once."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvplug_kernels.code_layout import code_bytes, packed
+
+KEYS = 4096  # elements of keys read at once
+
+
+@triton.jit
+def load_keys(
+    keys, start, place, keys_s, keys_d, absent,
+    D: tl.constexpr, J: tl.constexpr, BJ: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Of the tokens that stand at one place of the bytes from start on. [BJ, BD] fp32"""
+    j = start + tl.arange(0, BJ)
+    d = tl.arange(0, BD)
+    key = keys + (place * J + j)[:, None] * keys_s + d[None, :] * keys_d
+    inside = (j < J)[:, None] & (d < D)[None, :]
+    return tl.load(key, mask=inside, other=absent).to(tl.float32)
+
+
+@triton.jit
+def step_of(span, LEVELS: tl.constexpr, TINY: tl.constexpr, element: tl.constexpr):
+    """The least normal number that covers span in LEVELS steps."""
+    near = tl.maximum(tl.div_rn(span, 1.0 * LEVELS), TINY).to(element)
+    number: tl.constexpr = tl.int32 if element == tl.float32 else tl.int16
+    above = (near.to(number, bitcast=True) + 1).to(element, bitcast=True)
+    return tl.where(near.to(tl.float32) * LEVELS < span, above, near)
+
+
+@triton.jit
+def update_key_codes_kernel(
+    codes, spread, keys, slots, codes_n, codes_h, spread_n, spread_h,
+    keys_n, keys_s, keys_h, keys_d, TINY: tl.constexpr,
+    D: tl.constexpr, S: tl.constexpr, J: tl.constexpr, BITS: tl.constexpr,
+    BJ: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    slot = tl.load(slots + tl.program_id(0).to(tl.int64))
+    if (slot >= 0) & (slot % S == S - 1):
+        page = slot // S
+        h = tl.program_id(1).to(tl.int64)
+        keys += page * keys_n + h * keys_h
+        lo = tl.full([BD], float("inf"), tl.float32)
+        hi = tl.full([BD], float("-inf"), tl.float32)
+        for start in range(0, J, BJ):
+            for place in tl.static_range(8 // BITS):
+                k = load_keys(keys, start, place, keys_s, keys_d, float("inf"), D, J, BJ, BD)
+                lo = tl.minimum(lo, tl.min(k, axis=0))
+                hi = tl.maximum(hi, tl.max(tl.where(k < float("inf"), k, float("-inf")), axis=0))
+
+        d = tl.arange(0, BD)
+        row = codes + page * codes_n + h * codes_h + d
+        LEVELS: tl.constexpr = (1 << BITS) - 1
+        lo, hi = tl.where(d < D, lo, 0.0), tl.where(d < D, hi, 0.0)
+        step = step_of(hi - lo, LEVELS, TINY, codes.dtype.element_ty)
+        tl.store(row, lo.to(codes.dtype.element_ty), mask=d < D)
+        tl.store(row + D, step, mask=d < D)
+
+        step = step.to(tl.float32)
+        byte = spread + page * spread_n + h * spread_h + d
+        for start in range(0, J, BJ):
+            j = start + tl.arange(0, BJ)
+            joined = tl.zeros([BJ, BD], tl.int32)
+            for place in tl.static_range(8 // BITS):
+                k = load_keys(keys, start, place, keys_s, keys_d, 0.0, D, J, BJ, BD)
+                code = tl.floor(tl.div_rn(k - lo[None, :], step[None, :] + tl.zeros_like(k)) + 0.5)
+                code = tl.minimum(tl.maximum(code, 0.0), 1.0 * LEVELS)
+                joined |= code.to(tl.int32) << (place * BITS)
+            inside = (j < J)[:, None] & (d < D)[None, :]
+            tl.store(byte[None, :] + j[:, None] * D, joined.to(tl.uint8), mask=inside)
+
+
+def blocks(D: int, J: int) -> dict[str, int]:
+    BD = triton.next_power_of_2(D)
+    return {"BJ": min(triton.next_power_of_2(J), max(1, KEYS // BD)), "BD": BD}
+
+
+def update_key_codes(codes: Tensor, keys: Tensor, slots: Tensor, bits: int) -> None:
+    (_, S, H, D), tokens = keys.shape, slots.shape[0]
+    if not tokens:
+        return
+    spread, J = packed(codes, S, bits), code_bytes(S, bits)
+    update_key_codes_kernel[(tokens, H)](
+        codes, spread, keys, slots, *codes.stride()[:2], *spread.stride()[:2], *keys.stride(),
+        TINY=torch.finfo(codes.dtype).tiny, D=D, S=S, J=J, BITS=bits, **blocks(D, J),
+    )  # fmt: skip
