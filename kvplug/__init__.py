@@ -34,10 +34,11 @@ from kvplug.policy import (
     ScoredEviction,
     Selector,
     Stage,
+    TokenSelector,
 )
 from kvplug.registry import policy_class, policy_names
 from kvplug.segments import Segments
-from kvplug.selection import choose_pages
+from kvplug.selection import choose_units
 
 __version__ = "0.1.0"
 
@@ -65,8 +66,9 @@ __all__ = [
     "Settings",
     "Stage",
     "StepReads",
+    "TokenSelector",
     "byte_share",
-    "choose_pages",
+    "choose_units",
     "digest_bytes",
     "keep_tokens",
     "parse",

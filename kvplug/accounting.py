@@ -33,13 +33,15 @@ def digest_bytes(rows: int, kv_heads: int, head_dim: int, itemsize: int) -> int:
     return rows * kv_heads * head_dim * itemsize
 
 
-def byte_share(tokens: int, budget: int, page_size: int, rows: int = 2) -> float:
+def byte_share(tokens: int, budget: int | float, page_size: int, rows: int = 2) -> float:
     """Bytes that a selecting step must read, as a share of dense: digests and the selection.
 
-    A page of S tokens holds 2 S vectors of D (keys and values) and ``rows`` of digest, so the
-    share is rows / 2S + budget / tokens (METHODS: 1/S + K/n for minimum and maximum).
+    budget: tokens, or a share of them. A page of S tokens holds 2 S vectors of D (keys and values)
+    and ``rows`` of digest, so the share is rows / 2S + budget / tokens (METHODS: 1/S + K/n for
+    minimum and maximum).
     """
-    return rows / (2 * page_size) + min(1.0, budget / tokens)
+    share = budget if isinstance(budget, float) else budget / tokens
+    return rows / (2 * page_size) + min(1.0, share)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,28 +52,35 @@ class StepReads:
     cached: float
     """Tokens behind the queries: what dense attention would read."""
     read: float
+    scanned: float = 0.0
+    """Tokens of the pages whose digests were read."""
 
 
-def step_reads(segments: Segments, planner: Planner, budgets: list[int | None]) -> StepReads:
-    """budgets: tokens that each planned layer may read, None for all (``layer_budget``).
+def step_reads(
+    segments: Segments, planner: Planner, budgets: Sequence[int | float | None]
+) -> StepReads:
+    """budgets: what each planned layer may read, None for everything (``layer_budget``).
 
     A selection by mass may read less than this: the bound is what the host knows.
     """
     decode = segments.where(segments.decodes)
-    spared = 0.0
+    spared = scanned = 0.0
     if planner.selector is not None and budgets:
-        pages = decode.pages[decode.selects]
+        selecting = decode.where(decode.selects)
+        units = -(-selecting.visible // planner.unit)
         for budget in budgets:
             if budget is not None:
-                keep = min(planner.keep, planner.selector.pages(planner.page_size, budget))
-                spared += float((pages - keep).clip(min=0).sum())
-        spared *= planner.page_size / len(budgets)
+                spared += float((units - planner.reads(selecting.visible, budget)).sum())
+                scanned += float(selecting.pages.sum())
+        spared *= planner.unit / len(budgets)
+        scanned *= planner.page_size / len(budgets) if planner.selector.digest else 0.0
     # A segment of several queries grows by one token a query.
     triangle = decode.queries * (decode.queries - 1) / 2
     return StepReads(
         queries=int(decode.queries.sum()),
         cached=float((decode.stop * decode.queries - triangle).sum()),
         read=float((decode.visible * decode.queries - triangle).sum()) - spared,
+        scanned=scanned,
     )
 
 

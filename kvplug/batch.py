@@ -71,8 +71,8 @@ class LayerReads(Generic[Whole, Selected]):
 
     whole: Whole | None = None
     """The queries that read all they see; None where there are none."""
-    selected: Sequence[tuple[Selected, int]] = ()
-    """The queries of each policy that selects here, and the tokens that they read."""
+    selected: Sequence[tuple[Selected, int | float]] = ()
+    """The queries of each policy that selects here, and the budget of what they read."""
 
 
 class BatchPlanner:

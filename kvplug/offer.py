@@ -107,6 +107,15 @@ class Offer:
         return others if own is None else [own, *others]
 
     @property
+    def selectors(self) -> list[Selector]:
+        """What may choose what a step reads here, as ``scorers``."""
+        own = self.settings.policy.selector
+        classes = [policy_class(name) for name in self.allow]
+        allowed = [cls() for cls in classes if issubclass(cls, Selector)]
+        others = [each for each in allowed if type(each) is not type(own)]
+        return others if own is None else [own, *others]
+
+    @property
     def names(self) -> list[str]:
         """What a request may name, sorted."""
         own = (policy.name for policy in self.settings.policy)
@@ -115,13 +124,9 @@ class Offer:
     @property
     def digest(self) -> Digest | None:
         """What every page must carry so that each of the offered selectors can choose."""
-        own = self.settings.policy.selector
-        allowed = [policy_class(name) for name in self.allow]
-        found: dict[str, Digest] = {}
-        for selector in [own, *(cls for cls in allowed if issubclass(cls, Selector))]:
-            if selector is not None and selector.digest is not None:
-                found[selector.name] = selector.digest
-        if len(set(map(id, found.values()))) > 1:
+        digests = {each.name: each.digest for each in self.selectors}
+        found = {name: digest for name, digest in digests.items() if digest is not None}
+        if len(set(found.values())) > 1:
             raise ValueError(
                 f"kvplug: {' and '.join(found)} need different digests in a page; serve them apart"
             )
@@ -192,6 +197,13 @@ class Offer:
                     f"kvplug: this server does not allow {policy.name}."
                     f"{did_you_mean(policy.name, self.names)}",
                 )
+        selector = asked.policy.selector
+        if selector is not None and selector.digest not in (None, self.digest):
+            raise Refused(
+                "other digests",
+                f"kvplug: this server's pages do not carry what {selector} reads, but "
+                f"{self.digest}; ask for a policy that reads it, or leave its options out",
+            )
         if asked.policy.scored is not None and asked.policy.scored.budget > self.max_tokens:
             raise Refused(
                 "over max_budget",

@@ -42,8 +42,8 @@ class Planner:
         least = narrowest or budget
         self._short = self.scored.pages(page_size, least) if self.scored else 0
         """Whole pages that a prompt may have and stay as it is."""
-        self.keep = self.selector.pages(page_size) if self.selector else 0
-        """Pages that a selecting query reads per KV head, at most."""
+        self.unit = self.selector.unit(page_size) if self.selector else page_size
+        """Tokens of what a selection chooses as one."""
 
     def _held_pages(self) -> Positions:
         if self.eviction is None:
@@ -83,8 +83,9 @@ class Planner:
             packed = np.where(compressed, -(-prompt[row] // self.page_size), packed)
         selects = decodes if self.selector else np.zeros(len(row), bool)
         if self.settings.shortcut:
-            pages = position // self.page_size + 1 - first + kept
-            selects = selects & (pages > self.keep) & (position >= self.settings.min_context)
+            visible = position + 1 - (first - kept) * self.page_size
+            selects = selects & (position >= self.settings.min_context)
+            selects = selects & (-(-visible // self.unit) > self.reads(visible))
             page = np.zeros_like(position)
         else:
             page = position // self.page_size
@@ -128,25 +129,36 @@ class Planner:
         passes = (computed <= prompt) & (prompt < total)
         return np.flatnonzero(passes & (self.private_pages(prompt) > 0))
 
-    def selection(self, segments: Segments, budget: int | None = None) -> Positions:
-        """Pages that each selecting query reads per KV head, in a layer of this budget. -> [n]"""
-        assert self.selector is not None
-        keep = min(self.keep, self.selector.pages(self.page_size, budget))
-        short = segments.stop <= self.settings.min_context
-        return np.where(short, segments.pages, np.minimum(keep, segments.pages))
+    def reads(self, visible: Positions, budget: int | float | None = None) -> Positions:
+        """Units that a selecting query reads per KV head of so many tokens, in a layer of this
+        budget. [n] -> [n]"""
+        if self.selector is None:
+            return -(-visible // self.unit)
+        keep = self.selector.units(visible, self.page_size)
+        if budget is None:
+            return keep
+        return np.minimum(keep, self.selector.units(visible, self.page_size, budget))
 
-    def layer_budget(self, layer: int) -> int | None:
-        """Tokens that a selecting query reads in a layer; None for all of them."""
+    def selection(self, segments: Segments, budget: int | float | None = None) -> Positions:
+        """``reads`` of segments, those that ``min_context`` spares with all they see. -> [n]"""
+        short = segments.stop <= self.settings.min_context
+        whole = -(-segments.visible // self.unit)
+        return np.where(short, whole, self.reads(segments.visible, budget))
+
+    def layer_budget(self, layer: int) -> int | float | None:
+        """What a selecting query reads in a layer, as policies say it; None for everything."""
         return self.selector.layer_budget(layer) if self.selector else None
 
     def width(self, max_tokens: int, short: bool = True) -> int:
-        """The widest selection, in pages, of any request up to ``max_tokens``.
+        """The widest selection, in units, of any request up to ``max_tokens``.
 
-        short: requests that the shortcut would spare select too, with all of their pages.
+        short: requests that the shortcut would spare select too, with all that they have.
         """
-        whole = -(-max(self.settings.min_context, 1) // self.page_size)
-        widest = max(self.keep, whole) if short or not self.settings.shortcut else self.keep
-        return min(widest, -(-max_tokens // self.page_size))
+        widest = int(self.reads(np.array([max_tokens]))[0])
+        if short or not self.settings.shortcut:
+            whole = -(-max(self.settings.min_context, 1) // self.unit)
+            widest = max(widest, min(whole, -(-max_tokens // self.unit)))
+        return widest
 
     def evictable(self, processed: int) -> list[tuple[int, int]]:
         """Ranges of pages [first, last) that no query from position ``processed`` on will see."""

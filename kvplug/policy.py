@@ -67,19 +67,21 @@ class Evidence(Enum):
 
 
 class Digest(Protocol):
-    """What a page says of its keys without being read.
+    """What a page says of its keys without being read. Equal digests are the same bytes.
 
     It lies in the cache's dtype behind the page's tokens, so that it moves, is shared and is
     freed with the page: ``rows`` vectors of D for each KV head.
     """
 
-    rows: int
+    def rows(self, page_size: int, itemsize: int) -> int:
+        """Of elements of so many bytes. Raises ValueError for pages that it cannot describe."""
 
-    def update(self, digest: Tensor, keys: Tensor, slots: Tensor, page_size: int) -> None:
+    def update(self, digest: Tensor, keys: Tensor, slots: Tensor, cached: Tensor) -> None:
         """Account for new keys, in place.
 
         digest [N, H, rows, D], keys [tokens, H, D], slots [tokens] int64 (page * S + offset;
-        negative for padding). The tokens of one page arrive adjacent and ascending.
+        negative for padding), cached [N, S, H, D]: the cache in which the new keys lie already,
+        by any strides. The tokens of one page arrive adjacent and ascending.
         """
 
 
@@ -149,10 +151,11 @@ class PositionalEviction(Policy):
 
 @dataclass(frozen=True, kw_only=True)
 class Selector(Policy):
-    """Keeps everything and reads the pages that score highest for the current query.
+    """Keeps everything and reads the units that score highest for the current query: pages, or
+    tokens (``TokenSelector``).
 
-    One set of pages per KV head: the query heads that share it read the same pages. The page
-    that holds the newest token is always read.
+    One set of units per KV head: the query heads that share it read the same ones. The page that
+    holds the newest token is always read.
     """
 
     stage = Stage.LOAD
@@ -162,45 +165,126 @@ class Selector(Policy):
     query_agnostic = False
     memory = "all tokens"
 
-    digest: ClassVar[Digest | None] = None
     min_pages: ClassVar[int] = 1
 
-    budget: int = 2048
-    """Tokens read per KV head, layer and step, rounded up to whole pages."""
+    budget: int | float = 2048
+    """Tokens read per KV head, layer and step, rounded up to whole units; as a share of the
+    tokens that a query sees where it is a fraction, such as 0.125."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.budget, bool) or not isinstance(self.budget, int) or self.budget < 1:
+        whole = isinstance(self.budget, int) and not isinstance(self.budget, bool)
+        if not (whole and self.budget >= 1) and not (
+            isinstance(self.budget, float) and 0 < self.budget <= 1
+        ):
             raise ValueError(
-                f"{self.name}: budget must be a positive number of tokens, got {self.budget!r}; "
-                f"write {self.name}(budget=2048)"
+                f"{self.name}: budget must be a number of tokens, at least 1, or a share of the "
+                f"context, above 0 and at most 1.0, got {self.budget!r}; write "
+                f"{self.name}(budget=2048) or {self.name}(budget=0.125)"
             )
 
-    def layer_budget(self, layer: int) -> int | None:
-        """Tokens that this layer may read; None for all of them."""
+    @property
+    def digest(self) -> Digest | None:
+        """What pages must carry for this policy's scores."""
+        return None
+
+    def unit(self, page_size: int) -> int:
+        """Tokens of what is chosen as one."""
+        return page_size
+
+    def least(self, page_size: int) -> int:
+        """Units that are read in any case, where there are as many."""
+        return self.min_pages
+
+    def layer_budget(self, layer: int) -> int | float | None:
+        """What this layer may read, as ``budget`` says it; None for all."""
         return self.budget
 
-    def budgets(self, layers: Iterable[int]) -> list[int]:
+    def budgets(self, layers: Iterable[int]) -> list[int | float]:
         """The different budgets of those of some layers that select."""
         return sorted({b for b in map(self.layer_budget, layers) if b is not None})
 
-    def pages(self, page_size: int, budget: int | None = None) -> int:
-        """Pages of ``page_size`` tokens that a layer with this budget reads at most."""
-        return max(self.min_pages, -(-(budget or self.budget) // page_size))
+    def units(
+        self, visible: Positions, page_size: int, budget: int | float | None = None
+    ) -> Positions:
+        """Units that a query reads at most of so many tokens that it sees. [n] -> [n]"""
+        budget, unit = budget or self.budget, self.unit(page_size)
+        tokens = np.ceil(budget * visible) if isinstance(budget, float) else budget
+        return np.minimum(
+            np.maximum(-(-tokens // unit), self.least(page_size)), -(-visible // unit)
+        ).astype(np.int64)
 
     @property
     def mass(self) -> float | None:
-        """Stop early once the read pages carry this share of the estimated attention."""
+        """Stop early once what is read carries this share of the estimated attention."""
         return None
 
     @abstractmethod
     def score(
-        self, query: Tensor, digest: Tensor | None, page_table: Tensor, pages: Tensor
+        self,
+        query: Tensor,
+        digest: Tensor | None,
+        page_table: Tensor,
+        pages: Tensor,
+        page_size: int,
     ) -> Tensor:
         """Estimated logit of each page, before the softmax scale; higher is read.
 
         query [B, H, G, D], digest [N, H, rows, D] (None without one), page_table [B, P] int32,
         pages [B] int32 valid columns -> [B, H, P] fp32, -inf beyond ``pages``. Columns beyond
         ``pages`` hold stale ids: skip them, never read and mask.
+        """
+
+
+def check_top_p(policy: Selector, top_p: object) -> None:
+    """Raises ValueError unless it is a share, or None."""
+    whole = isinstance(top_p, bool) or not isinstance(top_p, (int, float))
+    if top_p is not None and (whole or not 0 < top_p <= 1):  # type: ignore[operator]
+        raise ValueError(
+            f"{policy.name}: top_p must be above 0 and at most 1, got {top_p!r}; "
+            f"write {policy.name}(top_p=0.95)"
+        )
+
+
+def check_dense_layers(policy: Selector, layers: object) -> None:
+    """Raises ValueError unless it counts layers."""
+    if isinstance(layers, bool) or not isinstance(layers, int) or layers < 0:
+        raise ValueError(
+            f"{policy.name}: dense_layers must be a number of layers, got {layers!r}; "
+            f"write {policy.name}(dense_layers=2)"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSelector(Selector):
+    """Reads the tokens that weigh most by their estimated logits, and the newest page's.
+
+    A token weighs the mean over its KV head's query heads of the softmax over all tokens of the
+    pages before the newest.
+    """
+
+    granularity = Granularity.TOKEN
+
+    sinks: ClassVar[int] = 4
+    """First tokens, which are always read."""
+
+    def unit(self, page_size: int) -> int:
+        return 1
+
+    def least(self, page_size: int) -> int:
+        return page_size + self.sinks
+
+    @abstractmethod
+    def score(
+        self,
+        query: Tensor,
+        digest: Tensor | None,
+        page_table: Tensor,
+        pages: Tensor,
+        page_size: int,
+    ) -> Tensor:
+        """Estimated logit of each token of the first ``pages`` pages, which are full.
+
+        As ``Selector.score``, but -> [B, H * G, P * S] fp32, -inf beyond ``pages``.
         """
 
 

@@ -16,7 +16,7 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch import Tensor
 
-from kvplug import choose_pages, window_queries
+from kvplug import choose_units, window_queries
 from kvplug_sglang import compat
 from kvplug_sglang.cache import Digests, page_bytes
 from kvplug_sglang.compression import Packing
@@ -140,7 +140,7 @@ class PlannedAttention:
         """Keys stand at ``slots``, whoever wrote them: by the backend or fused into RoPE."""
         if self.digests is not None:
             keys, _ = self._kv(layer.layer_id)
-            self.digests.update(layer.layer_id, keys[slots], slots)
+            self.digests.update(layer.layer_id, keys, slots)
 
     def _compress(self, layer: Any, query: Tensor, plan: StepPlan) -> None:
         for tenant, seen in plan.observations:
@@ -176,16 +176,17 @@ class PlannedAttention:
         output.index_copy_(0, whole.tokens, out)
 
     def _selected(
-        self, layer: Any, query: Tensor, step: Selected, budget: int, output: Tensor
+        self, layer: Any, query: Tensor, step: Selected, budget: int | float, output: Tensor
     ) -> None:
         assert self.digests is not None or step.selector.digest is None
         mine = query if step.tokens is None else query[step.tokens]
         self.selected_queries += len(mine)
         picked = mine.view(len(mine), layer.tp_k_head_num, -1, layer.qk_head_dim)  # [Q, H, G, D]
         digest = None if self.digests is None else self.digests.of_layer(layer.layer_id)
-        chosen, counts = choose_pages(
-            step.selector, picked, digest, step.page_table, step.pages, step.keep[budget],
-            width=step.width, scale=layer.scaling,
+        chosen, counts = choose_units(
+            step.selector, picked, digest, step.page_table, step.pages, step.lengths,
+            step.keep[budget], page_size=self.engine.page_size, width=step.width,
+            scale=layer.scaling,
         )  # fmt: skip
         if step.tokens is None:
             self.attend_heads(layer, picked, step, chosen, counts, output)

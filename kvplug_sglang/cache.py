@@ -19,7 +19,8 @@ class Digests:
         self.page_size = page_size
         self.first_layer = pool.start_layer
         pages = (pool.size + page_size) // page_size  # page 0 takes what padding writes
-        shape = (pool.layer_num, pages, pool.head_num, digest.rows, pool.head_dim)
+        rows = digest.rows(page_size, pool.dtype.itemsize)
+        shape = (pool.layer_num, pages, pool.head_num, rows, pool.head_dim)
         self.rows = torch.zeros(shape, dtype=pool.dtype, device=pool.device)
 
     @classmethod
@@ -33,8 +34,10 @@ class Digests:
         return self.rows[layer - self.first_layer]
 
     def update(self, layer: int, keys: Tensor, slots: Tensor) -> None:
-        """keys [tokens, H, D] that were written at slots [tokens]."""
-        self.digest.update(self.of_layer(layer), keys, slots.long(), self.page_size)
+        """keys [slots, H, D] of the pool, of which those at slots [tokens] were written."""
+        rows, slots = self.of_layer(layer), slots.long()
+        cached = keys[: len(rows) * self.page_size].unflatten(0, (len(rows), self.page_size))
+        self.digest.update(rows, keys[slots], slots, cached)
 
 
 def page_bytes(pool: Any, digests: Digests | None, page_size: int) -> int:
@@ -56,5 +59,6 @@ def token_bytes(original: Any, self: Any, kvc: Any, num_layers: int) -> int:
     model = kvc.model_config
     heads = model.get_num_kv_heads(get_parallel().attn_tp_size)
     item = torch.empty(0, dtype=kvc.kv_cache_dtype).element_size()
-    page = digest_bytes(engine.offer.digest.rows, heads, model.head_dim, item)
+    rows = engine.offer.digest.rows(engine.page_size, item)
+    page = digest_bytes(rows, heads, model.head_dim, item)
     return size + -(-page * num_layers // engine.page_size)

@@ -33,13 +33,14 @@ class KVPlugBackend(PlannedAttention, TorchNativeAttnBackend):
         out: Tensor,
     ) -> None:  # fmt: skip
         size, heads, group = self.engine.page_size, query.shape[1], query.shape[2]
-        pages, lengths = virtual_heads(
-            step.page_table, chosen, counts, step.lengths, size, size * heads, 1
-        )
-        offset = torch.arange(size) * heads
+        units, lengths = virtual_heads(
+            step.page_table, chosen, counts, step.lengths, size, size * heads, 1,
+            unit=step.unit, token_stride=heads,
+        )  # fmt: skip
+        offset = torch.arange(step.unit) * heads
         keys, values = (each.view(-1, 1, each.shape[2]) for each in self._kv(layer.layer_id))
         self._run_sdpa_forward_decode(
             query.flatten(0, 1), out.view(-1, group, out.shape[2]), keys, values,
-            (pages.long()[:, :, None] + offset).flatten(1), torch.arange(len(lengths)), lengths,
+            (units.long()[:, :, None] + offset).flatten(1), torch.arange(len(lengths)), lengths,
             scaling=layer.scaling, enable_gqa=group != 1,
         )  # fmt: skip

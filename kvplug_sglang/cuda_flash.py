@@ -28,9 +28,10 @@ class KVPlugBackend(ReplayedAttention, FlashAttentionBackend):
     ) -> None:  # fmt: skip
         size, heads, group = self.page_size, query.shape[1], query.shape[2]
         table, lengths = virtual_heads(
-            step.page_table, chosen, counts, step.lengths, size, size * heads, 1
-        )
-        keys, values = (one_head(each, size) for each in self._kv(layer.layer_id))
+            step.page_table, chosen, counts, step.lengths, size, size * heads, 1,
+            unit=step.unit, token_stride=heads,
+        )  # fmt: skip
+        keys, values = (one_head(each, step.unit) for each in self._kv(layer.layer_id))
         starts = torch.arange(len(table) + 1, dtype=torch.int32, device=table.device)
         out = out.view(-1, group, out.shape[2])
         self._flash(layer, query.flatten(0, 1), keys, values, table, lengths, starts, 1, out)
@@ -60,7 +61,8 @@ class KVPlugBackend(ReplayedAttention, FlashAttentionBackend):
 
 
 def one_head(cache: Tensor, page_size: int) -> Tensor:
-    """cache [slots, H, D] -> [n, S, 1, D]: virtual page p * S * H + h is KV head h of page p.
+    """cache [slots, H, D] -> [n, S, 1, D]: virtual page t * H + h is KV head h of the S tokens
+    from slot t on.
 
     The kernel gathers rows by stride and asks neither that pages lie apart nor how many there are.
     """

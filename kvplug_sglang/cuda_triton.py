@@ -37,7 +37,7 @@ class KVPlugBackend(ReplayedAttention, TritonAttnBackend):
         out: Tensor,
     ) -> None:  # fmt: skip
         bounds, slots = slot_lists(
-            step.page_table, step.lengths, self.engine.page_size, chosen, counts
+            step.page_table, step.lengths, self.engine.page_size, chosen, counts, step.unit
         )
         keys, values = (each.view(-1, 1, each.shape[2]) for each in self._kv(layer.layer_id))
         out = out.view(-1, query.shape[2], out.shape[2])

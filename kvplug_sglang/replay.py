@@ -34,7 +34,7 @@ class Replayed:
         selector = self.own.selector
         self.budgets = [] if selector is None else selector.budgets(steps.layers)
         self.fields = torch.zeros(4 + len(self.budgets), most, dtype=torch.int64, device=device)
-        """Kept, first, packed and visible as in ``Segments``, then pages to read by budget."""
+        """Kept, first, packed and visible as in ``Segments``, then units to read by budget."""
         held = np.append(self.own.held, 0)
         self.column = torch.arange(-(-longest // steps.page_size), device=device)[None]
         self.held = torch.from_numpy(held).to(device)[self.column.clamp(max=len(held) - 1)]
@@ -77,6 +77,7 @@ class Replayed:
                 pages=((visible + size - 1) // size).int(),
                 keep=dict(zip(self.budgets, (each.int() for each in keep), strict=True)),
                 lengths=visible.int(),
+                unit=self.own.unit,
                 width=self.width,
             )
         if self.rewrites:

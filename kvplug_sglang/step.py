@@ -89,10 +89,13 @@ class Selected:
     """Rows of the flat queries, [Q] int64; None for all as they come."""
     page_table: Tensor  # [Q, P]
     pages: Tensor
-    keep: dict[int, Tensor]
+    keep: dict[int | float, Tensor]
     """By a layer's budget."""
     lengths: Tensor
+    unit: int
+    """Tokens of what is chosen as one."""
     width: int
+    """Units."""
 
 
 @dataclass
@@ -249,6 +252,7 @@ class StepPlanner:
                 for budget in planner.selector.budgets(self.layers)
             },
             lengths=self._tensor(segments.visible, torch.int32),
+            unit=planner.unit,
             width=int(planner.selection(segments).max()),
         )
 

@@ -43,8 +43,8 @@ def describe(planner: Planner, spec: Any, tokens: int, vllm_config: Any) -> str:
     if extra:
         parts.append(f"(a block is {extra:.1%} larger than vLLM's, for digests)")
     if planner.selector is not None:
-        reads = min(planner.selector.pages(size), whole)
-        parts.append(f"and reads {reads * size:,} of them per KV head and step")
+        reads = int(planner.reads(np.array([tokens]))[0]) * planner.unit
+        parts.append(f"and reads {reads:,} of them per KV head and step")
     return " ".join(parts) + "."
 
 

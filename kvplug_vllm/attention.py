@@ -20,8 +20,9 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from kvplug import Observed, PromptKV, choose_pages, keep_tokens, window_queries
+from kvplug import Observed, PromptKV, TokenSelector, choose_units, keep_tokens, window_queries
 from kvplug_kernels.pack_tokens import pack_tokens
+from kvplug_kernels.sparse_decode import sparse_decode
 from kvplug_kernels.virtual_heads import virtual_heads
 from kvplug_vllm import compat, metrics
 from kvplug_vllm.cache import customize_spec, split_layers
@@ -56,14 +57,25 @@ class PlannedBackend:
         return customize_spec(super().customize_spec(spec), cls.layer_class)  # type: ignore[misc]
 
 
+class Virtual(NamedTuple):
+    """A layer's cache as one of a single KV head, with pages of our own."""
+
+    cache: Tensor  # [pages, 1, tokens, 2D]
+    page_stride: int
+    head_stride: int
+    token_stride: int
+    """Between tokens where each is a page, else 0."""
+
+
 class Views(NamedTuple):
     """Of one layer's cache."""
 
     tail: Tensor | None
     """Digests."""
-    virtual: Tensor
-    page_stride: int
-    head_stride: int
+    keys: Tensor  # [N, S, H, D], as they lie
+    values: Tensor  # [N, S, H, D]
+    virtual: dict[int, Virtual]
+    """By the tokens of a page."""
 
 
 class PlannedImpl:
@@ -79,6 +91,7 @@ class PlannedImpl:
     scale: float
     sliding_window: Any
     attn_type: str
+    logits_soft_cap: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -99,11 +112,22 @@ class PlannedImpl:
                 "kvplug cannot serve a model with ALiBi: its bias depends on positions that a "
                 "selection or a packed prompt does not keep; use the policy 'dense'"
             )
+        chooses = [each.name for each in engine.offer.selectors if isinstance(each, TokenSelector)]
+        if self.planned and chooses and not self.reads_tokens and self.logits_soft_cap:
+            raise ValueError(
+                f"kvplug cannot serve {chooses[0]} on a model that caps its logits here: its own "
+                "kernel for tokens knows no cap; use quest, or a GPU with FlashAttention 3"
+            )
         self.recent: Tensor | None = None
         """The queries of the last step, where a graph may have computed them. [B, Hq, D]"""
         self._single: Any = None
         self._views: Views | None = None
         self._viewed: Any = None
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the stock kernel reads pages of a single token."""
+        return False
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         super().process_weights_after_loading(act_dtype)  # type: ignore[misc]
@@ -115,22 +139,29 @@ class PlannedImpl:
     ) -> None:
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)  # type: ignore[misc]
         if self.digest is not None:
-            self._take_in(kv_cache, key, slot_mapping)
+            self._take_in(layer, kv_cache, key, slot_mapping)
 
-    def _take_in(self, kv_cache: Tensor, keys: Tensor, slots: Tensor) -> None:
+    def _take_in(self, layer: Any, kv_cache: Tensor, keys: Tensor, slots: Tensor) -> None:
         """Keys written at slots, into their pages' digests."""
-        tail = self.views(kv_cache).tail
-        assert self.digest is not None and tail is not None
-        self.digest.update(tail, keys, slots, kv_cache.shape[2])
+        views = self.views(layer, kv_cache)
+        assert self.digest is not None and views.tail is not None
+        self.digest.update(views.tail, keys, slots, views.keys)
 
-    def views(self, kv_cache: Tensor) -> Views:
+    def keys_and_values(self, layer: Any, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        """As they lie. [N, S, H, D] twice"""
+        keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        return keys, values
+
+    def views(self, layer: Any, kv_cache: Tensor) -> Views:
         """Made once: an engine keeps its cache, and views take as long as a choice of pages. They
         go with it: an engine may profile over a cache that it throws away before the real one."""
         if self._viewed is None or self._viewed() is not kv_cache:
             tail = None
             if self.digest is not None:
-                tail = compat.page_tail(kv_cache, self.digest.rows, self.head_size)
-            self._views = Views(tail, *virtual_cache(kv_cache))
+                rows = self.digest.rows(kv_cache.shape[2], kv_cache.element_size())
+                tail = compat.page_tail(kv_cache, rows, self.head_size)
+            virtual = {size: virtual_cache(kv_cache, size) for size in {1, kv_cache.shape[2]}}
+            self._views = Views(tail, *self.keys_and_values(layer, kv_cache), virtual)
             self._viewed = weakref.ref(kv_cache, self._forget_views)
         assert self._views is not None
         return self._views
@@ -226,7 +257,8 @@ class PlannedImpl:
         """Copy what was kept within the cache, keys and values at once. tokens [J, H, width]"""
         pack_tokens(kv_cache, packing.pages, tokens, packing.keep, packing.private)
         if self.digest is not None:
-            self._take_in(kv_cache, packing.kept(prompt.keys, tokens), packing.slots)
+            kept = packing.kept(prompt.keys, tokens)
+            self._take_in(layer, kv_cache, kept, packing.slots)
 
     def read_pages(self, layer: Any, kv_cache: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of whole pages. pages [J, P] -> [J, P * S, H, D] twice"""
@@ -254,24 +286,32 @@ class PlannedImpl:
         query: Tensor,
         kv_cache: Tensor,
         step: Selected,
-        budget: int,
+        budget: int | float,
         output: Tensor,
     ) -> None:
         selector = step.selector
-        if self._single is None:
-            self._single = compat.single_head_impl(self)
         queries, size = len(step.lengths), kv_cache.shape[2]
         picked = query[:queries] if step.tokens is None else query[step.tokens]  # [Q, Hq, D]
         heads = picked.view(queries, self.num_kv_heads, self.num_queries_per_kv, -1)
-        views = self.views(kv_cache)
+        views = self.views(layer, kv_cache)
         tail = views.tail if selector.digest is not None else None
-        chosen, counts = choose_pages(
-            selector, heads, tail, step.page_table, step.pages, step.keep[budget],
-            width=step.width, scale=self.scale,
+        chosen, counts = choose_units(
+            selector, heads, tail, step.page_table, step.pages, step.lengths, step.keep[budget],
+            page_size=size, width=step.width, scale=self.scale,
         )  # fmt: skip
+        if step.metadata is None:
+            out = sparse_decode(
+                picked, views.keys, views.values, step.page_table, chosen, counts, step.lengths,
+                self.scale, step.unit,
+            )  # fmt: skip
+            self._put(step, out, output)
+            return
+        if self._single is None:
+            self._single = compat.single_head_impl(self)
+        virtual = views.virtual[step.unit]
         table, lengths = virtual_heads(
-            step.page_table, chosen, counts, step.lengths,
-            size, views.page_stride, views.head_stride,
+            step.page_table, chosen, counts, step.lengths, size, virtual.page_stride,
+            virtual.head_stride, unit=step.unit, token_stride=virtual.token_stride,
         )  # fmt: skip
         if budget == selector.budget and selector.mass is None:
             metadata = step.metadata
@@ -282,30 +322,36 @@ class PlannedImpl:
         in_place = step.tokens is None and step.among is None and output.is_contiguous()
         out = output[:queries].view(grouped) if in_place else output.new_empty(grouped)
         self.stock.forward(
-            self._single, layer, heads.reshape(grouped), None, None, views.virtual, metadata, out
+            self._single, layer, heads.reshape(grouped), None, None, virtual.cache, metadata, out
         )
-        out = out.view(queries, *output.shape[1:])
+        if not in_place:
+            self._put(step, out.view(queries, *output.shape[1:]), output)
+
+    def _put(self, step: Selected, out: Tensor, output: Tensor) -> None:
+        """Where the step's flat queries have their output. out [Q, Hq, D]"""
         if step.among is not None:
             among = step.among[:, None, None] > 0
-            output[:queries] = torch.where(among, out, output[:queries])
-        elif not in_place:
-            rows = slice(0, queries) if step.tokens is None else step.tokens
-            output[rows] = out
+            output[: len(out)] = torch.where(among, out, output[: len(out)])
+        else:
+            output[slice(0, len(out)) if step.tokens is None else step.tokens] = out
 
 
-def virtual_cache(kv_cache: Tensor) -> tuple[Tensor, int, int]:
-    """[N, H, S, C] -> ([virtual pages, 1, S, C], page stride, head stride) over the same bytes.
+def virtual_cache(kv_cache: Tensor, tokens: int) -> Virtual:
+    """[N, H, S, C] -> the same bytes as pages of S tokens, or of one.
 
-    Page p of head h is virtual page p * page stride + h * head stride. Where pages are padded
-    the page stride is no multiple of a head's bytes: virtual pages then overlap, one every
-    greatest common divisor of the two.
+    Token t of page p of head h stands in virtual page p * page stride + h * head stride, or + t *
+    token stride where tokens is 1. Where pages are padded the page stride is no multiple of a
+    head's bytes: virtual pages then overlap, one every greatest common divisor of the strides.
     """
     pages, heads, size, width = kv_cache.shape
-    page, head, _, _ = kv_cache.stride()
-    unit = math.gcd(page, head)
-    count = ((pages - 1) * page + (heads - 1) * head) // unit + 1
+    page, head, token, _ = kv_cache.stride()
+    assert tokens in (1, size) and token == width
+    apart = token if tokens < size else 0
+    unit = math.gcd(page, head, apart)
+    last = (pages - 1) * page + (heads - 1) * head + (size - 1) * apart
+    count = last // unit + 1
     assert count < 2**31, f"{count} virtual pages do not fit an int32 block table"
     view = kv_cache.as_strided(
-        (count, 1, size, width), (unit, head, width, 1), kv_cache.storage_offset()
+        (count, 1, tokens, width), (unit, head, width, 1), kv_cache.storage_offset()
     )
-    return view, page // unit, head // unit
+    return Virtual(view, page // unit, head // unit, apart // unit)

@@ -25,9 +25,9 @@ def customize_spec(spec: Any, layer_class: int = 0) -> Any:
         return spec
     offer, policy = engine.offer, engine.settings.policy
     if offer.digest is not None:
-        digest = digest_bytes(
-            offer.digest.rows, spec.num_kv_heads, spec.head_size, spec.dtype.itemsize
-        )
+        item = spec.dtype.itemsize
+        rows = offer.digest.rows(spec.block_size, item)
+        digest = digest_bytes(rows, spec.num_kv_heads, spec.head_size, item)
         spec = replace(spec, page_size_padded=spec.unpadded_page_size_bytes + digest)
     if policy.eviction is not None:
         spec = replace_as(

@@ -263,6 +263,30 @@ def cpu_page_order(isa: str, size: int, head_size: int, dtype: torch.dtype) -> t
     return order
 
 
+def cpu_keys_and_values(isa: str, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """kv_cache [N, H, S, 2D] as the CPU kernel fills it -> [N, S, H, D] twice, by strides.
+
+    Raises ValueError where no strides describe its packing.
+    """
+    pages, heads, size, width = kv_cache.shape
+    page, head, _, _ = kv_cache.stride()
+    order = cpu_page_order(isa, size, width // 2, kv_cache.dtype).view(2, size, width // 2)
+    views = []
+    for place in order:
+        start, token, channel = (int(place[at]) for at in ((0, 0), (1, 0), (0, 1)))
+        token, channel = token - start, channel - start
+        lines = torch.arange(size)[:, None] * token + torch.arange(width // 2) * channel
+        if not torch.equal(place, lines + start):
+            raise ValueError(
+                f"kvplug cannot choose tokens in the pages of vLLM's CPU kernel {isa!r}, which "
+                "packs keys in tiles; use quest, or --dtype float32"
+            )
+        strides = page, token, head, channel
+        offset = int(kv_cache.storage_offset()) + start
+        views.append(kv_cache.as_strided((pages, size, heads, width // 2), strides, offset))
+    return views[0], views[1]
+
+
 @functools.cache
 def layer_index(layer_name: str) -> int:
     """``model.layers.7.self_attn.attn`` -> 7."""

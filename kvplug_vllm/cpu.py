@@ -22,6 +22,9 @@ from kvplug_vllm.step import PlannedBuilder
 class KVPlugImpl(PlannedImpl, CPUAttentionBackendImpl):
     stock = CPUAttentionBackendImpl
 
+    def keys_and_values(self, layer: Any, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        return compat.cpu_keys_and_values(layer.isa, kv_cache)
+
     def read_pages(self, layer: Any, kv_cache: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
         size = kv_cache.shape[2]
         order = compat.cpu_page_order(layer.isa, size, self.head_size, kv_cache.dtype)

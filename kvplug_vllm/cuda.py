@@ -39,6 +39,11 @@ def most_replayed(vllm_config: Any) -> int:
 class KVPlugImpl(PlannedImpl, FlashAttentionImpl):
     stock = FlashAttentionImpl
 
+    @property
+    def reads_tokens(self) -> bool:
+        """FlashAttention 3 gathers row by row at any page size, 2 wants multiples of 16."""
+        return bool(self.vllm_flash_attn_version == 3)
+
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """With the model's weights, so that the engine's memory profile counts it."""
         super().process_weights_after_loading(act_dtype)

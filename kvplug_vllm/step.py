@@ -41,12 +41,16 @@ class Selected:
     """Which of them select, where a step of fixed shapes has others; the rest have no pages."""
     page_table: Tensor  # [Q, P]
     pages: Tensor
-    keep: dict[int, Tensor]
+    keep: dict[int | float, Tensor]
     """By a layer's budget."""
     lengths: Tensor
+    unit: int
+    """Tokens of what is chosen as one."""
     width: int
+    """Units."""
     metadata: Any
-    """Stock metadata of the Q * H virtual sequences, for layers of the selector's own budget."""
+    """Stock metadata of the Q * H virtual sequences, for layers of the selector's own budget; None
+    where the stock kernel reads no such units."""
     rebuild: Callable[[Tensor, Tensor], Any]
     """(block table, lengths) of the virtual sequences -> stock metadata, for the others."""
 
@@ -103,6 +107,8 @@ class PlannedBuilder:
         self.planner.know([engine.settings])
         self.second: Any = compat.second_builder(self)
         self.single: Any = None
+        self.reads_tokens = False
+        """Whether the stock kernel reads pages of a single token."""
         self.fixed = False
         """Whether the step that is planned may be replayed: it must keep its shapes."""
         self.capturing = False
@@ -112,8 +118,9 @@ class PlannedBuilder:
         """Queries that went through a selection, by layer, for tests and doctor."""
         self.metrics = None
         if planned:
-            group = context[planned[0]].impl.num_queries_per_kv
-            self.single = compat.single_head_builder(self, group)
+            impl = context[planned[0]].impl
+            self.single = compat.single_head_builder(self, impl.num_queries_per_kv)
+            self.reads_tokens = impl.reads_tokens
             self.metrics = Metrics.of(engine, len(planned) / len(planned_layers(vllm_config)))
         tensor = partial(self._tensor, dtype=torch.int64)
         self.compression = Compression(self.planner, tensor, vllm_config, planned, self.metrics)
@@ -296,32 +303,32 @@ class PlannedBuilder:
     def _selected(self, common: Any, segments: Segments) -> Selected:
         planner = self.planner.planners[int(segments.choice[0])]
         assert planner.selector is not None
-        pages, lengths, keep = segments.pages, segments.visible, planner.selection(segments)
+        lengths, keep, unit = segments.visible, planner.selection(segments), planner.unit
         width = int(keep.max(initial=1))
         if self.fixed:
             width = planner.width(self.max_tokens, short=False)
-        reads = np.maximum(lengths - (pages - keep) * planner.page_size, 0)
+        reads = np.maximum(lengths - (-(-lengths // unit) - keep) * unit, 0)
         heads = self.kv_heads
         in_order = (segments.token == np.arange(len(segments.token))).all()
         bounds = np.arange(len(reads) * heads + 1)
         starts = self._lasting("selected.bounds", bounds, each=heads, more=1)
 
         def build(table: Tensor, lengths: Tensor) -> Any:
-            virtual = self._common(
-                common, bounds, starts, lengths, table, width * planner.page_size
-            )
+            virtual = self._common(common, bounds, starts, lengths, table, width * unit)
             return self.stock.build(self.single, 0, virtual)
 
-        metadata = build(
-            common.block_table_tensor.new_zeros(len(reads) * heads, width),
-            self._lasting("selected.reads", np.repeat(reads, heads), each=heads),
-        )
+        metadata = None
+        if unit == planner.page_size or self.reads_tokens:
+            metadata = build(
+                common.block_table_tensor.new_zeros(len(reads) * heads, width),
+                self._lasting("selected.reads", np.repeat(reads, heads), each=heads),
+            )
         return Selected(
             selector=planner.selector,
             tokens=None if in_order else self._tokens(segments),
             among=self._lasting("selected.among", segments.selects) if self.fixed else None,
             page_table=self._table(common, segments, "selected"),
-            pages=self._lasting("selected.pages", pages),
+            pages=self._lasting("selected.pages", segments.pages),
             keep={
                 budget: self._lasting(
                     f"selected.keep {budget}", planner.selection(segments, budget)
@@ -329,6 +336,7 @@ class PlannedBuilder:
                 for budget in planner.selector.budgets(self.layers)
             },
             lengths=self._lasting("selected.lengths", lengths),
+            unit=unit,
             width=width,
             metadata=metadata,
             rebuild=self._rebuilder(metadata, build),

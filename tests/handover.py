@@ -54,22 +54,22 @@ class Handed:
         self, monkeypatch: pytest.MonkeyPatch, attention: ModuleType,
         packing: ModuleType | None = None,
     ) -> None:  # fmt: skip
-        """attention: the adapter's, which calls ``choose_pages``, and ``keep_tokens`` unless
+        """attention: the adapter's, which calls ``choose_units``, and ``keep_tokens`` unless
         ``packing`` does."""
         packing = packing or attention
-        keep, choose = packing.keep_tokens, attention.choose_pages
+        keep, choose = packing.keep_tokens, attention.choose_units
 
         def keep_tokens(policy, prompt, kept, *more):
             tokens = keep(policy, prompt, kept, *more)
             self._last = prompt, kept, tokens
             return tokens
 
-        def choose_pages(*arguments, **named):
+        def choose_units(*arguments, **named):
             self.scales.add(named["scale"])
             return choose(*arguments, **named)
 
         monkeypatch.setattr(packing, "keep_tokens", keep_tokens)
-        monkeypatch.setattr(attention, "choose_pages", choose_pages)
+        monkeypatch.setattr(attention, "choose_units", choose_units)
 
     def note(self, digests: Tensor, slots: Tensor) -> None:
         """Behind a packing. digests [N, H, 2, D] of a layer's pages, slots [n] that were packed"""

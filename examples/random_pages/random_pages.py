@@ -25,7 +25,12 @@ class RandomPages(Selector):
     seed: int = 0
 
     def score(
-        self, query: Tensor, digest: Tensor | None, page_table: Tensor, pages: Tensor
+        self,
+        query: Tensor,
+        digest: Tensor | None,
+        page_table: Tensor,
+        pages: Tensor,
+        page_size: int,
     ) -> Tensor:
         heads = torch.arange(query.shape[1], device=query.device)[None, :, None]
         page = torch.arange(page_table.shape[1], device=query.device)[None, None]

@@ -1,5 +1,6 @@
 """What a step reads, against a count of every query in every layer."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,8 @@ POLICIES = [
     "quest(budget=64)",
     "streaming_llm(sinks=20, window=50)",
     "streaming_llm(sinks=4, window=150) + quest(budget=48)",
+    "twilight(budget=40)",
+    "streaming_llm(sinks=4, window=150) + twilight(budget=0.25)",
 ]
 
 
@@ -23,6 +26,7 @@ class Count:
     queries: int = 0
     cached: float = 0.0
     read: float = 0.0
+    scanned: float = 0.0
 
 
 def counted(planner, computed, total, prompt, budgets) -> Count:
@@ -35,13 +39,18 @@ def counted(planner, computed, total, prompt, budgets) -> Count:
                 continue
             segment = planner.plan(np.array([i]), np.array([i + 1]), np.array([prompt[b]]))
             sees, pages = int(segment.visible[0]), int(segment.pages[0])
-            layers = []
+            layers, scans = [], []
             for budget in budgets:
                 left_out = 0
-                if segment.selects[0] and budget is not None:
-                    keep = min(planner.keep, policy.selector.pages(S, budget))
-                    left_out = max(0, pages - keep)
-                layers.append(sees - left_out * S)  # the newest page, the short one, is read
+                chooses = segment.selects[0] and budget is not None
+                if chooses:
+                    unit, least = (1, S + 4) if policy.selector.name == "twilight" else (S, 3)
+                    tokens = math.ceil(budget * sees) if isinstance(budget, float) else budget
+                    keep = max(math.ceil(tokens / unit), least)
+                    left_out = max(0, math.ceil(sees / unit) - keep) * unit
+                layers.append(sees - left_out)  # the newest unit, the short one, is read
+                scans.append(pages * S if chooses else 0)
+            count.scanned += np.mean(scans) if scans else 0
             count.queries += 1
             count.cached += i + 1
             count.read += np.mean(layers) if layers else sees
@@ -74,6 +83,7 @@ def test_a_step_reads_what_its_queries_read(line, min_context, shortcut, request
     wanted = counted(planner, computed, computed + queries, prompt, budgets)
     assert (reads.queries, reads.cached) == (wanted.queries, wanted.cached)
     assert reads.read == pytest.approx(wanted.read)
+    assert reads.scanned == pytest.approx(wanted.scanned)
     assert reads.read <= reads.cached
 
 

@@ -7,7 +7,7 @@ import pytest
 from kvplug import parse, policy_class, policy_names, read_settings, registry
 
 EXAMPLE = "write, for example, 'quest(budget=2048)' or 'streaming_llm(sinks=4, window=1020)'"
-KNOWN = "Known: dense, keydiff, knorm, pyramid, quest, random, snapkv, streaming_llm."
+KNOWN = "Known: dense, keydiff, knorm, pyramid, quest, random, snapkv, streaming_llm, twilight."
 TOKENS = "must be a number of tokens, at least 0 and below 2 ** 62, got "
 POSITIONS = TOKENS.replace("62", "24")
 SPANS = (
@@ -52,12 +52,24 @@ LINES = [
     ("quest(budget=many)", "quest: budget must be a plain value", "got 'many'"),
     ("quest(budget={[]: 1})", "quest: budget must be a plain value"),
     # Values.
-    ("quest(budget=0)", "quest: budget must be a positive number of tokens, got 0", "budget=2048"),
-    ("quest(budget=-1)", "budget must be a positive number of tokens, got -1"),
-    ("quest(budget=0.1)", "budget must be a positive number of tokens, got 0.1"),
-    ("quest(budget=True)", "budget must be a positive number of tokens, got True"),
-    ("quest(budget='2048')", "budget must be a positive number of tokens, got '2048'"),
-    ("quest(budget=None)", "budget must be a positive number of tokens, got None"),
+    (
+        "quest(budget=0)",
+        "quest: budget must be a number of tokens, at least 1, or a share",
+        "got 0;",
+        "budget=2048",
+    ),
+    ("quest(budget=-1)", "budget must be a number of tokens, at least 1", "got -1;"),
+    ("quest(budget=1.1)", "or a share of the context", "got 1.1;", "budget=0.125"),
+    ("quest(budget=0.0)", "or a share of the context", "got 0.0;"),
+    ("quest(budget=float('nan'))", "quest: budget must be a plain value"),
+    ("twilight(budget=0)", "twilight: budget must be a number", "write twilight(budget=2048)"),
+    ("twilight(bits=3)", "twilight: bits must be 1, 2 or 4, got 3; write twilight(bits=2)"),
+    ("twilight(bits=True)", "twilight: bits must be 1, 2 or 4, got True"),
+    ("twilight(top_p=0)", "twilight: top_p must be above 0 and at most 1, got 0"),
+    ("twilight(dense_layers=-1)", "dense_layers must be a number of layers, got -1"),
+    ("quest(budget=True)", "budget must be a number of tokens, at least 1", "got True;"),
+    ("quest(budget='2048')", "budget must be a number of tokens, at least 1", "got '2048';"),
+    ("quest(budget=None)", "budget must be a number of tokens, at least 1", "got None;"),
     ("quest(top_p=0)", "quest: top_p must be above 0 and at most 1, got 0;", "top_p=0.95"),
     ("quest(top_p=95)", "top_p must be above 0 and at most 1, got 95"),
     ("quest(top_p=1e999)", "top_p must be above 0 and at most 1, got inf"),
@@ -97,7 +109,7 @@ SETTINGS = [
     ({"budget": 1}, "kvplug has no setting 'budget'", "min_context", "protect"),
     ({7: 1}, "kvplug has no setting 7", "Known: policy,"),
     ({"policy": 1}, "a policy must be a line of text, got 1", EXAMPLE),
-    ({"policy": "quest(budget=0)"}, "budget must be a positive number of tokens, got 0"),
+    ({"policy": "quest(budget=0)"}, "budget must be a number of tokens, at least 1", "got 0;"),
     ({"min_context": -1}, "min_context " + TOKENS + "-1", 'write {"min_context": 8192}'),
     ({"min_context": 1 << 62}, "min_context " + TOKENS + "4611686018427387904"),
     ({"min_context": 1.5}, "min_context " + TOKENS + "1.5"),
@@ -206,6 +218,5 @@ def test_one_package_found_twice_is_no_conflict(monkeypatch):
 
 
 def test_the_installed_names_are_ours():
-    ours = ["dense", "keydiff", "knorm", "pyramid", "quest", "random", "snapkv", "streaming_llm"]
-    assert policy_names() == ours
+    assert policy_names() == KNOWN.removeprefix("Known: ").removesuffix(".").split(", ")
     assert [policy_class(name).name for name in policy_names()] == policy_names()

@@ -136,9 +136,18 @@ def test_what_cannot_share_a_server_is_refused_at_start(given, message):
 
 
 def test_one_digest_serves_every_selector_on_offer():
-    assert offer(policy="snapkv", allow=["quest"]).digest is parse("quest").selector.digest
+    assert offer(policy="snapkv", allow=["quest"]).digest == parse("quest").selector.digest
     assert offer(policy="snapkv", allow=["knorm"]).digest is None
-    assert offer(policy="quest").digest is parse("quest").selector.digest
+    assert offer(policy="quest").digest == parse("quest").selector.digest
+
+
+def test_codes_of_other_bits_than_the_pages_carry_are_refused():
+    own = offer(policy="twilight(bits=4)", allow=["snapkv"], max_budget=64)
+    assert own.settings_for("twilight(budget=64, bits=4)").policy.selector.budget == 64
+    with pytest.raises(Refused, match=r"do not carry what twilight\(.*bits=2.*KeyCodes"):
+        own.settings_for("twilight(budget=64)")
+    with pytest.raises(ValueError, match="quest and twilight need different digests"):
+        offer(policy="quest", allow=["twilight"])
 
 
 def test_an_offer_says_itself():

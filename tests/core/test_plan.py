@@ -7,6 +7,7 @@ query i sees page p  iff  p <= i // S, and
 """
 
 import itertools
+import math
 import random
 from dataclasses import dataclass
 
@@ -54,6 +55,9 @@ def per_query(planner, segments):
     return queries
 
 
+budgets = st.integers(1, 300) | st.sampled_from([0.0625, 0.3, 1.0])
+
+
 @st.composite
 def settings_(draw, policies=("streaming", "quest", "both")):
     kind = draw(st.sampled_from(policies))
@@ -61,7 +65,7 @@ def settings_(draw, policies=("streaming", "quest", "both")):
     window = draw(st.sampled_from([1, 16, 64]) | st.integers(1, 200))
     terms = {
         "streaming": f"streaming_llm(sinks={sinks}, window={window})",
-        "quest": f"quest(budget={draw(st.integers(1, 300))})",
+        "quest": f"{draw(st.sampled_from(['quest', 'twilight']))}(budget={draw(budgets)})",
     }
     span = st.tuples(st.integers(0, LONGEST), st.integers(1, 70)).map(lambda s: (s[0], sum(s)))
     return Settings(
@@ -70,6 +74,29 @@ def settings_(draw, policies=("streaming", "quest", "both")):
         protect=tuple(sorted(draw(st.lists(span, max_size=3)))),
         shortcut=draw(st.booleans()),
     )
+
+
+def most_units(settings: Settings, S: int, visible: int) -> int:
+    """The definition: what a selecting query reads of so many tokens."""
+    selector = settings.policy.selector
+    unit, least = (1, S + 4) if selector.name == "twilight" else (S, 3)
+    tokens = selector.budget
+    if isinstance(tokens, float):
+        tokens = math.ceil(tokens * visible)
+    return min(max(math.ceil(tokens / unit), least), math.ceil(visible / unit))
+
+
+def tokens_in(pages: list[int], S: int, i: int) -> int:
+    return (len(pages) - 1) * S + i % S + 1
+
+
+def selects_of(settings: Settings, S: int, visible: int, i: int) -> bool:
+    """Whether the shortcut leaves a query that decodes to the selection."""
+    selector = settings.policy.selector
+    if selector is None or i < settings.min_context:
+        return False
+    unit = 1 if selector.name == "twilight" else S
+    return math.ceil(visible / unit) > most_units(settings, S, visible)
 
 
 sizes = st.sampled_from([16, 32, 64])
@@ -101,8 +128,7 @@ def test_every_query_sees_what_the_definition_says(settings, S, requests):
         if not settings.shortcut:
             assert selects == (selector is not None and decodes)
         else:
-            more = selector is not None and len(pages) > planner.keep
-            assert selects == (decodes and more and i >= settings.min_context)
+            assert selects == (decodes and selects_of(settings, S, tokens_in(pages, S, i), i))
 
     hidden = any(len(pages) < i // S + 1 for _, i, pages, _, _ in queries)
     assert segments.untouched == (not hidden and not any(q[3] for q in queries))
@@ -263,15 +289,18 @@ def test_width_holds_the_widest_selection_and_all_of_a_request_under_min_context
     planner = Planner(settings, S)
     width = planner.width(max_tokens)
     for i in range(max_tokens):
-        pages = len(seen_pages(settings, S, i))
-        read = pages if i < settings.min_context else min(pages, planner.keep)
+        visible = tokens_in(seen_pages(settings, S, i), S, i)
+        read = -(-visible // planner.unit)
+        if settings.policy.selector is not None and i >= settings.min_context:
+            read = most_units(settings, S, visible)
         assert read <= width
-    assert width <= -(-max_tokens // S)
+    assert width <= -(-max_tokens // planner.unit)
 
 
 @given(st.integers(1, 10_000), sizes)
 def test_a_budget_is_rounded_up_to_whole_pages_and_at_least_three(budget, S):
-    keep = Planner(Settings(policy=parse(f"quest(budget={budget})")), S).keep
+    planner = Planner(Settings(policy=parse(f"quest(budget={budget})")), S)
+    keep = int(planner.reads(np.array([100_000]))[0])
     assert keep * S >= budget
     assert keep == 3 or (keep - 1) * S < budget
 
@@ -349,8 +378,7 @@ def test_before_a_prompts_end_all_is_seen_and_behind_it_what_it_keeps(settings, 
         if not settings.policy.selector or last < P:
             assert not segments.selects[n]
         elif settings.shortcut:
-            more = pages > planner.keep and last >= settings.min_context
-            assert segments.selects[n] == more
+            assert segments.selects[n] == selects_of(settings, S, visible, last)
         else:
             assert segments.selects[n]
     assert queries == [(b, i) for b in range(len(total)) for i in range(computed[b], total[b])]
@@ -532,8 +560,10 @@ def test_a_decode_batch_in_one_shape_sees_what_its_segments_say(settings, S, req
     if settings.policy.selector is not None:
         keep = planner.selection(fixed)
         short = fixed.stop <= settings.min_context
-        assert (keep[short] == fixed.pages[short]).all(), "all pages of a short request"
-        assert (keep[~short] == np.minimum(planner.keep, fixed.pages[~short])).all()
+        whole = -(-fixed.visible // planner.unit)
+        assert (keep[short] == whole[short]).all(), "all of a short request"
+        wanted = [most_units(settings, S, seen) for seen in fixed.visible[~short].tolist()]
+        assert keep[~short].tolist() == wanted
         assert keep.max() <= planner.width(int(total.max()))
 
 

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvplug import Planner, Selector, Settings, choose_pages, parse
+from kvplug import Selector, choose_units, parse
 
 S = 16
 
@@ -17,7 +18,7 @@ class Cache:
     """Random keys of a few requests in shuffled pages, their digests written chunk by chunk."""
 
     keys: torch.Tensor  # [N, S, H, D]; NaN where nothing was written
-    digest: torch.Tensor  # [N, H, 2, D]
+    digest: torch.Tensor  # [N, H, rows, D]
     table: torch.Tensor  # [B, P], ids of no page beyond a request's own
     lengths: list[int]
 
@@ -33,12 +34,13 @@ class Cache:
 
 def cache_of(lengths, digest, H=2, D=8, chunk=None, seed=0) -> Cache:
     torch.manual_seed(seed)
+    rows = digest.rows(S, 4)
     counts = [-(-length // S) for length in lengths]
     N, P = sum(counts) + 2, max(counts) + 2
     ids = torch.randperm(N)[: sum(counts)].split(counts)
     cache = Cache(
         keys=torch.full((N, S, H, D), float("nan")),
-        digest=torch.full((N, H, 2, D), float("nan")),
+        digest=torch.full((N, H, rows, D), float("nan")),
         table=torch.full((len(lengths), P), N + 7, dtype=torch.int32),
         lengths=lengths,
     )
@@ -46,25 +48,29 @@ def cache_of(lengths, digest, H=2, D=8, chunk=None, seed=0) -> Cache:
         cache.table[b, : counts[b]] = ids[b]
         keys = torch.randn(length, H, D)
         slots = ids[b].repeat_interleave(S)[:length] * S + torch.arange(length) % S
-        cache.keys.flatten(0, 1)[slots] = keys
         for part in torch.arange(length).split(chunk or length):
+            cache.keys.flatten(0, 1)[slots[part]] = keys[part]
             padding = slots.new_full((1,), -1)
             written = torch.cat([slots[part], padding])
-            digest.update(cache.digest, torch.cat([keys[part], keys[:1]]), written, S)
+            given = torch.cat([keys[part], keys[:1]])
+            digest.update(cache.digest, given, written, cache.keys)
     return cache
 
 
-def choose(selector, cache, query, keep=None, width=None):
-    """Lists of logical pages, by request and head."""
-    keep = Planner(Settings(), S).keep if keep is None else keep
-    keep = torch.full((len(cache.lengths),), keep, dtype=torch.int32).minimum(cache.pages)
-    chosen, counts = choose_pages(
+def choose(selector, cache, query, keep, width=None):
+    """Lists of logical units, by request and head."""
+    lengths = torch.tensor(cache.lengths, dtype=torch.int32)
+    units = (lengths + selector.unit(S) - 1) // selector.unit(S)
+    keep = torch.full((len(lengths),), keep, dtype=torch.int32).minimum(units)
+    chosen, counts = choose_units(
         selector,
         query,
         cache.digest if selector.digest is not None else None,
         cache.table,
         cache.pages,
+        lengths,
         keep,
+        page_size=S,
         width=int(keep.max()) if width is None else width,
         scale=query.shape[-1] ** -0.5,
     )
@@ -91,7 +97,7 @@ def test_a_score_bounds_the_logits_of_every_key_of_its_page(lengths, G, chunk):
     selector = quest()
     cache = cache_of(lengths, selector.digest, chunk=chunk)
     query = torch.randn(len(lengths), 2, G, 8)
-    scores = selector.score(query, cache.digest, cache.table, cache.pages)
+    scores = selector.score(query, cache.digest, cache.table, cache.pages, S)
     for b, length in enumerate(lengths):
         logits = torch.einsum("hgd,thd->hgt", query[b], cache.request(b))
         for page in range(cache.pages[b]):
@@ -106,7 +112,7 @@ def test_the_pages_that_score_highest_are_chosen_and_the_newest_always(lengths, 
     selector = quest(budget=keep * S)
     cache = cache_of(lengths, selector.digest)
     query = torch.randn(len(lengths), 2, G, 8)
-    scores = selector.score(query, cache.digest, cache.table, cache.pages)
+    scores = selector.score(query, cache.digest, cache.table, cache.pages, S)
     for b, heads in enumerate(choose(selector, cache, query, keep)):
         newest = int(cache.pages[b]) - 1
         for h, chosen in enumerate(heads):
@@ -146,7 +152,7 @@ def test_a_selection_by_mass_stops_as_soon_as_the_mass_is_reached(lengths, G, to
     selector = quest(top_p=top_p)
     cache = cache_of(lengths, selector.digest)
     query = torch.randn(len(lengths), 2, G, 8) * peaked
-    scores = selector.score(query, cache.digest, cache.table, cache.pages) * 8**-0.5
+    scores = selector.score(query, cache.digest, cache.table, cache.pages, S) * 8**-0.5
     for b, heads in enumerate(choose(selector, cache, query, keep)):
         pages = int(cache.pages[b])
         for h, chosen in enumerate(heads):
@@ -195,7 +201,7 @@ class Lottery(Selector):
 
     seed: int = 7
 
-    def score(self, query, digest, page_table, pages):
+    def score(self, query, digest, page_table, pages, page_size):
         assert digest is None
         column = torch.arange(page_table.shape[1])
         drawn = ((column + 1) * 2654435761 * self.seed % 1009).float()
@@ -208,10 +214,10 @@ class Lottery(Selector):
 def test_a_selector_of_a_third_party_needs_nothing_but_a_score(lengths, budget):
     selector = Lottery(budget=budget * S)
     cache = cache_of(lengths, quest().digest)
-    keep = selector.pages(S)
+    (keep,) = selector.units(np.array([10_000]), S).tolist()
     assert keep == budget
     query = torch.randn(len(lengths), 2, 2, 8)
-    scores = selector.score(query, None, cache.table, cache.pages)
+    scores = selector.score(query, None, cache.table, cache.pages, S)
     for b, heads in enumerate(choose(selector, cache, query, keep)):
         newest = int(cache.pages[b]) - 1
         for chosen in heads:
@@ -232,3 +238,62 @@ def test_choosing_never_touches_pages_that_are_not_the_requests_own():
     before = choose(selector, cache, query, keep=5)[1]
     cache.digest[others] = float("nan")
     assert choose(selector, cache, query, keep=5)[1] == before
+
+
+def codes_of(keys: torch.Tensor, bits: int) -> torch.Tensor:
+    """The definition: a full page's keys [S, H, D] as their codes say them."""
+    low, high = keys.amin(0), keys.amax(0)
+    step = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(keys.dtype).tiny)
+    return low + ((keys - low) / step).round().clamp(0, 2**bits - 1) * step
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(1, 12 * S), min_size=1, max_size=3),
+    groups,
+    st.sampled_from([1, 2, 4]),
+    st.integers(1, 150),
+    st.sampled_from([None, 1, 5, S, 37]),
+)
+def test_twilight_reads_the_tokens_that_weigh_most_by_their_codes(lengths, G, bits, budget, chunk):
+    selector = parse(f"twilight(budget={budget}, bits={bits}, dense_layers=0)").selector
+    cache = cache_of(lengths, selector.digest, chunk=chunk)
+    query = torch.randn(len(lengths), 2, G, 8) * 3
+    keep = max(budget, S + 4)
+    for b, heads in enumerate(choose(selector, cache, query, keep)):
+        length = lengths[b]
+        full = (length - 1) // S * S
+        pages = cache.request(b)[:full].split(S) if full else ()
+        coded = [codes_of(page, bits) for page in pages]
+        for h, chosen in enumerate(heads):
+            assert len(chosen) == len(set(chosen)) == min(length, keep)
+            assert chosen == sorted(chosen)
+            assert set(range(full, length)) <= set(chosen), "the newest page"
+            assert set(range(min(4, length))) <= set(chosen), "the first tokens"
+            if not full:
+                continue
+            keys = torch.cat(coded)[:, h]
+            weight = (query[b, h] @ keys.T * 8**-0.5).softmax(-1).mean(0)
+            free = [t for t in chosen if 4 <= t < full]
+            others = [t for t in range(4, full) if t not in chosen]
+            if free and others:
+                assert weight[free].min() >= weight[others].max() - 1e-6
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(S + 1, 12 * S), st.sampled_from([0.3, 0.9, 1.0]), st.integers(S + 4, 120))
+def test_twilights_mass_stops_as_soon_as_it_is_reached(length, top_p, keep):
+    selector = parse(f"twilight(budget={keep}, top_p={top_p}, dense_layers=0)").selector
+    cache = cache_of([length], selector.digest)
+    query = torch.randn(1, 2, 2, 8) * 6
+    full = (length - 1) // S * S
+    coded = torch.cat([codes_of(page, 2) for page in cache.request(0)[:full].split(S)])
+    for h, chosen in enumerate(choose(selector, cache, query, keep)[0]):
+        weight = (query[0, h] @ coded[:, h].T * 8**-0.5).double().softmax(-1).mean(0)
+        scored = [t for t in chosen if t < full]
+        if len(chosen) < min(keep, length):
+            assert weight[scored].sum() >= top_p - 1e-5
+        free = [t for t in scored if t >= 4]
+        if len(chosen) > S + 4 and free:
+            least = min(free, key=lambda t: weight[t])
+            assert weight[scored].sum() - weight[least] < top_p + 1e-5

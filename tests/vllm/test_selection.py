@@ -22,6 +22,8 @@ SHAPES = [
     (4, 2, 96, 32, "bfloat16"),
     (2, 1, 256, 32, "float32"),
 ]
+BITS = {3: 2, 9: 1, 7: 2, 8: 4, 14: 2, 4: 1, 2: 4}
+"""Of twilight's keys, by a shape's query heads."""
 
 
 class Shadow:
@@ -41,7 +43,7 @@ class Shadow:
         self.spared = 0
         stock_update = attention.PlannedImpl.do_kv_cache_update
         stock_selected = attention.PlannedImpl._selected
-        stock_choose = attention.choose_pages
+        stock_choose = attention.choose_units
         chosen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def update(impl, layer, key, value, kv_cache, slot_mapping):
@@ -58,7 +60,7 @@ class Shadow:
 
         monkeypatch.setattr(attention.PlannedImpl, "do_kv_cache_update", update)
         monkeypatch.setattr(attention.PlannedImpl, "_selected", selected)
-        monkeypatch.setattr(attention, "choose_pages", choose)
+        monkeypatch.setattr(attention, "choose_units", choose)
 
     def keep(self, name, key, value, slot_mapping):
         for token, slot in enumerate(slot_mapping.tolist()):
@@ -80,34 +82,63 @@ class Shadow:
             ]
             keys = torch.stack([self.keys[name][slot] for slot in slots])  # [T, H, D]
             values = torch.stack([self.values[name][slot] for slot in slots])
-            pages = math.ceil(length / size)
+            unit = step.unit
+            units = math.ceil(length / unit)
+            always = {units - 1}
+            if unit == 1:
+                always = {*range(min(4, length)), *range((length - 1) // size * size, length)}
             for head in range(impl.num_kv_heads):
                 queries = query[token, head * group : (head + 1) * group].float()
-                bounds = torch.stack(
-                    [
-                        torch.maximum(queries * part.amin(0), queries * part.amax(0)).sum(-1).max()
-                        for part in keys[:, head].split(size)
-                    ]
-                )
+                evidence = bounds_of if unit == size else weights_of
+                worth = evidence(step.selector, queries, keys[:, head], size, query.dtype, impl)
                 count = int(counts[row, head])
                 read = chosen[row, head, :count].tolist()
-                assert read == sorted(set(read)), "pages are distinct and ascending"
-                assert read[-1] == pages - 1, "the newest page is read"
+                assert read == sorted(set(read)), "units are distinct and ascending"
+                assert always <= set(read), "the newest page is read, and sinks"
                 if step.selector.mass is None:
-                    assert count == min(int(step.keep[step.selector.budget][row]), pages)
-                ranked = bounds[:-1].sort(descending=True).values
-                if count > 1:
-                    worst = bounds[read[:-1]].min()
-                    slack = loose * float(bounds.abs().max())
-                    assert worst >= ranked[count - 2] - slack, "the highest bounds are read"
-                spans = [torch.arange(p * size, min((p + 1) * size, length)) for p in read]
+                    assert count == min(int(step.keep[step.selector.budget][row]), units)
+                free = [each for each in read if each not in always]
+                others = [each for each in range(units) if each not in {*always, *read}]
+                if free and others:
+                    slack = loose * float(worth.abs().max())
+                    assert worth[free].min() >= worth[others].max() - slack, "the best are read"
+                spans = [torch.arange(u * unit, min((u + 1) * unit, length)) for u in read]
                 seen = torch.cat(spans)
                 mass = (queries @ keys[seen, head].T * impl.scale).softmax(-1)
                 expected = mass @ values[seen, head]
                 got = output[token, head * group : (head + 1) * group].float()
                 torch.testing.assert_close(got, expected, atol=loose * 3, rtol=loose)
                 self.checked += 1
-                self.spared += pages - count
+                self.spared += units - count
+
+
+def bounds_of(selector, queries, keys, size, dtype, impl):
+    """Of a head's queries [G, D] and the keys of each page [T, D]. -> [P]"""
+    parts = keys.split(size)
+    return torch.stack(
+        [torch.maximum(queries * p.amin(0), queries * p.amax(0)).sum(-1).max() for p in parts]
+    )
+
+
+def weights_of(selector, queries, keys, size, dtype, impl):
+    """By the keys in a few bits. -> [T], 0 in the newest page, which has no codes"""
+    full, levels = (len(keys) - 1) // size * size, 2**selector.bits - 1
+    weights = torch.zeros(len(keys))
+    if full:
+        pages = keys[:full].unflatten(0, (-1, size))
+        low, high = pages.amin(1, keepdim=True), pages.amax(1, keepdim=True)
+        step = ((high - low) / levels).to(dtype)
+        short = step.float() * levels < high - low
+        step = torch.where(short, above(step), step).float()
+        coded = low + ((pages - low) / step + 0.5).floor().clamp(0, levels) * step
+        weights[:full] = (queries @ coded.flatten(0, 1).T * impl.scale).softmax(-1).mean(0)
+    return weights
+
+
+def above(step):
+    """The next number."""
+    bits = step.view(torch.int32 if step.dtype == torch.float32 else torch.int16)
+    return (bits + 1).view(step.dtype)
 
 
 def generate(engine, model, policy, batches, shortcut=True, **options):
@@ -119,14 +150,16 @@ def generate(engine, model, policy, batches, shortcut=True, **options):
 
 @pytest.mark.both
 @pytest.mark.parametrize("heads, kv_heads, head_dim, page, dtype", SHAPES)
+@pytest.mark.parametrize("name", ["quest", "twilight"])
 def test_selection_is_the_definition(
-    engine, random_llama, prompts, monkeypatch, heads, kv_heads, head_dim, page, dtype
+    engine, random_llama, prompts, monkeypatch, name, heads, kv_heads, head_dim, page, dtype
 ):
     model = random_llama(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     shadow = Shadow(monkeypatch)
     batch = prompts(1100, 530, 33, 1)
     again = [prompt + batch[2] for prompt in batch]  # a turn later, over the prefix cache
-    policy = f"quest(budget={4 * page}, dense_layers=1)"
+    budget = f"{4 * page}" if name == "quest" else f"0.3, bits={BITS[heads]}"
+    policy = f"{name}(budget={budget}, dense_layers=1)"
     generate(engine, model, policy, [batch, again], block_size=page, dtype=dtype)
     assert shadow.checked
     assert shadow.spared
@@ -137,6 +170,9 @@ def test_selection_is_the_definition(
     [
         "quest(budget=256, top_p=0.8, dense_layers=0)",
         "streaming_llm(sinks=40, window=300) + quest(budget=128, dense_layers=0)",
+        "twilight(budget=256, top_p=0.8, dense_layers=0)",
+        "streaming_llm(sinks=40, window=300) + twilight(budget=100, dense_layers=0)",
+        "snapkv(budget=256) + twilight(budget=0.3, bits=4, dense_layers=0)",
     ],
 )
 def test_composed_selection_is_the_definition(engine, random_llama, prompts, monkeypatch, policy):
@@ -157,6 +193,8 @@ def test_fixed_shapes_of_graph_replay_select_the_same(engine, random_llama, prom
         "snapkv(budget=96)",
         "knorm(budget=160) + quest(budget=96, dense_layers=0)",
         "pyramid(snapkv(budget=160))",
+        "twilight(budget=0.2, dense_layers=0)",
+        "snapkv(budget=160) + twilight(budget=64, dense_layers=0)",
     ):
         with engine(random_llama(), {"policy": policy, "min_context": 300}) as planned:
             expected = planned.generate(batch, 12)

@@ -17,10 +17,11 @@ from time import perf_counter
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kvplug import byte_share, choose_pages, parse
+from kvplug import byte_share, choose_units, parse
 from kvplug_evals.bench.layer import Content, Layer, Shape, fill, page_table
 from kvplug_kernels.page_bound.reference import page_bound_plain
 from kvplug_kernels.sparse_decode.reference import sparse_decode
@@ -108,7 +109,8 @@ class Cell:
         self.random = torch.Generator().manual_seed(0)
         selector = parse(policy).selector
         assert selector is not None and selector.digest is not None, policy
-        self.selector, self.digest_rows = selector, selector.digest.rows
+        self.selector = selector
+        self.digest_rows = selector.digest.rows(shape.S, shape.dtype.itemsize)
         self.stock, self.ours = Layer(shape), Layer(shape, policy)
         self.table = page_table(shape, shuffled, self.random)
         last = shape.T - 1
@@ -141,10 +143,10 @@ class Cell:
         choices = []
 
         def recorded(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            choices.append(choose_pages(*args, **kwargs))
+            choices.append(choose_units(*args, **kwargs))
             return choices[-1]
 
-        with mock.patch("kvplug_vllm.attention.choose_pages", recorded):
+        with mock.patch("kvplug_vllm.attention.choose_units", recorded):
             run(self.ours, step, out)
         if len(choices) != 1:
             raise WrongOutput(
@@ -178,7 +180,8 @@ class Cell:
         lowest = bounds.masked_fill(~read, float("inf")).amin(2)
         outbid = (bounds.masked_fill(read, float("-inf")).amax(2) - lowest) / lowest.abs()
         short = outbid.max().item()
-        if int(counts.min()) != min(P, self.selector.pages(S)) or not short <= 1e-2:
+        wanted_units = int(self.selector.units(np.array([shape.T]), S)[0])
+        if int(counts.min()) != wanted_units or not short <= 1e-2:
             raise WrongOutput(
                 f"{describe(shape)}: {int(counts.min())} pages were read, and one left out "
                 f"outbids the lowest of them by {short:.1e} of its bound"

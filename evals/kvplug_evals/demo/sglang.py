@@ -67,9 +67,10 @@ class SGLang(Engine):
         heads = model.num_key_value_heads
         dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
         selector = parse(policy).selector
-        digest = selector.digest.rows if selector and selector.digest else 0
-        rows = 2 * self.block_size + digest
-        page = model.num_hidden_layers * digest_bytes(rows, heads, dim, model.dtype.itemsize)
+        digest = selector.digest if selector else None
+        item = model.dtype.itemsize
+        rows = 2 * self.block_size + (digest.rows(self.block_size, item) if digest else 0)
+        page = model.num_hidden_layers * digest_bytes(rows, heads, dim, item)
         return (self.kv_cache_mib * MiB // page - 1) * self.block_size
 
     def settings(self) -> dict[str, str]:

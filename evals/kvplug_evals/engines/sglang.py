@@ -58,7 +58,9 @@ class SGLangEngine:
         try:
             digest = read_offer({"policy": policy}, environ={}).digest
             model = Path(options.model)
-            of_token = token_bytes(model, served_dtype(model, options.dtype))
+            dtype = served_dtype(model, options.dtype)
+            of_token = token_bytes(model, dtype)
+            rows = digest.rows(options.block_size, getattr(torch, dtype).itemsize) if digest else 0
         except ValueError as error:
             raise EngineError(f"SGLang cannot serve {policy!r}: {error}") from None
         self.options = options
@@ -76,7 +78,7 @@ class SGLangEngine:
         except BaseException:
             self.close()
             raise
-        beside = digest.rows * of_token // 2 if digest else 0  # a row is a key, half a token
+        beside = rows * of_token // 2  # a row is a key, half a token
         self.block_bytes = round(pool / (self.blocks + 1)) + beside  # one page takes the padding
         self.requests = 0
 

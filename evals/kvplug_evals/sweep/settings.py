@@ -265,7 +265,8 @@ def same_bytes(lines: Iterable[str]) -> list[str]:
 
 
 def budget_of(line: str) -> int:
-    """Tokens that a policy keeps, or reads where it keeps all; 0 without such a number."""
+    """Tokens that a policy keeps, or reads where it keeps all; 0 without such a number, which a
+    share of the context is not."""
     if is_compressor(line):
         return 0
     if is_stock(line):
@@ -275,7 +276,8 @@ def budget_of(line: str) -> int:
         return policy.scored.budget
     if policy.eviction is not None:
         return policy.eviction.most_tokens()
-    return policy.selector.budget if policy.selector is not None else 0
+    budget = 0 if policy.selector is None else policy.selector.budget
+    return budget if isinstance(budget, int) else 0
 
 
 def canonical(lines: Iterable[str]) -> list[str]:
