@@ -144,7 +144,7 @@ class KVPlugBuilder(PlannedBuilder, FlashAttentionMetadataBuilder):
     def _rebuilder(
         self, metadata: Any, build: Callable[[Tensor, Tensor], Any]
     ) -> Callable[[Tensor, Tensor], Any]:
-        if self.fixed:
+        if self.fixed and metadata is not None:
             metadata.max_num_splits = self.max_num_splits
 
         def rebuild(table: Tensor, lengths: Tensor) -> Any:

@@ -7,6 +7,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+import twin
 from recorded import opaque
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
@@ -43,12 +44,20 @@ class Shadow:
         self.spared = 0
         stock_update = attention.PlannedImpl.do_kv_cache_update
         stock_selected = attention.PlannedImpl._selected
+        stock_store = attention.PlannedImpl.store_kept
         stock_choose = attention.choose_units
         chosen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def update(impl, layer, key, value, kv_cache, slot_mapping):
             stock_update(impl, layer, key, value, kv_cache, slot_mapping)
             keep(layer.layer_name, key, value, slot_mapping)
+
+        def store_kept(impl, layer, kv_cache, packing, prompt, tokens):
+            stock_store(impl, layer, kv_cache, packing, prompt, tokens)
+            if twin.MODE:  # copied within the cache, whose pages are plain
+                size = kv_cache.shape[2]
+                packed = kv_cache[packing.slots // size, :, packing.slots % size]
+                keep(layer.layer_name, *packed.chunk(2, -1), packing.slots)
 
         def choose(*args, **kwargs):
             chosen.append(stock_choose(*args, **kwargs))
@@ -60,6 +69,8 @@ class Shadow:
 
         monkeypatch.setattr(attention.PlannedImpl, "do_kv_cache_update", update)
         monkeypatch.setattr(attention.PlannedImpl, "_selected", selected)
+        if twin.MODE:
+            monkeypatch.setattr(attention.PlannedImpl, "store_kept", store_kept)
         monkeypatch.setattr(attention, "choose_units", choose)
 
     def keep(self, name, key, value, slot_mapping):
