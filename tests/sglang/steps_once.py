@@ -1,5 +1,7 @@
 """Serve waves of requests whose number and lengths change, decode steps replayed. Prints what
 tensors kvplug held once it was warm and after many steps more, and how many these were, as JSON.
+
+The later steps have shapes that the first had not: what is kept for each shape is new then.
 """
 
 import importlib
@@ -8,6 +10,7 @@ import os
 import random
 import sys
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -15,27 +18,42 @@ import triton
 from conftest import start
 
 PLAIN = ("page_bound", "page_select", "virtual_heads", "page_digest")
-WARM, STEPS = 80, 200
+WARM, STEPS = 50, 200
 
 
-def held(*owners: Any) -> dict[str, int]:
-    """Storages of the tensors that kvplug's objects hold, down to the engine's."""
-    found, seen, left = {}, set(), list(owners)
-    while left:
-        each = left.pop()
+def held(**owners: Any) -> dict[str, int]:
+    """Bytes of the tensors that kvplug's objects and modules hold, down to the engine's, each by
+    the first way to it."""
+    found, known, seen = {}, set(), set()
+    left = [*owners.items()]
+    left += [(name, each) for name, each in sys.modules.items() if name.startswith("kvplug")]
+    for name, each in left:
         if id(each) in seen:
             continue
         seen.add(id(each))
         if isinstance(each, torch.Tensor):
             storage = each.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
+            if storage.data_ptr() not in known:
+                found[name] = storage.nbytes()
+            known.add(storage.data_ptr())
         elif isinstance(each, dict):
-            left += each.values()
+            left += [(f"{name}[{key}]", value) for key, value in each.items()]
         elif isinstance(each, (list, tuple, set)):
-            left += each
-        elif type(each).__module__.startswith("kvplug"):
-            left += vars(each).values() if hasattr(each, "__dict__") else ()
-    return {"storages": len(found), "bytes": sum(found.values())}
+            left += [(f"{name}[{place}]", value) for place, value in enumerate(each)]
+        elif of_kvplug(each):
+            mine = vars(each) if hasattr(each, "__dict__") else {}
+            left += [(f"{name}.{key}", value) for key, value in mine.items()]
+            cells = getattr(each, "__closure__", None) or ()
+            left += [(f"{name}()", cell.cell_contents) for cell in cells]
+    return found
+
+
+def of_kvplug(each: Any) -> bool:
+    """One of its objects, classes, functions or modules."""
+    if isinstance(each, ModuleType):
+        return each.__name__.startswith("kvplug")
+    named = each if isinstance(each, (type, FunctionType)) else type(each)
+    return str(named.__module__).startswith("kvplug")
 
 
 def main(model: str, policy: str) -> None:
@@ -67,23 +85,24 @@ def main(model: str, policy: str) -> None:
 
         engine.scheduler.run_batch = count
 
-        def arrive() -> None:
+        def arrive(longest: int) -> None:
             if chance.random() < 0.2 and len(engine._inbox) < 3:
-                prompt = [chance.randrange(512) for _ in range(chance.randint(1, 200))]
+                prompt = [chance.randrange(512) for _ in range(chance.randint(1, longest))]
                 engine.send(prompt, chance.randint(1, 12))
 
-        def serve(steps: int) -> dict[str, int]:
+        def serve(steps: int, longest: int, most: int) -> dict[str, int]:
             kinds.clear()
-            engine.steps[:] = [lambda: arrive() if sum(kinds.values()) < steps else None]
+            engine.steps[:] = [lambda: arrive(longest) if sum(kinds.values()) < steps else None]
             while sum(kinds.values()) < steps:
-                for _ in range(chance.randint(1, 6)):
+                for _ in range(chance.randint(1, most)):
                     engine.send([1, 2, 3], chance.randint(2, 6))
                 engine.drain()
-            engine.backend.plans, engine.backend.forward_metadata = [], None  # of the last step
-            return held(engine.backend, Engine.serving())
+            of_the_last_step = {"plans": [], "forward_metadata": None, "strided_indices": None}
+            vars(engine.backend).update(of_the_last_step)
+            return held(backend=engine.backend, engine=Engine.serving())
 
-        warm, before = serve(WARM), graphs.replays
-        after = serve(STEPS)
+        warm, before = serve(WARM, longest=100, most=2), graphs.replays
+        after = serve(STEPS, longest=200, most=6)
         found = {"warm": warm, "after": after, "steps": kinds, "replays": graphs.replays - before}
         print(json.dumps(found))
 

@@ -54,7 +54,7 @@ def prepared(rows, heads, group, pages, size, channels=16):
     pool = torch.randn(rows * pages * size, heads, channels)
     table = torch.randperm(rows * pages).int().view(rows, pages)
     lengths = torch.full((rows,), pages * size, dtype=torch.int32)
-    step = Selected(None, None, table, lengths // size, {}, lengths, pages)
+    step = Selected(None, None, table, lengths // size, {}, lengths, size, pages)
     chosen = torch.arange(pages).int().expand(rows, heads, pages).contiguous()
     counts = torch.full((rows, heads), pages, dtype=torch.int32)
     backend = KVPlugBackend.__new__(KVPlugBackend)
@@ -67,44 +67,51 @@ def prepared(rows, heads, group, pages, size, channels=16):
     return backend, (layer, query, step, chosen, counts, out)
 
 
-rows, heads, group, pages, size = map(int, sys.argv[1:])
-backend, arguments = prepared(rows, heads, group, pages, size)
-given = []
-backend.decode_attention_fwd = lambda *args, **kwargs: given.extend(args)
-made = Made()
-with made:
-    backend.attend_heads(*arguments)
-bounds, slots, splits = given[4], given[5], given[8]
-print(json.dumps({
-    "bytes": made.bytes, "operations": made.operations, "list": slots.nbytes,
-    "bounds": bounds.tolist(), "splits": splits.tolist(),
-}))
+def attended(*shape):
+    backend, arguments = prepared(*shape)
+    given = []
+    backend.decode_attention_fwd = lambda *args, **kwargs: given.extend(args)
+    made = Made()
+    with made:
+        backend.attend_heads(*arguments)
+    bounds, slots, splits = given[4], given[5], given[8]
+    return {
+        "bytes": made.bytes, "operations": made.operations, "list": slots.nbytes,
+        "bounds": bounds.tolist(), "splits": splits.tolist(),
+    }
+
+
+print(json.dumps([attended(*shape) for shape in json.loads(sys.argv[1])]))
 """
+FEW, MANY, ONE_QUERY = (4, 8, 4, 128, 16), (64, 8, 4, 128, 16), (4, 8, 1, 128, 16)
+"""Rows, KV heads, query heads to each, pages, tokens of a page."""
 
 
-def attended(*shape: int) -> dict:
-    """rows, KV heads, query heads to each, pages, tokens of a page"""
+@pytest.fixture(scope="module")
+def attended() -> dict:
+    """What each shape was given to read."""
+    shapes = FEW, MANY, ONE_QUERY
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *map(str, shape)],
+        [sys.executable, "-c", SCRIPT, json.dumps(shapes)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "1"},
         capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return dict(zip(shapes, json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
-def test_a_layer_makes_one_list_of_what_it_reads():
+def test_a_layer_makes_one_list_of_what_it_reads(attended):
     """Of 8 bytes a token. It was made of four such tensors, and of the same lists again."""
-    found = attended(4, 8, 1, 128, 16)
+    found = attended[ONE_QUERY]
     assert found["list"] == 4 * 8 * 128 * 16 * 8
     assert found["bounds"] == [n * 128 * 16 for n in range(4 * 8 + 1)]
     assert found["bytes"] < 1.1 * found["list"]
     assert found["operations"] < 8
 
 
-def test_sequences_of_one_head_fill_the_device():
+def test_sequences_of_one_head_fill_the_device(attended):
     """Four requests, 8 KV heads, 132 processors: 32 sequences are to be read in parts."""
-    few, many = (attended(rows, 8, 4, 128, 16)["splits"] for rows in (4, 64))
+    few, many = attended[FEW]["splits"], attended[MANY]["splits"]
     assert len(few) == 4 * 8
     assert sum(few) >= 2 * 132
     assert few == [16] * 32

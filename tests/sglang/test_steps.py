@@ -26,5 +26,5 @@ def test_steps_of_changing_shapes_leave_no_buffer_behind(random_llama):
     found = json.loads(done.stdout.splitlines()[-1])
     assert sum(found["steps"].values()) >= 200
     assert min(found["steps"]["EXTEND"], found["replays"]) > 50
-    assert found["warm"]["storages"] > 10
+    assert len(found["warm"]) > 10
     assert found["after"] == found["warm"]
