@@ -64,8 +64,11 @@ class Engine:
         import sglang.srt.managers.scheduler as scheduling
         from sglang.srt.plugins import load_plugins
         from sglang.srt.server_args import PortArgs, ServerArgs
+        from sglang.srt.utils.watchdog import Watchdog
 
         load_plugins()
+        # A thread that never ends, and with it the scheduler and its pool.
+        scheduling.create_scheduler_watchdog = lambda *args, **kwargs: Watchdog()
         self._before = counters()
         os.environ.pop("KVPLUG_POLICY", None)
         if policy is not None:
@@ -213,7 +216,7 @@ def start(model: Path, policy: str | None = None, **options: Any) -> Iterator[En
         destroy_model_parallel,
     )
 
-    #gc.freeze()  # SGLang collects garbage as it starts: a second, among all that is loaded
+    gc.freeze()  # SGLang collects garbage as it starts: a second, among all that is loaded
     Pace.starts += 1
     engine = Engine(model, policy, **options)
     try:
@@ -229,4 +232,3 @@ def start(model: Path, policy: str | None = None, **options: Any) -> Iterator[En
 def engine() -> Iterator[Callable[..., contextlib.AbstractContextManager[Engine]]]:
     """Start an engine: ``with engine(model, "dense") as stock: ...``"""
     yield start
-    gc.unfreeze()
