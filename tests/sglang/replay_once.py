@@ -20,8 +20,13 @@ def main(model: str, prompts: str, tokens: str, cases: list[str]) -> None:
 
         flash.install()
     batch, found = json.loads(prompts), []
+    options = {
+        "chunked_prefill_size": 64,
+        "context_length": 512,
+        "triton_attention_num_kv_splits": 2,  # each is a program, which the interpreter is slow at
+    }
     for settings, chosen in map(json.loads, cases):
-        with start(Path(model), settings, chunked_prefill_size=64, context_length=512) as engine:
+        with start(Path(model), settings, **options) as engine:
             graphs = capture(engine.scheduler.tp_worker.model_runner)
             waves = []
             for _ in range(2):  # rows, slots and lengths of the second are others

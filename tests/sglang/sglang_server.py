@@ -19,7 +19,7 @@ from conftest import free_port
 
 from tests.pace import Pace
 
-STARTS_IN = 240.0
+STARTS_IN = 400.0
 """Seconds."""
 
 
@@ -80,14 +80,17 @@ def command(model: Path, port: int, *options: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def serve(model: Path, folder: Path, *options: str, **environment: str) -> Iterator[Server]:
-    """A server that is ready; stopped with all its processes in the end."""
+def serve(
+    model: Path, folder: Path, *options: str, within: Sequence[str] = (), **environment: str
+) -> Iterator[Server]:
+    """A server that is ready; stopped with all its processes in the end. within: a command that
+    runs the one behind it."""
     port = free_port()
     log = folder / f"server-{port}.log"
     Pace.starts += 1
     with log.open("w") as out:
         process = subprocess.Popen(
-            command(model, port, *options),
+            [*within, *command(model, port, *options)],
             stdout=out, stderr=subprocess.STDOUT, text=True, start_new_session=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
         )  # fmt: skip

@@ -23,6 +23,8 @@ POLICIES = [
     "keydiff(budget=128)",
     "streaming_llm(window=200)",
     "quest(budget=128, dense_layers=0)",
+    "twilight(budget=0.2, dense_layers=0)",
+    "snapkv(budget=256, window=40) + twilight(budget=80, top_p=0.9, dense_layers=0)",
     "snapkv(budget=256, window=40) + quest(budget=96, dense_layers=0)",
     "streaming_llm(window=300) + quest(budget=96, dense_layers=1)",
     "pyramid(snapkv(budget=128), beta=20) + quest(budget=96, dense_layers=0)",

@@ -42,6 +42,10 @@ OTHERWISE = {
 }
 
 
+IN_TRITON = ("by mass", "both", "of their own", "in another way")
+"""What its kernels are called with: the rest is the same over FlashAttention 3, in less time."""
+
+
 def replayed(model, batch, cases, **environment) -> list[dict]:
     paths = {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "1"}
     done = subprocess.run(
@@ -72,6 +76,8 @@ def test_replayed_steps_answer_as_eager_ones(eager, stock):
     """Padded batches of three; FlashAttention 3 is held to its contract in each call."""
     model, batch, answers = eager
     cases = {**CASES, **OTHERWISE}
+    if stock == "triton":
+        cases = {name: cases[name] for name in IN_TRITON}
     environment = {"KVPLUG_TEST_FLASH": "1"} if stock == "flash" else {}
     served = replayed(model, batch, cases.values(), **environment)
     for name, found in zip(cases, served, strict=True):

@@ -53,6 +53,45 @@ def test_digests_are_their_pages_extremes(engine, random_llama, prompts, policy,
         assert counted["saved_bytes"] == sum(rest) * page, "digests are freed with their pages"
 
 
+def test_codes_are_those_of_their_pages_whoever_wrote_them(engine, random_llama, prompts):
+    """Prefilled in chunks, decoded, packed: a full page says what its keys say now."""
+    from kvplug_kernels.key_codes import update_key_codes
+
+    batch, size = prompts(500, 333, 40, 1, seed=16), 16
+    policy = "snapkv(budget=96) + twilight(budget=0.3, dense_layers=0)"
+    with engine(random_llama(), policy, page_size=size) as planned:
+        checked = []
+
+        def check():
+            from kvplug_sglang.settings import Engine
+
+            backend = planned.backend
+            for request in planned.scheduler.running_batch.reqs:
+                tenant = Engine.serving().router.tenants.get(request.rid)
+                if tenant is None or len(request.output_ids) != 20:
+                    continue
+                filled = request.kv.kv_allocated_len - 2
+                row = backend.req_to_token_pool.req_to_token[request.kv.req_pool_idx, :filled]
+                row = row[request.kv.cache_protected_len if tenant.swapped else 0 :].long()
+                pages = row[: len(row) // size * size : size] // size
+                for layer in backend.layers:
+                    held = backend.digests.of_layer(layer)
+                    keys = backend.token_to_kv_pool.get_key_buffer(layer)
+                    cached = keys[: len(held) * size].unflatten(0, (-1, size))
+                    wanted = torch.zeros_like(held)
+                    update_key_codes(wanted, cached, pages * size + size - 1, 2)
+                    same = held[pages].view(torch.int32) == wanted[pages].view(torch.int32)
+                    assert len(pages) and same.all()
+                checked.append(request.rid)
+
+        planned.steps.append(check)
+        together = planned.generate(batch, 24)
+        assert len(set(checked)) == 4
+        assert planned.backend.selected_queries > 0
+        planned.forget()
+        assert [planned.generate([prompt], 24)[0] for prompt in batch] == together
+
+
 def test_a_token_costs_its_share_of_the_digests(engine, random_llama):
     from sglang.srt.model_executor.pool_configurator import DefaultPoolConfigurator
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
+from pathlib import Path
 from urllib.error import HTTPError
 
 import pytest
@@ -19,6 +21,7 @@ OFFER = json.dumps(
         "max_budget": 4096,
     }
 )
+IN_A_SMALL_DISK = 'mount -t tmpfs -o size=4m none "$0" && echo $$ >"$0.pid" && exec "$@"'
 PAGE = (2 * 16 + 2) * 2 * 1 * 64 * 4
 """Bytes on one of two ranks: keys, values and digest of two layers, one head of 64, fp32."""
 
@@ -41,55 +44,94 @@ def mixed(prompts):
     ]
 
 
-def test_tensor_parallel_mixed_policies_answer_as_alone(random_llama, tmp_path, mixed, drawn):
-    """TP 2, page size 16, chunk 256, overlap on; and the same as one rank, token for token."""
-    model = random_llama()
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory):
+    """A folder to mount a disk on."""
+    folder = tmp_path_factory.mktemp("server") / "disk"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(random_llama, disk):
+    """TP 2, page size 16, chunk 256, overlap on; its counters on a disk of 4 MiB of their own."""
     strict = {
         "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
         "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
         "SGLANG_CPU_OMP_THREADS_BIND": "0|1",
     }
-    options = ["--attention-backend", "kvplug", "--kvplug-policy", OFFER, "--page-size", "16"]
+    options = ["--attention-backend", "kvplug", "--kvplug-policy", OFFER, "--page-size", "16",
+               "--tp-size", "2", "--enable-metrics"]  # fmt: skip
     with serve(
-        model, tmp_path, *options, "--tp-size", "2", "--enable-metrics", **strict
-    ) as server:
-        of_kvplug = {name for name in drawn if name.startswith("kvplug_")}
-        for name in of_kvplug - {"kvplug_refused_requests_total"}:
-            assert server.metric(name) == 0, "a rate needs to have seen the zero"
-        server.ask(*mixed[0])
-        assert server.metric("kvplug_saved_bytes_total") == (521 // 16 - 64 // 16) * PAGE
-        assert 0 < server.metric("kvplug_packing_seconds_total") < 60
-        for name in drawn:
-            if name.startswith("sglang:"):
-                server.metric(name)
-        alone = []
-        for request in mixed:
-            server.forget()
-            alone.append(server.ask(*request)["output_ids"])
+        random_llama(), disk.parent, *options,
+        within=["unshare", "-rm", "sh", "-c", IN_A_SMALL_DISK, str(disk)],
+        PROMETHEUS_MULTIPROC_DIR=str(disk), **strict,
+    ) as server:  # fmt: skip
+        yield server
+
+
+def test_tensor_parallel_mixed_policies_answer_as_alone(server, random_llama, mixed, drawn):
+    """And the same as one rank, token for token."""
+    of_kvplug = {name for name in drawn if name.startswith("kvplug_")}
+    for name in of_kvplug - {"kvplug_refused_requests_total"}:
+        assert server.metric(name) == 0, "a rate needs to have seen the zero"
+    server.ask(*mixed[0])
+    assert server.metric("kvplug_saved_bytes_total") == (521 // 16 - 64 // 16) * PAGE
+    assert 0 < server.metric("kvplug_packing_seconds_total") < 60
+    for name in drawn:
+        if name.startswith("sglang:"):
+            server.metric(name)
+    alone = []
+    for request in mixed:
         server.forget()
-        assert server.ask_all(mixed) == alone
-        assert alone[5] == alone[8] == alone[9], "with the whole cache as budget, dense"
-        again = server.ask(mixed[0][0] + [7, 8, 9], 4)
-        assert again["meta_info"]["cached_tokens"] == 496, "the whole pages below P - W"
-        assert server.metric("kvplug_packed_prompts_total") >= 11
-        assert server.metric("kvplug_decode_queries_total") > 0
-        with pytest.raises(HTTPError) as refused:
-            server.ask(mixed[0][0], 4, "streaming_llm")
-        assert refused.value.code == 400
-        assert "does not allow streaming_llm" in refused.value.read().decode()
-        assert server.metric("kvplug_refused_requests_total") == 1
-        # SGLang's own checkers, strict while busy and when idle, end a server that loses a slot.
-        server.forget()
-        assert server.ask(*mixed[0])["output_ids"] == alone[0]
-        assert "leak" not in server.log.read_text()
+        alone.append(server.ask(*request)["output_ids"])
+    server.forget()
+    assert server.ask_all(mixed) == alone
+    assert alone[5] == alone[8] == alone[9], "with the whole cache as budget, dense"
+    again = server.ask(mixed[0][0] + [7, 8, 9], 4)
+    assert again["meta_info"]["cached_tokens"] == 496, "the whole pages below P - W"
+    assert server.metric("kvplug_packed_prompts_total") >= 11
+    assert server.metric("kvplug_decode_queries_total") > 0
+    with pytest.raises(HTTPError) as refused:
+        server.ask(mixed[0][0], 4, "streaming_llm")
+    assert refused.value.code == 400
+    assert "does not allow streaming_llm" in refused.value.read().decode()
+    assert server.metric("kvplug_refused_requests_total") == 1
+    # SGLang's own checkers, strict while busy and when idle, end a server that loses a slot.
+    server.forget()
+    assert server.ask(*mixed[0])["output_ids"] == alone[0]
+    assert "leak" not in server.log.read_text()
     from conftest import start
 
-    with start(model, OFFER) as one:
+    with start(random_llama(), OFFER) as one:
         rids = [one.send(*request) for request in mixed]
         one.drain()
         assert [one.output(rid) for rid in rids] == alone
-    with start(model) as stock:
+    with start(random_llama()) as stock:
         assert stock.generate([mixed[5][0]], 12) == [alone[5]]
+
+
+def fill(folder: Path) -> None:
+    with (folder / "rest").open("wb", buffering=0) as rest, suppress(OSError):
+        while True:
+            rest.write(bytes(4096))
+
+
+def test_a_full_disk_ends_the_counting_and_nothing_else(server, disk, mixed):
+    """The last of this server's: nothing is counted behind it."""
+    prompt, tokens = mixed[0]
+    expected = server.ask(prompt, tokens)["output_ids"]
+    assert server.metric("kvplug_decode_queries_total") > 0
+    process = disk.with_suffix(".pid").read_text().strip()
+    fill(Path(f"/proc/{process}/root") / disk.relative_to("/"))
+    for budget in range(100, 130):  # each of them new to the counters
+        assert server.ask(prompt, 4, f"knorm(budget={budget})")["output_ids"]
+    assert server.ask(prompt, tokens)["output_ids"] == expected
+    page = server.get("/metrics")
+    assert "sglang:num_running_reqs" in page
+    assert "kvplug_" not in page, "it would be wrong"
+    [stopped] = [line for line in server.log.read_text().splitlines() if "stopped count" in line]
+    assert "No space left on device" in stopped
 
 
 def test_a_hook_that_is_gone_stops_the_server(random_llama, tmp_path):

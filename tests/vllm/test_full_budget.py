@@ -12,8 +12,14 @@ POLICIES = [
     "dense",
     "quest(budget=8192)",
     "quest(budget=8192, top_p=1.0, dense_layers=0)",
+    "twilight(budget=1.0, dense_layers=0)",
     "streaming_llm(sinks=4, window=8192)",
     "streaming_llm(sinks=40, window=8192) + quest(budget=8192, dense_layers=0)",
+]
+PACKING = [
+    "snapkv(budget=4096)",
+    "keydiff(budget=4096) + quest(budget=4096, dense_layers=0)",
+    "pyramid(snapkv(budget=4096), beta=1.2)",
 ]
 MODELS = [pytest.param("smollm2", marks=pytest.mark.cpu), "recall"]
 
@@ -92,9 +98,18 @@ def test_full_budget_equals_stock(engine, stock, request, eager, name, policy):
         planned.without_shortcut()
         assert turns(planned, model) == expected
         decoded = 2 * 4 * 11
-        if "quest" in policy:
+        if "quest" in policy or "twilight" in policy:
             dense_layers = 0 if "dense_layers=0" in policy else 2
             if name == "recall" and dense_layers:
                 return  # a model of two layers: both are dense
             layers = len(planned.selected)
             assert planned.selected == [0] * dense_layers + [decoded] * (layers - dense_layers)
+
+
+@pytest.mark.skipif(not GRAPHS, reason="test_eviction.py asks it of steps as they are")
+@pytest.mark.parametrize("policy", PACKING)
+def test_prompts_packed_whole_equal_stock_in_eager_steps(engine, stock, recall, policy):
+    expected = stock(recall, True)
+    with steps(True), engine(recall, {"policy": policy, "shortcut": False}) as planned:
+        assert turns(planned, recall) == expected
+        assert [impl.packed_prompts for impl in planned.impls] == [8, 8]
