@@ -104,6 +104,11 @@ def refusals(view: Any, model: Any, given: object) -> Iterator[str]:
     if offer.settings.policy.is_dense and not offer.mixed:
         return
     yield from unsupported(offer)
+    if offer.digest is not None:
+        try:
+            offer.digest.rows(view.page_size or PAGE_SIZE, 2)
+        except ValueError as error:
+            yield f"pages of --page-size cannot carry what the policy reads: {error}"
     for name, reason in FEATURES.items():
         if getattr(view, name):
             yield reason

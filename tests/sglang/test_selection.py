@@ -81,7 +81,8 @@ def test_codes_are_those_of_their_pages_whoever_wrote_them(engine, random_llama,
                     wanted = torch.zeros_like(held)
                     update_key_codes(wanted, cached, pages * size + size - 1, 2)
                     same = held[pages].view(torch.int32) == wanted[pages].view(torch.int32)
-                    assert len(pages) and same.all()
+                    assert len(pages)
+                    assert same.all()
                 checked.append(request.rid)
 
         planned.steps.append(check)

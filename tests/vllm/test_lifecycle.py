@@ -18,6 +18,7 @@ POLICIES = [
     "quest(budget=160, top_p=0.9, dense_layers=1)",
     pytest.param("streaming_llm(sinks=4, window=100)", marks=pytest.mark.cpu),
     "streaming_llm(sinks=40, window=150) + quest(budget=96, dense_layers=0)",
+    "keydiff(budget=160) + twilight(budget=0.3, dense_layers=0)",
 ]
 
 
@@ -52,7 +53,7 @@ def test_preempted_requests_answer_as_alone(engine, random_llama, prompts, polic
         random_llama(),
         {"policy": policy},
         enable_prefix_caching=caching,
-        num_gpu_blocks_override=30 if "quest" in policy else 22,
+        num_gpu_blocks_override=30 if "quest" in policy or "twilight" in policy else 22,
         max_model_len=512,
         max_num_batched_tokens=128,
     ) as planned:

@@ -31,6 +31,8 @@ POLICIES = [
     "snapkv(budget=128)",
     "keydiff(budget=160) + quest(budget=96, dense_layers=1)",
     "pyramid(snapkv(budget=128, window=32), beta=4)",
+    "twilight(budget=0.15, dense_layers=0)",
+    "snapkv(budget=160) + twilight(budget=64, top_p=0.9, dense_layers=1)",
 ]
 LENGTHS = (300, 33, 600, 1, 64, 257, 450, 513, 90)
 """257 and 513: the last chunk is a single token, which is replayed as a decode."""
