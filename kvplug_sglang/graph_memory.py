@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvplug import BatchPlanner, Offer, read_offer
+from kvplug import BatchPlanner, Offer, TokenSelector, read_offer
 from kvplug_sglang import compat
 from kvplug_sglang.backend import TRITON, stock
 from kvplug_sglang.compression import packing_bytes
@@ -70,7 +70,8 @@ def graph_bytes(
         if own.scored or own.eviction or offer.mixed:
             found += 8 * tables * pages * page_size
     if own.selector is not None:
-        width = own.width(model.context_len)
-        read = 8 * page_size if kv_splits else 4
-        found += heads * (4 * pages + (4 + read) * width)
+        scored = query_heads if isinstance(own.selector, TokenSelector) else heads
+        read = 8 * own.unit if kv_splits else 4
+        found += 4 * scored * (pages * page_size // own.unit)
+        found += heads * (4 + read) * own.width(model.context_len)
     return batch * found

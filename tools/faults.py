@@ -26,6 +26,7 @@ PLAN = "tests/core/test_plan.py::"
 MIN_CONTEXT = f"{PLAN}test_a_request_of_exactly_min_context_tokens_is_served_dense"
 BOUNDARIES = "tests/core/test_boundaries.py::"
 PROMISED = "tests/core/test_eviction.py::test_kept_tokens_are_what_was_promised"
+MEMORY = "tests/sglang/test_graph_memory.py::"
 VLLM, SGLANG = "tests/vllm/test_handover.py::", "tests/sglang/test_handover.py::"
 HANDED = "test_what_the_core_is_handed[check_{}]"
 PASSED, FAILED = 0, 1
@@ -81,8 +82,8 @@ FAULTS = (
     Fault(
         "core: selection at the budget",
         "kvplug/plan.py",
-        "(pages > self.keep)",
-        "(pages >= self.keep)",
+        "(-(-visible // self.unit) > self.reads(visible))",
+        "(-(-visible // self.unit) >= self.reads(visible))",
         f"{PLAN}test_every_query_sees_what_the_definition_says",
     ),
     Fault(
@@ -172,7 +173,7 @@ FAULTS = (
     Fault(
         "vllm: digests of packed pages, on a GPU",
         "kvplug_vllm/attention.py",
-        "self._take_in(kv_cache, packing.kept(prompt.keys, tokens), packing.slots)",
+        "self._take_in(layer, kv_cache, kept, packing.slots)",
         "pass",
         f"{VLLM}test_pages_that_are_packed_in_place_say_what_they_hold",
     ),
@@ -200,8 +201,8 @@ FAULTS = (
     Fault(
         "sglang: scale, to the selection",
         "kvplug_sglang/attention.py",
-        "width=step.width, scale=layer.scaling",
-        "width=step.width, scale=1.0",
+        "scale=layer.scaling,\n        )  # fmt: skip",
+        "scale=1.0,\n        )  # fmt: skip",
         SGLANG + HANDED.format("scale"),
     ),
     Fault(
@@ -224,6 +225,29 @@ FAULTS = (
         "self._written(layer, packing.targets)",
         "pass",
         SGLANG + HANDED.format("digests"),
+    ),
+    Fault(
+        "sglang: a buffer kept for each shape",
+        "kvplug_sglang/step.py",
+        "return torch.from_numpy(values).to(self.req_to_token.device, dtype, non_blocking=True)",
+        "made = torch.from_numpy(values).to(dtype)\n"
+        "        vars(self).setdefault('kept', {})[values.shape, dtype] = made\n"
+        "        return made",
+        "tests/sglang/test_steps.py::test_steps_of_changing_shapes_leave_no_buffer_behind",
+    ),
+    Fault(
+        "sglang: what packing takes, to the memory",
+        "kvplug_sglang/graph_memory.py",
+        "(held + packing_bytes(offer, model, view.tp_size, size, dtype))",
+        "held",
+        f"{MEMORY}test_sglang_leaves_room_for_them_and_for_packing",
+    ),
+    Fault(
+        "sglang: the longest prompt, to the memory",
+        "kvplug_sglang/compression.py",
+        "policy, longest = offer.settings.policy, model.context_len",
+        "policy, longest = offer.settings.policy, model.context_len // 2",
+        f"{MEMORY}test_packing_takes_what_sglang_was_told_whoever_ends_together",
     ),
 )
 

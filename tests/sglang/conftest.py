@@ -22,6 +22,8 @@ import pytest
 from tests.pace import Pace
 
 SHIMS = Path(__file__).parent / "shims"
+LIGHT = Path(__file__).parent / "light"
+"""For the processes that tests start: the path is handed to them."""
 STAND_INS = Path(__file__).parents[1] / "stand_ins"
 COUNTER = re.compile(r"kvplug_(\w+)_total")
 
@@ -33,7 +35,7 @@ os.environ.update(
     OMP_NUM_THREADS="1",
     HF_HUB_OFFLINE="1",
 )
-sys.path[:0] = [str(SHIMS), str(Path(__file__).parent), str(STAND_INS)]
+sys.path[:0] = [str(SHIMS), str(Path(__file__).parent), str(STAND_INS), str(LIGHT)]
 
 
 def free_port() -> int:
@@ -202,6 +204,12 @@ class Engine:
             if of == line
         }
 
+    def close(self) -> None:
+        """A context of sockets that are open waits for them when it is collected."""
+        channel = self.scheduler.ipc_channels.recv_from_rpc
+        if channel is not None:  # of the first rank
+            channel.context.destroy(linger=0)
+
     def forget(self) -> None:
         """Empty the prefix cache."""
         self.tree.reset()
@@ -222,6 +230,7 @@ def start(model: Path, policy: str | None = None, **options: Any) -> Iterator[En
     try:
         yield engine
     finally:
+        engine.close()
         del engine
         destroy_model_parallel()
         destroy_distributed_environment()
@@ -229,6 +238,6 @@ def start(model: Path, policy: str | None = None, **options: Any) -> Iterator[En
 
 
 @pytest.fixture(scope="session")
-def engine() -> Iterator[Callable[..., contextlib.AbstractContextManager[Engine]]]:
+def engine() -> Callable[..., contextlib.AbstractContextManager[Engine]]:
     """Start an engine: ``with engine(model, "dense") as stock: ...``"""
-    yield start
+    return start

@@ -254,26 +254,25 @@ def test_forced_tokens_under_policies_of_requests(
     offer = json.dumps({"policy": "dense", "allow": ["snapkv"], "max_budget": 512})
     batch = prompts(371, 204, 143, 388, 256, 300, 271, 119, 340, 224, seed=4)
     small = {"max_total_tokens": 1536, "schedule_conservativeness": 0.05}
-    with engine(random_llama(), offer, enable_custom_logit_processor=True, **small) as server:
+    processors = {"enable_custom_logit_processor": True}
 
-        def send(number: int, forced: list[int]) -> str:
-            custom = {"kvplug": policies[number % 3 > 0], FORCED: forced, SCORED: len(forced)}
-            rid: str = server.send(batch[number], 120, custom_params=custom, ignore_eos=False)
-            server._inbox[-1].custom_logit_processor = ForcedTokens.to_str() if forced else None
-            return rid
+    def send(server: Any, number: int, forced: list[int]) -> str:
+        custom = {"kvplug": policies[number % 3 > 0], FORCED: forced, SCORED: len(forced)}
+        rid: str = server.send(batch[number], 120, custom_params=custom, ignore_eos=False)
+        server._inbox[-1].custom_logit_processor = ForcedTokens.to_str() if forced else None
+        return rid
 
-        alone = []
-        for number in range(len(batch)):
-            rid = send(number, [])
-            server.drain()
-            alone.append(server.output(rid))
-        assert alone[0] != server.generate([batch[0]], 120, "dense", ignore_eos=False)[0]
-        server.forget()
-        rids = [send(number, tokens[:60]) for number, tokens in enumerate(alone[:-1])]
-        wrong = send(len(batch) - 1, [7, 8, 9])
+    with engine(random_llama(), offer, **processors) as roomy:
+        rids = [send(roomy, number, []) for number in range(len(batch))]
+        roomy.drain()
+        free = [roomy.output(rid) for rid in rids]
+        assert free[0] != roomy.generate([batch[0]], 120, "dense", ignore_eos=False)[0]
+    with engine(random_llama(), offer, **processors, **small) as server:
+        rids = [send(server, number, tokens[:60]) for number, tokens in enumerate(free[:-1])]
+        wrong = send(server, len(batch) - 1, [7, 8, 9])
         server.drain()
         assert sum(server.requests[rid].retraction_count for rid in rids), "too much room"
-        for rid, tokens in zip(rids, alone[:-1], strict=True):
+        for rid, tokens in zip(rids, free[:-1], strict=True):
             assert server.output(rid) == tokens
             scores = server.requests[rid].customized_info[SCORES]
             assert len(scores) == len(tokens[:60])

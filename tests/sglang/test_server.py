@@ -26,6 +26,43 @@ PAGE = (2 * 16 + 2) * 2 * 1 * 64 * 4
 """Bytes on one of two ranks: keys, values and digest of two layers, one head of 64, fp32."""
 
 
+def test_a_hook_that_is_gone_stops_the_server(random_llama, tmp_path):
+    """SGLang without one of the functions that a hook stands around."""
+    (tmp_path / "sitecustomize.py").write_text(SABOTAGE)
+    options = ["--attention-backend", "kvplug", "--kvplug-policy", "snapkv(budget=64)"]
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    with (
+        pytest.raises(RuntimeError, match="the server did not start") as stopped,
+        serve(random_llama(), tmp_path, *options, PYTHONPATH=path),
+    ):
+        pass
+    log = str(stopped.value)
+    assert "kvplug cannot serve with SGLang 0.5.23" in log
+    assert "PrefillAdder._request_slot_reserve_for_req: it is gone" in log
+    assert "Install sglang==0.5.23, or start without --attention-backend kvplug" in log
+
+
+SABOTAGE = """
+import importlib.abc, importlib.machinery, sys
+
+NAME = "sglang.srt.managers.schedule_policy"
+
+class Sabotage(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != NAME:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        execute = spec.loader.exec_module
+        def without(module):
+            execute(module)
+            del module.PrefillAdder._request_slot_reserve_for_req
+        spec.loader.exec_module = without
+        return spec
+
+sys.meta_path.insert(0, Sabotage())
+"""
+
+
 @pytest.fixture(scope="module")
 def mixed(prompts):
     """Mixed policies and budgets, duplicates, a shared prefix, one token, budgets for all."""
@@ -132,40 +169,3 @@ def test_a_full_disk_ends_the_counting_and_nothing_else(server, disk, mixed):
     assert "kvplug_" not in page, "it would be wrong"
     [stopped] = [line for line in server.log.read_text().splitlines() if "stopped count" in line]
     assert "No space left on device" in stopped
-
-
-def test_a_hook_that_is_gone_stops_the_server(random_llama, tmp_path):
-    """SGLang without one of the functions that a hook stands around."""
-    (tmp_path / "sitecustomize.py").write_text(SABOTAGE)
-    options = ["--attention-backend", "kvplug", "--kvplug-policy", "snapkv(budget=64)"]
-    path = os.pathsep.join([str(tmp_path), *sys.path])
-    with (
-        pytest.raises(RuntimeError, match="the server did not start") as stopped,
-        serve(random_llama(), tmp_path, *options, PYTHONPATH=path),
-    ):
-        pass
-    log = str(stopped.value)
-    assert "kvplug cannot serve with SGLang 0.5.23" in log
-    assert "PrefillAdder._request_slot_reserve_for_req: it is gone" in log
-    assert "Install sglang==0.5.23, or start without --attention-backend kvplug" in log
-
-
-SABOTAGE = """
-import importlib.abc, importlib.machinery, sys
-
-NAME = "sglang.srt.managers.schedule_policy"
-
-class Sabotage(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name != NAME:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path)
-        execute = spec.loader.exec_module
-        def without(module):
-            execute(module)
-            del module.PrefillAdder._request_slot_reserve_for_req
-        spec.loader.exec_module = without
-        return spec
-
-sys.meta_path.insert(0, Sabotage())
-"""
