@@ -55,6 +55,13 @@ class StepReads:
     scanned: float = 0.0
     """Tokens of the pages whose digests were read."""
 
+    def bytes(self, token: float, digest: float) -> tuple[float, float]:
+        """What dense attention would read in a layer, and what is read, digests included.
+
+        token: bytes of one in the layer's cache; digest: its share of what its page carries.
+        """
+        return self.cached * token, self.read * token + self.scanned * digest
+
 
 def step_reads(
     segments: Segments, planner: Planner, budgets: Sequence[int | float | None]

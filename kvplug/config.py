@@ -15,7 +15,7 @@ from kvplug.grammar import parse
 from kvplug.policy import LIMIT
 from kvplug.registry import did_you_mean
 
-DEFAULT_POLICY = "quest(budget=2048)"
+DEFAULT_POLICY = "twilight(budget=0.0625)"
 DEFAULT_MIN_CONTEXT = 8192
 ENVIRONMENT = "KVPLUG_POLICY"
 FOR_TESTS = ("shortcut",)
@@ -45,8 +45,8 @@ class Settings:
 def read_settings(given: object = None, environ: Mapping[str, str] | None = None) -> Settings:
     """The ``kvplug`` entry of an engine's configuration -> settings.
 
-    Without a policy anywhere: quest(budget=2048) above 8,192 tokens, dense below. A named policy
-    has ``min_context=0`` unless it says otherwise. Raises ValueError that names the key, what was
+    Without a policy anywhere: twilight(budget=0.0625) above 8,192 tokens, dense below. A named
+    policy has ``min_context=0`` unless it says otherwise. Raises ValueError that names the key, what was
     wanted, what came and what to write instead.
     """
     if given is None:

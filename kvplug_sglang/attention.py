@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvplug import choose_units, window_queries
 from kvplug_sglang import compat
-from kvplug_sglang.cache import Digests, page_bytes
+from kvplug_sglang.cache import Digests, layer_bytes, page_bytes
 from kvplug_sglang.compression import Packing
 from kvplug_sglang.router import OWN, Tenant
 from kvplug_sglang.settings import Engine
@@ -49,6 +49,7 @@ class PlannedAttention:
         ]
         self.step_of = {layer: n for n, each in enumerate(self.steps) for layer in each.layers}
         self.digests = Digests.of(self.engine, pool)
+        self.engine.layer_bytes = layer_bytes(pool, self.digests, self.engine.page_size)
         if not self.engine.dense:
             self.engine.page_bytes = page_bytes(pool, self.digests, self.engine.page_size)
         self.plans: list[StepPlan | None] = [None] * len(self.steps)

@@ -48,6 +48,12 @@ def page_bytes(pool: Any, digests: Digests | None, page_size: int) -> int:
     return page_size * token + (0 if digests is None else digests.rows[:, 0].nbytes)
 
 
+def layer_bytes(pool: Any, digests: Digests | None, page_size: int) -> tuple[float, float]:
+    """Of a token in a layer on this rank, and of its share of its page's digest."""
+    token = sum(each[0].nbytes for each in pool.get_kv_buffer(pool.start_layer))
+    return token, 0.0 if digests is None else digests.rows[0, 0].nbytes / page_size
+
+
 def token_bytes(original: Any, self: Any, kvc: Any, num_layers: int) -> int:
     """Around ``DefaultPoolConfigurator._compute_cell_size``: a token's share of its digests."""
     size: int = original(self, kvc, num_layers)

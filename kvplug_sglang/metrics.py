@@ -22,6 +22,8 @@ BY_POLICY = {
     "decode_queries": "Decode queries attended.",
     "cached_tokens": "Tokens behind the decode queries.",
     "read_tokens": "Tokens read by the decode queries per layer.",
+    "cached_bytes": "Bytes of the tokens behind them, a rank.",
+    "read_bytes": "Bytes that they read, digests included, a rank.",
     "packed_prompts": "Prompts that were compressed.",
     "kept_tokens": "Tokens that a KV head kept of them.",
     "dropped_tokens": "Tokens that a KV head dropped of them.",
@@ -80,12 +82,18 @@ class Metrics:
             self._add(name, policy, 0)
         self._counters.add(Counter(*WHOLE), 0)
 
-    def count(self, policy: str, reads: StepReads, share: float) -> None:
-        """share: of the layers that this was planned for."""
+    def count(
+        self, policy: str, reads: StepReads, share: float, token: float, digest: float
+    ) -> None:
+        """share: of the layers that this was planned for. token, digest: bytes of a token in all
+        of these, and its share of its pages' digests."""
         if reads.queries:
             self._add("decode_queries", policy, share * reads.queries)
             self._add("cached_tokens", policy, share * reads.cached)
             self._add("read_tokens", policy, share * reads.read)
+            cached, read = reads.bytes(token, digest)
+            self._add("cached_bytes", policy, cached)
+            self._add("read_bytes", policy, read)
 
     def count_packed(
         self, policy: str, prompt: NDArray[np.int64], keep: NDArray[np.int64], share: float

@@ -61,6 +61,8 @@ class Engine:
         self.metrics = metrics
         self.page_bytes = 0
         """Of a page on this rank, in all layers, where a policy may return some."""
+        self.layer_bytes = 0.0, 0.0
+        """Of a token in a layer on this rank, and of its share of its page's digest."""
         self.router = Router()
         self.scheduler: Any = None
         self.choices = Choices(offer.settings)

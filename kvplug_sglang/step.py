@@ -182,7 +182,13 @@ class StepPlanner:
         if metrics is not None:
             counted = reads_by_policy(segments, self.planners.planners, self.layers)
             for settings, reads in counted:
-                metrics.count(str(settings.policy), reads, self.share)
+                metrics.count(str(settings.policy), reads, self.share, *self._bytes)
+
+    @property
+    def _bytes(self) -> tuple[float, float]:
+        """Of a token in the planned layers, and of its share of their digests."""
+        layers, (token, digest) = len(self.layers), self.engine.layer_bytes
+        return layers * token, layers * digest
 
     def count_dense(self, batch: Batch) -> None:
         """Without a plan: each query behind its prompt reads all up to itself."""
@@ -193,7 +199,8 @@ class StepPlanner:
         queries = np.maximum(batch.total - begin, 0) * batch.known
         cached = float((queries * (begin + 1 + batch.total)).sum()) / 2
         reads = StepReads(queries=int(queries.sum()), cached=cached, read=cached)
-        metrics.count(str(self.planner(OWN).settings.policy), reads, self.share)
+        policy = str(self.planner(OWN).settings.policy)
+        metrics.count(policy, reads, self.share, *self._bytes)
 
     def _observations(self, batch: Batch) -> list[tuple[Tenant, Observed]]:
         seen = self.planners.observed(batch.choice, batch.computed, batch.total, batch.prompt)

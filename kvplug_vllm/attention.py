@@ -113,6 +113,8 @@ class PlannedImpl:
                 "selection or a packed prompt does not keep; use the policy 'dense'"
             )
         chooses = [each.name for each in engine.offer.selectors if isinstance(each, TokenSelector)]
+        self.chooses_tokens = bool(chooses)
+        """Whether keys are read where they lie, beside the stock kernel."""
         if self.planned and chooses and not self.reads_tokens and self.logits_soft_cap:
             raise ValueError(
                 f"kvplug cannot serve {chooses[0]} on a model that caps its logits here: its own "

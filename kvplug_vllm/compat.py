@@ -263,28 +263,42 @@ def cpu_page_order(isa: str, size: int, head_size: int, dtype: torch.dtype) -> t
     return order
 
 
-def cpu_keys_and_values(isa: str, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """kv_cache [N, H, S, 2D] as the CPU kernel fills it -> [N, S, H, D] twice, by strides.
+@functools.cache
+def cpu_page_strides(
+    isa: str, size: int, head_size: int, dtype: torch.dtype
+) -> tuple[tuple[int, int, int], ...]:
+    """Of keys and of values in a head's page as the CPU kernel fills it: where they begin, and
+    from token to token, and from channel to channel.
 
     Raises ValueError where no strides describe its packing.
     """
-    pages, heads, size, width = kv_cache.shape
-    page, head, _, _ = kv_cache.stride()
-    order = cpu_page_order(isa, size, width // 2, kv_cache.dtype).view(2, size, width // 2)
-    views = []
-    for place in order:
-        start, token, channel = (int(place[at]) for at in ((0, 0), (1, 0), (0, 1)))
-        token, channel = token - start, channel - start
-        lines = torch.arange(size)[:, None] * token + torch.arange(width // 2) * channel
+    found = []
+    for place in cpu_page_order(isa, size, head_size, dtype).view(2, size, head_size):
+        start = int(place[0, 0])
+        token, channel = int(place[1, 0]) - start, int(place[0, 1]) - start
+        lines = torch.arange(size)[:, None] * token + torch.arange(head_size) * channel
         if not torch.equal(place, lines + start):
             raise ValueError(
                 f"kvplug cannot choose tokens in the pages of vLLM's CPU kernel {isa!r}, which "
-                "packs keys in tiles; use quest, or --dtype float32"
+                "packs keys in tiles; use quest(budget=2048), or --dtype float32"
             )
-        strides = page, token, head, channel
-        offset = int(kv_cache.storage_offset()) + start
-        views.append(kv_cache.as_strided((pages, size, heads, width // 2), strides, offset))
-    return views[0], views[1]
+        found.append((start, token, channel))
+    return tuple(found)
+
+
+def cpu_keys_and_values(isa: str, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """kv_cache [N, H, S, 2D] as the CPU kernel fills it -> [N, S, H, D] twice, by strides."""
+    pages, heads, size, width = kv_cache.shape
+    page, head, _, _ = kv_cache.stride()
+    keys, values = (
+        kv_cache.as_strided(
+            (pages, size, heads, width // 2),
+            (page, token, head, channel),
+            int(kv_cache.storage_offset()) + start,
+        )
+        for start, token, channel in cpu_page_strides(isa, size, width // 2, kv_cache.dtype)
+    )
+    return keys, values
 
 
 @functools.cache

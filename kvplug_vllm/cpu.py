@@ -11,7 +11,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from kvplug import PromptKV
+from kvplug import PromptKV, TokenSelector
 from kvplug_kernels.warm_up import warm_up
 from kvplug_vllm import compat
 from kvplug_vllm.attention import PlannedBackend, PlannedImpl
@@ -23,6 +23,8 @@ class KVPlugImpl(PlannedImpl, CPUAttentionBackendImpl):
     stock = CPUAttentionBackendImpl
 
     def keys_and_values(self, layer: Any, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.chooses_tokens:  # any packing will do
+            return super().keys_and_values(layer, kv_cache)
         return compat.cpu_keys_and_values(layer.isa, kv_cache)
 
     def read_pages(self, layer: Any, kv_cache: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,6 +49,9 @@ class KVPlugBuilder(PlannedBuilder, CPUAttentionMetadataBuilder):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        spec = self.kv_cache_spec
+        if self.layers and any(isinstance(each, TokenSelector) for each in self.offer.selectors):
+            compat.cpu_page_strides(self.isa, spec.block_size, spec.head_size, spec.dtype)
         own_process = self.vllm_config.parallel_config.distributed_executor_backend == "mp"
         if own_process and self.layers and self.offer.digest is not None:
             warm_up(self.kv_cache_spec.dtype)

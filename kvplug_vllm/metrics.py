@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,8 @@ from kvplug_vllm.settings import Engine
 QUERIES = Counter("decode_queries", "Decode queries attended.", "policy")
 CACHED = Counter("cached_tokens", "Tokens behind the decode queries.", "policy")
 READ = Counter("read_tokens", "Tokens read by the decode queries per layer.", "policy")
+DENSE_BYTES = Counter("cached_bytes", "Bytes of the tokens behind them, a rank.", "policy")
+READ_BYTES = Counter("read_bytes", "Bytes that they read, digests included, a rank.", "policy")
 PACKED = Counter("packed_prompts", "Prompts that were compressed.", "policy")
 KEPT = Counter("kept_tokens", "Tokens that a KV head kept of them.", "policy")
 DROPPED = Counter("dropped_tokens", "Tokens that a KV head dropped of them.", "policy")
@@ -30,7 +33,9 @@ RETURNED = Counter("returned_blocks", "Blocks that living requests gave back.", 
 SAVED = Counter("saved_bytes", "Bytes of them, less those of private blocks, a rank.", "policy")
 REFUSED = Counter("refused_requests", "Requests refused at admission.", "reason")
 
-BY_POLICY = (QUERIES, CACHED, READ, PACKED, KEPT, DROPPED, SECONDS, RETURNED, SAVED)
+BY_POLICY = (
+    QUERIES, CACHED, READ, DENSE_BYTES, READ_BYTES, PACKED, KEPT, DROPPED, SECONDS, RETURNED, SAVED
+)  # fmt: skip
 ALL = (*BY_POLICY, REFUSED)
 
 
@@ -40,21 +45,30 @@ class Metrics:
 
     share: float
     """Of the planned layers, those that are counted here: each group of layers counts its own."""
+    token: float
+    """Bytes of a token in all of them on this rank."""
+    digest: float
+    """And its share of the digests of its pages."""
 
     @classmethod
-    def of(cls, engine: Engine, share: float) -> Metrics | None:
-        """None on other ranks."""
+    def of(cls, engine: Engine, share: float, layers: int, spec: Any) -> Metrics | None:
+        """layers: as many as are counted here, whose cache is ``spec``. None on other ranks."""
         if engine.vllm_config.parallel_config.rank != 0:
             return None
         for counter in BY_POLICY:  # a rate needs to have seen the zero
             add(counter, 0, str(engine.settings.policy))
-        return cls(share)
+        token, whole = spec.unpadded_page_size_bytes, spec.page_size_bytes
+        each = layers / spec.block_size
+        return cls(share, each * token, each * (whole - token))
 
     def count(self, reads: StepReads, settings: Settings) -> None:
         if reads.queries:
             self._add(QUERIES, reads.queries, settings)
             self._add(CACHED, reads.cached, settings)
             self._add(READ, reads.read, settings)
+            cached, read = reads.bytes(self.token, self.digest)
+            add(DENSE_BYTES, cached, str(settings.policy))
+            add(READ_BYTES, read, str(settings.policy))
 
     def count_packed(
         self, prompt: NDArray[np.int64], keep: NDArray[np.int64], settings: Settings

@@ -121,7 +121,8 @@ class PlannedBuilder:
             impl = context[planned[0]].impl
             self.single = compat.single_head_builder(self, impl.num_queries_per_kv)
             self.reads_tokens = impl.reads_tokens
-            self.metrics = Metrics.of(engine, len(planned) / len(planned_layers(vllm_config)))
+            share = len(planned) / len(planned_layers(vllm_config))
+            self.metrics = Metrics.of(engine, share, len(planned), kv_cache_spec)
         tensor = partial(self._tensor, dtype=torch.int64)
         self.compression = Compression(self.planner, tensor, vllm_config, planned, self.metrics)
         if self.metrics is not None:

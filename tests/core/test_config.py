@@ -10,7 +10,7 @@ ENV = {"KVPLUG_POLICY": "streaming_llm(window=64)"}
 @pytest.mark.parametrize("given", [None, {}])
 def test_without_a_policy_quest_serves_long_requests_only(given):
     settings = read_settings(given, environ={})
-    assert settings.policy == parse("quest(budget=2048)")
+    assert settings.policy == parse("twilight(budget=0.0625)")
     assert settings.min_context == 8192
     assert settings.protect == ()
     assert settings.shortcut
@@ -35,7 +35,7 @@ def test_the_process_environment_is_read_where_none_is_given(monkeypatch):
     monkeypatch.setenv("KVPLUG_POLICY", "quest(budget=77)")
     assert read_settings().policy == parse("quest(budget=77)")
     monkeypatch.delenv("KVPLUG_POLICY")
-    assert read_settings().policy == parse("quest(budget=2048)")
+    assert read_settings().policy == parse("twilight(budget=0.0625)")
 
 
 def test_a_named_policy_beats_the_environment():

@@ -21,7 +21,9 @@ COMPRESSING = {
     "packed_prompts", "kept_tokens", "dropped_tokens", "packing_seconds", "returned_blocks",
     "saved_bytes",
 }  # fmt: skip
-COUNTERS = COMPRESSING | {"decode_queries", "cached_tokens", "read_tokens"}
+COUNTERS = COMPRESSING | {
+    "decode_queries", "cached_tokens", "read_tokens", "cached_bytes", "read_bytes",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("page_size", [1, 16])

@@ -91,13 +91,16 @@ def test_a_server_shows_what_it_compressed_and_read(smollm2, tmp_path, drawn):
     seen = [visible(prompt, tokens) for prompt, tokens in queries]
     whole = [prompt // PAGE for prompt in long]
     digest = 3 * 2 * 64 * 2 * LAYERS  # minimum and maximum of each head's keys in a page
+    read = sum(seen) - sum(map(spared, seen)) * (LAYERS - 2) / LAYERS
+    scanned = sum(-(-tokens // PAGE) * PAGE for tokens in seen if spared(tokens))
+    scanned *= (LAYERS - 2) / LAYERS
     seconds = found.pop("kvplug_packing_seconds_total")
     assert found == {
         "kvplug_decode_queries_total": len(queries),
         "kvplug_cached_tokens_total": sum(tokens for _, tokens in queries),
-        "kvplug_read_tokens_total": pytest.approx(
-            sum(seen) - sum(map(spared, seen)) * (LAYERS - 2) / LAYERS
-        ),
+        "kvplug_read_tokens_total": pytest.approx(read),
+        "kvplug_cached_bytes_total": sum(tokens for _, tokens in queries) * BLOCK_BYTES / PAGE,
+        "kvplug_read_bytes_total": pytest.approx((read * BLOCK_BYTES + scanned * digest) / PAGE),
         "kvplug_packed_prompts_total": 2,
         "kvplug_kept_tokens_total": sum(512 + prompt % PAGE for prompt in long),
         "kvplug_dropped_tokens_total": sum(prompt // PAGE * PAGE - 512 for prompt in long),

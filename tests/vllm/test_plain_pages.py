@@ -65,7 +65,8 @@ class Beside:
         equal(cache, plain_numbers(layer, kv_cache))
         if impl.digest is not None:
             tails = (
-                compat.page_tail(c, impl.digest.rows, impl.head_size) for c in (cache, kv_cache)
+                compat.page_tail(c, impl.digest.rows(cache.shape[2], 4), impl.head_size)
+                for c in (cache, kv_cache)
             )
             equal(*tails)
             self.digests += len(private)
@@ -105,6 +106,19 @@ def test_plain_pages_hold_what_the_stock_cpu_kernels_pages_hold(
     ) as planned:
         planned.generate(batch, 4)
     assert sum(beside.prompts) == 3 * 2, "three prompts longer than the budget, two layers"
-    assert max(beside.prompts) > 1, "more than one prompt in a launch"
+    assert max(beside.prompts) == 1, "one prompt's memory at a time"
     assert beside.tokens == 3 * 2 * 128
     assert bool(beside.digests) == ("quest" in policy)
+
+
+def test_pages_packed_in_tiles_are_refused_where_tokens_are_chosen(monkeypatch):
+    from kvplug_vllm import compat
+
+    order = torch.arange(2 * 32 * 64).view(2, 32, 64)
+    monkeypatch.setattr(compat, "cpu_page_order", lambda *_: order.flatten())
+    strides = compat.cpu_page_strides.__wrapped__("plain", 32, 64, torch.float32)
+    assert strides == ((0, 64, 1), (2048, 64, 1))
+    tiles = order.view(2, 32, 32, 2).transpose(1, 2).flatten()
+    monkeypatch.setattr(compat, "cpu_page_order", lambda *_: tiles)
+    with pytest.raises(ValueError, match=r"'amx'.*packs keys in tiles; use quest\(budget=2048\)"):
+        compat.cpu_page_strides.__wrapped__("amx", 32, 64, torch.bfloat16)

@@ -16,7 +16,7 @@ REFUSED = [
     (
         {},
         {"policy": "quest(budget=0)"},
-        ["budget must be a positive number", "quest(budget=2048)"],
+        ["budget must be a number of tokens", "quest(budget=2048)"],
     ),
     ({}, {"polcy": "quest"}, ["no setting 'polcy'", "Did you mean 'policy'"]),
     ({}, {"policy": "quest", "min_context": -1}, ["min_context must be a number of tokens"]),
