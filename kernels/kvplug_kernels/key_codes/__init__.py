@@ -3,7 +3,7 @@
 from torch import Tensor, int64
 
 from kvplug_kernels.code_layout import check_rows, code_rows
-from kvplug_kernels.dispatch import wants_kernel
+from kvplug_kernels.dispatch import wants_compiled, wants_kernel
 from kvplug_kernels.key_codes import reference
 from kvplug_kernels.shapes import FLOATS, Shapes
 
@@ -23,6 +23,10 @@ def update_key_codes(codes: Tensor, keys: Tensor, slots: Tensor, bits: int) -> N
     shapes.check("slots", slots, "T", (int64,))
     check_rows(codes, shapes["S"], bits)
     if not wants_kernel(codes):
+        if wants_compiled(codes):
+            from kvplug_kernels.key_codes import cpu
+
+            return cpu.update_key_codes(codes, keys, slots, bits)
         return reference.update_key_codes(codes, keys, slots, bits)
     from kvplug_kernels.key_codes import kernel
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from kvplug_kernels.dispatch import wants_kernel
+from kvplug_kernels.dispatch import wants_compiled, wants_kernel
 from kvplug_kernels.shapes import FLOATS, INDICES, Shapes, check_unit
 from kvplug_kernels.sparse_decode import reference
 
@@ -34,15 +34,16 @@ def sparse_decode(
     shapes.check("lengths", lengths, "B", INDICES)
     shapes.check_groups()
     unit = check_unit(unit, shapes["S"])
+    arguments = (query, keys, values, page_table, chosen, counts, lengths, scale, unit)
     if not wants_kernel(query):
-        return reference.sparse_decode(
-            query, keys, values, page_table, chosen, counts, lengths, scale, unit
-        )
+        if wants_compiled(query):
+            from kvplug_kernels.sparse_decode import cpu
+
+            return cpu.sparse_decode(*arguments)
+        return reference.sparse_decode(*arguments)
     from kvplug_kernels.sparse_decode import kernel
 
-    return kernel.sparse_decode(
-        query, keys, values, page_table, chosen, counts, lengths, scale, unit
-    )
+    return kernel.sparse_decode(*arguments)
 
 
 __all__ = ["sparse_decode"]

@@ -2,7 +2,7 @@
 
 from torch import Tensor, float32
 
-from kvplug_kernels.dispatch import wants_kernel
+from kvplug_kernels.dispatch import wants_compiled, wants_kernel
 from kvplug_kernels.shapes import INDICES, Shapes, check_page_size
 from kvplug_kernels.token_select import reference
 
@@ -36,6 +36,8 @@ def token_select(
     shapes.check("keep", keep, "B", INDICES)
     shapes.check_groups()
     check_page_size(page_size)
+    if not scale > 0:
+        raise ValueError(f"scale must be above 0, got {scale}")
     if sinks < 0:
         raise ValueError(f"sinks must be at least 0 tokens, got {sinks}")
     if width < page_size + sinks:
@@ -46,6 +48,10 @@ def token_select(
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
     arguments = (logits, heads, lengths, page_size, keep, width, scale, top_p, sinks)
     if not wants_kernel(logits):
+        if wants_compiled(logits):
+            from kvplug_kernels.token_select import cpu
+
+            return cpu.token_select(*arguments)
         return reference.token_select(*arguments)
     from kvplug_kernels.token_select import kernel
 
