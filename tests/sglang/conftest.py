@@ -38,6 +38,10 @@ os.environ.update(
 sys.path[:0] = [str(SHIMS), str(Path(__file__).parent), str(STAND_INS), str(LIGHT)]
 
 
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # or Triton's bindings report at the end what was never collected
+
+
 def free_port() -> int:
     """Below the ports that connections are given by themselves: nobody takes it before its use."""
     while True:
