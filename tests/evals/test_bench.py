@@ -11,7 +11,14 @@ pytest.importorskip("vllm")
 
 import torch  # noqa: E402
 
-from kvplug_evals.bench.options import Clock, Dtype, Options, Pages, read_heads  # noqa: E402
+from kvplug_evals.bench.options import (  # noqa: E402
+    Clock,
+    Dtype,
+    Options,
+    Pages,
+    Policy,
+    read_heads,
+)
 
 
 def options(out: Path = Path("bench.json"), **changes) -> Options:
@@ -75,6 +82,29 @@ def test_a_cell_says_what_was_measured_where_and_how_well(bench):
         assert 0 <= cell["checked"]["output"] < 1e-2
     assert "bfloat16" in table
     assert "of 2 cells lose" in table
+
+
+def test_a_cell_of_twilight_names_its_own_parts(bench):
+    """Its tokens are those of the highest weights, by the codes of the keys that were written."""
+    written, table = bench(policy=Policy.TWILIGHT, dtype=[Dtype.FP32, Dtype.BF16])
+    for cell in written["cells"]:
+        assert cell["twilight_ms"]["median"] > 0
+        assert list(cell["parts_ms"]) == ["write", "logits", "select", "attention"]
+        assert min(spread["median"] for spread in cell["parts_ms"].values()) > 0
+        assert 0 <= cell["checked"]["output"] < 1e-2
+    assert "twilight(budget=128)" in table
+
+
+def test_a_choice_of_lesser_tokens_stops_the_bench(bench, monkeypatch):
+    from kvplug import selection
+    from kvplug_evals.bench.attention import WrongOutput
+
+    choose = selection.token_select
+    monkeypatch.setattr(
+        selection, "token_select", lambda logits, *a, **k: choose(-logits, *a, **k)
+    )
+    with pytest.raises(WrongOutput, match="outbids the lowest of them"):
+        bench(policy=Policy.TWILIGHT)
 
 
 def test_only_the_shortest_context_is_checked_and_others_are_measured_too(bench):

@@ -22,19 +22,32 @@ import torch
 from torch import Tensor
 
 from kvplug import byte_share, choose_units, parse
+from kvplug.policies.twilight import Twilight
 from kvplug_evals.bench.layer import Content, Layer, Shape, fill, page_table
+from kvplug_kernels.code_logits.reference import code_logits
+from kvplug_kernels.key_codes.reference import update_key_codes
 from kvplug_kernels.page_bound.reference import page_bound_plain
 from kvplug_kernels.sparse_decode.reference import sparse_decode
+from kvplug_kernels.token_select.reference import mean_weights
 
 EVICTED_BYTES = 64 << 20  # many times a core's own caches
 WARM_UP = 2
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of a head's output, in its own norm
-PARTS = {  # where a step of kvplug spends its time -> the function that is timed for it
-    "write": "kvplug_vllm.cpu.KVPlugImpl.do_kv_cache_update",
-    "bound": "kvplug.policies.quest.page_bound",
-    "select": "kvplug.selection.page_select",
-    "tables": "kvplug_vllm.attention.virtual_heads",
-    "attention": "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl.forward",
+WRITE = {"write": "kvplug_vllm.cpu.KVPlugImpl.do_kv_cache_update"}
+PARTS = {  # where a step of each policy spends its time -> the function that is timed for it
+    "quest": {
+        **WRITE,
+        "bound": "kvplug.policies.quest.page_bound",
+        "select": "kvplug.selection.page_select",
+        "tables": "kvplug_vllm.attention.virtual_heads",
+        "attention": "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl.forward",
+    },
+    "twilight": {
+        **WRITE,
+        "logits": "kvplug.policies.twilight.code_logits",
+        "select": "kvplug.selection.token_select",
+        "attention": "kvplug_vllm.attention.sparse_decode",
+    },
 }
 
 
@@ -129,11 +142,11 @@ class Cell:
         return Step(query=query, key=key, value=value, slots=self.slots)
 
     def check(self, content: Content) -> dict[str, float]:
-        """The output is plain attention over the pages read, and these are those of the highest
-        bounds, both computed in fp32 from the keys as they were before they were paged.
+        """The output is plain attention over the pages or tokens read, and these are those of the
+        highest scores, both computed in fp32 from the keys as they were before they were paged.
 
         Returns what was found: the largest relative error of a head, and the largest amount by
-        which a page left out outbid one that was read. Raises WrongOutput.
+        which one left out outbid one that was read. Raises WrongOutput.
         """
         shape = self.shape
         B, P, S = shape.B, shape.pages, shape.S
@@ -149,9 +162,7 @@ class Cell:
         with mock.patch("kvplug_vllm.attention.choose_units", recorded):
             run(self.ours, step, out)
         if len(choices) != 1:
-            raise WrongOutput(
-                f"{describe(shape)}: a step chose pages {len(choices)} times, wanted once"
-            )
+            raise WrongOutput(f"{describe(shape)}: a step chose {len(choices)} times, wanted once")
         chosen, counts = choices[0]
 
         room = (0, 0, 0, 0, 0, P * S - shape.T)
@@ -163,37 +174,56 @@ class Cell:
         lengths = torch.full((B,), shape.T, dtype=torch.int32)
         in_order = torch.arange(B * P, dtype=torch.int32).view(B, P)
         wanted = sparse_decode(
-            step.query, keys, values, in_order, chosen, counts, lengths, shape.D**-0.5
-        ).float()
+            step.query, keys, values, in_order, chosen, counts, lengths, shape.D**-0.5,
+            self.selector.unit(S),
+        ).float()  # fmt: skip
         error = ((out.float() - wanted).norm(dim=2) / wanted.norm(dim=2)).max().item()
         if not error <= TOLERANCE[shape.dtype]:
             raise WrongOutput(
-                f"{describe(shape)}: the output is off by {error:.1e} of attention over the pages "
+                f"{describe(shape)}: the output is off by {error:.1e} of attention over what "
                 f"it read, more than {TOLERANCE[shape.dtype]:.0e}"
             )
 
-        digests = torch.stack(extremes(content.keys, S), 3).view(B * P, shape.H, 2, shape.D)
-        pages = torch.full((B,), P, dtype=torch.int32)
-        bounds = page_bound_plain(step.query, digests, in_order, pages)  # [B, H, P]
-        bounds[:, :, P - 1] = float("inf")  # always read
-        read = torch.zeros_like(bounds, dtype=torch.bool).scatter_(2, chosen.long(), True)
-        lowest = bounds.masked_fill(~read, float("inf")).amin(2)
-        outbid = (bounds.masked_fill(read, float("-inf")).amax(2) - lowest) / lowest.abs()
+        scores = self.scores(step.query, keys, in_order)
+        read = torch.zeros_like(scores, dtype=torch.bool).scatter_(2, chosen.long(), True)
+        lowest = scores.masked_fill(~read, float("inf")).amin(2)
+        outbid = (scores.masked_fill(read, float("-inf")).amax(2) - lowest) / lowest.abs()
         short = outbid.max().item()
         wanted_units = int(self.selector.units(np.array([shape.T]), S)[0])
         if int(counts.min()) != wanted_units or not short <= 1e-2:
             raise WrongOutput(
-                f"{describe(shape)}: {int(counts.min())} pages were read, and one left out "
-                f"outbids the lowest of them by {short:.1e} of its bound"
+                f"{describe(shape)}: {int(counts.min())} units were read, and one left out "
+                f"outbids the lowest of them by {short:.1e} of its score"
             )
         return {"output": error, "selection": max(short, 0.0)}
+
+    def scores(self, query: Tensor, keys: Tensor, table: Tensor) -> Tensor:
+        """What each unit is chosen by, infinity where it always is. keys [N, S, H, D] in order,
+        table [B, P] -> [B, H, units]"""
+        (N, S, H, D), selector, T = keys.shape, self.selector, self.shape.T
+        if not isinstance(selector, Twilight):
+            pages = torch.full((len(table),), self.shape.pages, dtype=torch.int32)
+            kept = keys.view(len(table), -1, H, D)[:, :T]
+            digests = torch.stack(extremes(kept, S), 3).view(N, H, 2, D)
+            bounds = page_bound_plain(query, digests, table, pages)
+            bounds[:, :, -1] = float("inf")
+            return bounds
+        codes = keys.new_zeros(N, H, self.digest_rows, D)
+        update_key_codes(codes, keys, torch.arange(N * S), selector.bits)
+        full = torch.full((len(table),), (T - 1) // S, dtype=torch.int32)
+        logits = code_logits(query, codes, table, full, S, selector.bits)
+        token = torch.arange(logits.shape[2])
+        newest = token >= (T - 1) // S * S
+        weights = mean_weights(logits * D**-0.5, H, newest.expand(len(table), -1))
+        always = (newest & (token < T)) | (token < selector.sinks)
+        return weights.masked_fill(always, float("inf"))
 
     def measure(self, repeats: int) -> Result:
         errors = None
         if self.content is not None:
             errors, self.content = self.check(self.content), None
         stock, ours = self._pairs(repeats)
-        with Stopwatch(PARTS, self.clock) as watch:
+        with Stopwatch(PARTS[self.selector.name], self.clock) as watch:
             self._pairs(repeats, watch)
         shape = self.shape
         share = byte_share(shape.T, self.selector.budget, shape.S, self.digest_rows)

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from kvplug_evals.bench import compression as bench_compression
-from kvplug_evals.bench.options import Clock, Dtype, Options, Pages, read_heads
+from kvplug_evals.bench.options import Clock, Dtype, Options, Pages, Policy, read_heads
 
 COMPRESSING = (
     "snapkv(budget=512)", "keydiff(budget=512)", "knorm(budget=512)", "random(budget=512)"
@@ -45,7 +45,8 @@ def attention(
         typer.Option(help="smollm2, llama-8b or QUERY/KV/DIM; repeatable. Both if none."),
     ] = None,
     dtype: Annotated[list[Dtype] | None, typer.Option(help="Repeatable. Both if none.")] = None,
-    budget: Annotated[int, typer.Option(help="Tokens that quest reads.", min=1)] = 2048,
+    budget: Annotated[int, typer.Option(help="Tokens that a policy reads.", min=1)] = 2048,
+    policy: Annotated[Policy, typer.Option(help="What reads them.")] = Policy.QUEST,
     block_size: Annotated[int, typer.Option(help="Tokens of a cache block.", min=1)] = 32,
     repeats: Annotated[int, typer.Option(help="Counted pairs of calls.", min=7)] = 9,
     pages: Annotated[
@@ -58,7 +59,7 @@ def attention(
         "results/bench/attention-cpu.json"
     ),
 ) -> None:
-    """One decode step of one layer: vLLM's stock CPU_ATTN against quest. Takes minutes."""
+    """One decode step of one layer: vLLM's stock CPU_ATTN against a policy. Takes minutes."""
     if find_spec("vllm") is None:
         raise SystemExit("vLLM is not installed here; install it with: pip install 'kvplug[vllm]'")
     try:
@@ -69,6 +70,7 @@ def attention(
             heads=[read_heads(name) for name in heads or ["smollm2", "llama-8b"]],
             dtype=dtype or [Dtype.FP32, Dtype.BF16],
             budget=budget,
+            policy=policy,
             block_size=block_size,
             repeats=repeats,
             pages=pages,

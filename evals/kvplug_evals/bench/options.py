@@ -18,6 +18,11 @@ class Pages(StrEnum):
     IN_ORDER = "in-order"
 
 
+class Policy(StrEnum):
+    QUEST = "quest"
+    TWILIGHT = "twilight"
+
+
 class Clock(StrEnum):
     WALL = "wall"
     CPU = "cpu"
@@ -61,6 +66,7 @@ class Options:
     heads: list[Heads]
     dtype: list[Dtype]
     budget: int
+    policy: Policy = Policy.QUEST
     block_size: int
     repeats: int
     pages: Pages
@@ -79,7 +85,7 @@ class Options:
             if context <= self.budget:
                 raise ValueError(
                     f"a context of {context:,} tokens is within the budget of {self.budget:,}: "
-                    "quest would be stock attention"
+                    f"{self.policy} would be stock attention"
                 )
 
     def as_json(self) -> str:
@@ -91,6 +97,7 @@ class Options:
         given |= {
             "heads": [Heads(**heads) for heads in given["heads"]],
             "dtype": [Dtype(dtype) for dtype in given["dtype"]],
+            "policy": Policy(given["policy"]),
             "pages": Pages(given["pages"]),
             "clock": Clock(given["clock"]),
             "out": Path(given["out"]),
