@@ -10,6 +10,9 @@ import torch
 import twin
 from recorded import opaque
 
+from tests.vllm.test_eviction import add
+from tests.vllm.test_lifecycle import preemptions
+
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 SHAPES = [
@@ -228,3 +231,51 @@ def test_min_context_serves_short_requests_dense(engine, random_llama, prompts):
         _, short = planned.generate(batch, 8)
         assert short == expected[1]
         assert planned.selected == [7, 7], "the long request alone selects"
+
+
+@pytest.mark.both
+def test_codes_are_those_of_their_pages_whoever_wrote_them(engine, random_llama, prompts):
+    """Prefilled in chunks, decoded by replayed steps, packed, preempted and written again."""
+    from kvplug_kernels.key_codes import update_key_codes
+
+    size, private = 32, 3
+    line = "snapkv(budget=96) + twilight(budget=0.3, dense_layers=0)"
+    options = {"max_model_len": 640, "num_gpu_blocks_override": 26}
+    with engine(random_llama(), {"policy": line}, **options) as planned:
+        core, checked = planned.llm.llm_engine, set()
+        (manager,) = planned.scheduler.kv_cache_manager.coordinator.single_type_managers
+        seen, hostages = preemptions(planned), []
+        for index, prompt in enumerate(prompts(500, 333, 40, 1)):
+            add(planned, f"r{index}", prompt, 70)
+        while core.has_unfinished_requests():
+            core.step()
+            if not seen and not hostages and len(planned.scheduler.running) == 4:
+                hostages = planned.pool.get_new_blocks(planned.free_blocks)
+            elif seen and hostages:
+                planned.pool.free_blocks(hostages)
+                hostages = []
+            for request in planned.scheduler.running:
+                computed = request.num_computed_tokens - 2  # others may be on their way
+                if request.num_output_tokens not in (20, 60):
+                    continue
+                ends = -(-request.num_prompt_tokens // size)
+                held = private if request.num_prompt_tokens // size > private else 0
+                full = [
+                    block.block_id
+                    for column, block in enumerate(manager.req_to_blocks[request.request_id])
+                    if not block.is_null
+                    and (
+                        ends <= column < ends + held
+                        or (column - held * (column >= ends) + 1) * size <= computed
+                    )
+                ]
+                for layer in planned.layers.values():
+                    views = layer.impl.views(layer, layer.kv_cache)
+                    last = torch.tensor(full, dtype=torch.int64) * size + size - 1
+                    wanted = torch.zeros_like(views.tail)
+                    update_key_codes(wanted, views.keys, last, 2)
+                    written = [each[full].view(torch.int32) for each in (views.tail, wanted)]
+                    assert torch.equal(*written), f"{request.request_id}: {full}"
+                checked.update([(request.request_id.split("-")[0], bool(full))])
+        assert {("r0", True), ("r1", True), ("r2", True), ("r3", True)} <= checked
+        assert seen, "the pool was meant to be too small"
