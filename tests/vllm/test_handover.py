@@ -32,13 +32,13 @@ def test_pages_that_are_packed_in_place_say_what_they_hold():
     from kvplug_vllm import attention
 
     pages, heads, size, dim = 6, handover.HEADS, 4, handover.HEAD_DIM
-    page = heads * (size * 2 + KeyExtremes.rows) * dim
+    page = heads * (size * 2 + KeyExtremes().rows(size, 4)) * dim
     memory = torch.randn(pages * page, generator=torch.Generator().manual_seed(0))
     stride = (page, size * 2 * dim, 2 * dim, 1)
     cache = memory.as_strided((pages, heads, size, 2 * dim), stride)
     impl = object.__new__(attention.PlannedImpl)
     impl.digest, impl.head_size, impl._views, impl._viewed = KeyExtremes(), dim, None, None
-    tail = impl.views(cache).tail
+    tail = impl.views(None, cache).tail
     tail.fill_(handover.STALE)
 
     prompt_pages, private = torch.tensor([[1, 2, 3]]), torch.tensor([[5, 4]])
@@ -80,7 +80,7 @@ def handed(engine, random_llama, prompts):
         pack = attention.PlannedImpl.pack
 
         def noted(impl, layer, kv_cache, packing):
-            digests, size = impl.views(kv_cache).tail, kv_cache.shape[2]
+            digests, size = impl.views(layer, kv_cache).tail, kv_cache.shape[2]
             digests[packing.slots // size] = handover.STALE
             pack(impl, layer, kv_cache, packing)
             handed.note(digests, packing.slots)
