@@ -25,7 +25,7 @@ def test_a_report_is_what_its_answers_say(name):
 
 
 def test_a_listing_is_short():
-    assert len(REPORTS) == 5
+    assert len(REPORTS) == 6
     assert len([file for file in PUBLISHED.rglob("*") if file.is_file()]) < 40
 
 
@@ -82,3 +82,36 @@ def test_the_summarys_look_ups_are_those_of_the_answers(row):
                 assert cell == ""
             else:  # a half is rounded to either side
                 assert float(cell.removesuffix(" %")) == pytest.approx(100 * value, abs=0.501)
+
+
+TOKENS = {
+    "twilight, 1/16 of the tokens": "twilight(budget=0.0625, bits=2, dense_layers=0)",
+    "twilight, 1/32 of the tokens": "twilight(budget=0.03125, bits=2, dense_layers=0)",
+    "twilight, 1/16, keys in one bit": "twilight(budget=0.0625, bits=1, dense_layers=0)",
+    "twilight, 1/16, keys in four bits": "twilight(budget=0.0625, bits=4, dense_layers=0)",
+    "twilight, top_p=0.95, at most 1/4": (
+        "twilight(budget=0.25, top_p=0.95, bits=2, dense_layers=0)"
+    ),
+    "quest, 1/8 of the tokens": "quest(budget=0.125, dense_layers=0)",
+}
+
+
+@pytest.mark.parametrize("row", [*TOKENS, "**random**"])
+def test_the_table_at_equal_bytes_is_what_the_answers_say(row):
+    lines = (PUBLISHED / "README.md").read_text().splitlines()
+    printed = next(line for line in lines if (line.startswith(f"| {row} | ") and "more" in line)
+                   or line.startswith(f"| {row} | 15.6"))  # fmt: skip
+    _, found, right, longer, right_longer = (each.strip() for each in printed.split("|")[2:7])
+    for tokens, share, answers in ((2048, found, right), (8192, longer, right_longer)):
+        wanted = TOKENS.get(row, f"random(budget={tokens * 5 // 32}, sinks=4, window=0, seed=0)")
+        (result,) = [
+            each
+            for each in results(PUBLISHED / "recall-tokens-cpu")
+            if each.policy == wanted and each.config["tokens"] == tokens
+        ]
+        rows = result.of_task("kvplug_recall")
+        look_ups, answered = (
+            sum(row[name] for row in rows) / len(rows) for name in ("agreement", "fixed")
+        )
+        assert float(share.removesuffix(" %")) == pytest.approx(100 * look_ups, abs=0.501)
+        assert float(answers) == pytest.approx(answered, abs=0.00501)
