@@ -6,7 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvplug_kernels.code_layout import code_rows
+
 KEPT_TOKENS = 2048  # of a request, whatever its length
+CODE_BITS = 2  # of a key's channel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +47,14 @@ def serving_shapes() -> Iterator[DecodeShape]:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeInputs:
-    """The arguments of every op for one shape; the digest is a tail inside each page."""
+    """The arguments of every op for one shape; digest and codes are a tail inside each page."""
 
     shape: DecodeShape
     query: Tensor  # [B, Hq, D]
     keys: Tensor  # [N, S, H, D]
     values: Tensor  # [N, S, H, D]
     digest: Tensor  # [N, H, 2, D]
+    codes: Tensor  # [N, H, R, D]
     page_table: Tensor  # [B, P]
     lengths: Tensor  # [B]
     pages: Tensor  # [B]
@@ -65,8 +69,9 @@ class DecodeInputs:
 def decode_inputs(shape: DecodeShape, device: str, dtype: torch.dtype) -> DecodeInputs:
     B, H, D, S, P, K = shape.B, shape.H, shape.D, shape.S, shape.pages, shape.kept_pages
     torch.manual_seed(0)
-    memory = torch.empty(B * P, 2 * S + 2, H, D, device=device, dtype=dtype).normal_()
-    digest = memory[:, 2 * S :].view(B * P, H, 2, D)
+    rows = code_rows(S, CODE_BITS, dtype.itemsize)
+    memory = torch.empty(B * P, 2 * S + 2 + rows, H, D, device=device, dtype=dtype).normal_()
+    digest = memory[:, 2 * S : 2 * S + 2].view(B * P, H, 2, D)
     digest.copy_(digest.sort(dim=2).values)  # min below max
     page_table = torch.randperm(B * P, device=device).int().view(B, P)
     lengths = torch.full((B,), shape.tokens, device=device, dtype=torch.int32)
@@ -78,6 +83,7 @@ def decode_inputs(shape: DecodeShape, device: str, dtype: torch.dtype) -> Decode
         keys=memory[:, :S],
         values=memory[:, S : 2 * S],
         digest=digest,
+        codes=memory[:, 2 * S + 2 :].view(B * P, H, rows, D),
         page_table=page_table,
         lengths=lengths,
         pages=torch.full_like(lengths, P),

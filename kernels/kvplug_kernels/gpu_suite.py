@@ -25,13 +25,16 @@ from typing import Any
 import torch
 
 from kvplug_kernels import flash3
+from kvplug_kernels.code_logits import bench as code_logits
 from kvplug_kernels.decode_shapes import DecodeInputs, DecodeShape, decode_inputs, serving_shapes
 from kvplug_kernels.graph_timing import Case, copy_case, describe, measure
+from kvplug_kernels.key_codes import bench as key_codes
 from kvplug_kernels.pack_tokens import bench as pack_tokens
 from kvplug_kernels.page_bound import bench as page_bound
 from kvplug_kernels.page_digest import bench as page_digest
 from kvplug_kernels.page_select import bench as page_select
 from kvplug_kernels.sparse_decode import bench as sparse_decode
+from kvplug_kernels.token_select import bench as token_select
 
 ROOT = Path(__file__).parents[2]
 BUDGET_S = 520.0
@@ -48,6 +51,10 @@ CASES: tuple[Callable[[DecodeInputs], Case], ...] = (
     sparse_decode.dense_case,
     sparse_decode.sdpa_case,
     pack_tokens.case,
+    key_codes.case,
+    code_logits.case,
+    token_select.case,
+    token_select.chain_case,
 )
 
 Report = dict[str, Any]
@@ -210,7 +217,7 @@ def fa3_differences(inputs: DecodeInputs) -> dict[str, float]:
 
 COLUMNS = (
     "page_digest", "page_bound", "page_select", "sparse_decode", "chain", "dense_kernel",
-    "dense_sdpa", "pack_tokens",
+    "dense_sdpa", "pack_tokens", "key_codes", "code_logits", "token_select", "token_chain",
 )  # fmt: skip
 
 

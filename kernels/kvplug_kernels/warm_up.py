@@ -18,8 +18,9 @@ from kvplug_kernels.token_select import token_select
 from kvplug_kernels.virtual_heads import virtual_heads
 
 
-def warm_up(dtype: torch.dtype) -> None:
-    """Both the serial and the threaded forms, for this process from now on.
+def warm_up(dtype: torch.dtype, pages: bool = True, tokens: bool = True) -> None:
+    """Both the serial and the threaded forms, for this process from now on. pages, tokens: what
+    will be chosen; the other's code is compiled when it is first called.
 
     Does nothing without Numba. Call it in a process that will start no other vLLM engine: vLLM
     0.32 cannot start one where Numba is loaded (its scan for Triton kernels stumbles over
@@ -30,29 +31,35 @@ def warm_up(dtype: torch.dtype) -> None:
     CompiledCpu.enabled = True
     if not wants_compiled(torch.empty(0, dtype=dtype)):
         return
+    for width in (1, 1 << 15):
+        if pages:
+            choose_pages(dtype, width)
+        if tokens:
+            choose_tokens(dtype, width)
+
+
+def choose_pages(dtype: torch.dtype, width: int) -> None:
+    """Of one token each, all the first one."""
     digest = torch.zeros(1, 1, 2, 64, dtype=dtype)
-    for pages in (1, 1 << 15):
-        counts = torch.full((1,), pages, dtype=torch.int32)
-        table = torch.zeros(1, pages, dtype=torch.int32)
-        scores = page_bound(torch.zeros(1, 1, 64, dtype=dtype), digest, table, counts)
-        chosen, taken = page_select(scores, counts, torch.ones_like(counts), 1)
-        virtual_heads(table, chosen, taken, counts, 1, 1, 1)
-        update_page_digest(
-            digest, torch.zeros(pages, 1, 64, dtype=dtype), torch.zeros(pages).long(), 1
-        )
-        warm_up_tokens(dtype, table, pages)
+    counts = torch.full((1,), width, dtype=torch.int32)
+    table = torch.zeros(1, width, dtype=torch.int32)
+    scores = page_bound(torch.zeros(1, 1, 64, dtype=dtype), digest, table, counts)
+    chosen, taken = page_select(scores, counts, torch.ones_like(counts), 1)
+    virtual_heads(table, chosen, taken, counts, 1, 1, 1)
+    update_page_digest(
+        digest, torch.zeros(width, 1, 64, dtype=dtype), torch.zeros(width).long(), 1
+    )
 
 
-def warm_up_tokens(dtype: torch.dtype, table: torch.Tensor, pages: int) -> None:
-    """The same for a choice of tokens, over as many pages of the first one."""
+def choose_tokens(dtype: torch.dtype, width: int) -> None:
+    """Of as many pages, all the first one."""
     S, D, bits = 8, 64, 2
-    lengths = torch.full((1,), pages * S + 1, dtype=torch.int32)
-    counts = lengths // S
+    lengths = torch.full((1,), width * S, dtype=torch.int32)
     keys = torch.zeros(1, S, 1, D, dtype=dtype)
     codes = torch.zeros(1, 1, code_rows(S, bits, dtype.itemsize), D, dtype=dtype)
     query = torch.zeros(1, 1, D, dtype=dtype)
-    update_key_codes(codes, keys, torch.zeros(pages * S, dtype=torch.int64), bits)
-    logits = code_logits(query, codes, table, counts, S, bits)
-    chosen, taken = token_select(logits, 1, lengths, S, lengths, pages * S + 1, 1.0)
-    wider = torch.nn.functional.pad(table, (0, 1))
-    sparse_decode(query, keys, keys, wider, chosen, taken, lengths, 1.0, unit=1)
+    table = torch.zeros(1, width, dtype=torch.int32)
+    update_key_codes(codes, keys, torch.full((width * S,), -1), bits)
+    logits = code_logits(query, codes, table, lengths // S, S, bits)
+    chosen, taken = token_select(logits, 1, lengths, S, lengths, width * S, 1.0)
+    sparse_decode(query, keys, keys, table, chosen, taken, lengths, 1.0, unit=1)

@@ -47,7 +47,7 @@ def test_dry_run_fills_a_report(tmp_path):
     (cell,) = report["cells"]
     assert set(cell["timings"]) == {
         "page_digest", "page_bound", "page_select", "sparse_decode", "chain",
-        "pack_tokens",
+        "pack_tokens", "key_codes", "code_logits", "token_select", "token_chain",
         *report["method"]["baselines"],
     }  # fmt: skip
     for timing in cell["timings"].values():

@@ -50,7 +50,7 @@ def locate(places, pool, table, chosen, start, count, h, size, unit):
         place[t] = begin + (token - page * size) * pool[2]
 
 
-@numba.njit(inline="always")
+@numba.njit(nogil=True, fastmath=FAST_MATH)
 def widen_row(wide, pool, element, begin, following):
     """wide [D] = a key or value that is in the caches, while the following one is fetched."""
     D = len(wide)
@@ -67,7 +67,7 @@ def widen_row(wide, pool, element, begin, following):
             prefetch_line(ahead + d * stride)
 
 
-@numba.njit(inline="always")
+@numba.njit(nogil=True, fastmath=FAST_MATH)
 def four_dots(one, two, three, four, row):
     a = b = c = e = np.float32(0)
     for d in range(len(row)):
