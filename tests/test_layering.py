@@ -36,7 +36,7 @@ MAY_IMPORT = {
 AT_IMPORT = {
     "kernels/**/kernel.py": {"triton"},
     "kernels/**/cpu.py": {"numba", "numpy"},
-    "kernels/kvplug_kernels/cpu_memory.py": {"llvmlite", "numba", "numpy"},
+    "kernels/**/cpu_*.py": {"llvmlite", "numba", "numpy"},
     "kernels/**/bench.py": {"triton"},
     "kernels/kvplug_kernels/gpu_suite.py": {"triton"},
     "kvplug/cli.py": {"typer", "rich"},

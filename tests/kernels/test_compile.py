@@ -136,10 +136,11 @@ def variants(hip: bool) -> list[Variant]:
             Variant(f"virtual_heads U{unit}", virtual_heads.virtual_heads_kernel, heads, {})
         )
     for chooses in (True, False):
-        of = {"S": 32, "CHOOSES": chooses}
+        of = {"U": 1 if chooses else 32, "CHOOSES": chooses}
+        slots = {"S": 32, **of, "BT": 1024}
         found += [
             Variant(f"bounds {chooses}", slot_lists.bounds_kernel, {**of, "BN": 1024}, {}),
-            Variant(f"slots {chooses}", slot_lists.slots_kernel, {**of, "BT": 1024}, {}),
+            Variant(f"slots {chooses}", slot_lists.slots_kernel, slots, {}),
         ]
     return found
 

@@ -8,9 +8,11 @@ import torch
 from kvplug_kernels.pack_tokens import reference as pack_tokens
 from kvplug_kernels.page_digest import reference as page_digest
 from kvplug_kernels.page_select import reference as page_select
+from kvplug_kernels.token_select import reference as token_select
 from tests.kernels.test_pack_tokens import check as check_packing
 from tests.kernels.test_pack_tokens import job
 from tests.kernels.test_page_select import check
+from tests.kernels.test_token_select import check as check_tokens
 
 pytest.importorskip("hypothesis", reason="Hypothesis is not installed")
 
@@ -65,6 +67,29 @@ def problems(draw):
 @given(problems())
 def test_selection_equals_sorting(problem):
     check(*problem, *page_select.page_select(*problem))
+
+
+@st.composite
+def token_problems(draw):
+    """Few distinct logits in pages of a few tokens, what is not scored NaN."""
+    B, heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    size, sinks, T = draw(st.integers(1, 4)), draw(st.integers(0, 5)), 20
+    levels = st.sampled_from([float("-inf"), -3.0, 0.0, 0.5, 2.0, 7.0])
+    logits = draw(st.lists(levels, min_size=B * heads * group * T, max_size=B * heads * group * T))
+    logits = torch.tensor(logits).view(B, heads * group, T)
+    counts = st.lists(st.integers(0, T), min_size=B, max_size=B)
+    lengths, keep = (torch.tensor(draw(counts), dtype=torch.int32) for _ in range(2))
+    for row, length in zip(logits, lengths.tolist(), strict=True):
+        row[:, max(length - 1, 0) // size * size :] = float("nan")
+    width = draw(st.integers(size + sinks, T + 9))
+    top_p = draw(st.sampled_from([None, 0.1237, 0.5003, 0.8991, 0.9903]))
+    return logits, heads, lengths, size, keep, width, 0.7, top_p, sinks
+
+
+@settings(max_examples=200, deadline=None)
+@given(token_problems())
+def test_choice_of_tokens_equals_sorting(problem):
+    check_tokens(*problem, *token_select.token_select(*problem))
 
 
 @st.composite
