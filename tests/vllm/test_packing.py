@@ -250,7 +250,7 @@ options = st.fixed_dictionaries(
 events = st.lists(event, min_size=1, max_size=20)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     policies,
     options,
@@ -268,7 +268,7 @@ def test_no_schedule_leaks_a_block_or_shares_one_that_is_private(
     play(Packed([spec], blocks, chunk, ahead, max_model_len=320, must_fit=must_fit), events)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(policies, options, events, st.integers(0, 60), st.sampled_from([16, 30, 100]))
 def test_nor_does_one_beside_the_models_own_windowed_layers(
     policy, options, events, spare, window
@@ -286,7 +286,7 @@ ASKED = [
 ]  # fmt: skip
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     st.lists(st.sampled_from(ASKED), min_size=2),
     st.sampled_from([True, True, False]),
@@ -306,7 +306,7 @@ def test_nor_does_one_of_requests_with_policies_of_their_own(
     play(Packed([spec], blocks, chunk, ahead, max_model_len=320, asks=asks), events)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(options, events, st.integers(0, 60), st.sampled_from([16, 40, 300]))
 def test_nor_does_one_whose_layers_keep_different_budgets(options, events, spare, chunk):
     line = "pyramid(snapkv(budget=64, window=16))"

@@ -167,7 +167,11 @@ def test_what_has_no_effect_is_said_and_breaks_nobody(
 @pytest.mark.parametrize(
     "given, variable, wanted",
     [
-        ({}, "", {"policy": "quest(budget=2048, dense_layers=2)", "min_context": 8192}),
+        (
+            {},
+            "",
+            {"policy": "twilight(budget=0.0625, bits=2, dense_layers=2)", "min_context": 8192},
+        ),
         ({"protect": 4}, "dense", {"policy": "dense", "min_context": 0, "protect": 4}),
         ({"policy": "dense", "min_context": 7}, "quest", {"policy": "dense", "min_context": 7}),
     ],
