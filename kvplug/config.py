@@ -46,8 +46,8 @@ def read_settings(given: object = None, environ: Mapping[str, str] | None = None
     """The ``kvplug`` entry of an engine's configuration -> settings.
 
     Without a policy anywhere: twilight(budget=0.0625) above 8,192 tokens, dense below. A named
-    policy has ``min_context=0`` unless it says otherwise. Raises ValueError that names the key, what was
-    wanted, what came and what to write instead.
+    policy has ``min_context=0`` unless it says otherwise. Raises ValueError that names the key,
+    what was wanted, what came and what to write instead.
     """
     if given is None:
         given = {}

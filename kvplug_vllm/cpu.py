@@ -49,12 +49,14 @@ class KVPlugBuilder(PlannedBuilder, CPUAttentionMetadataBuilder):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        spec = self.kv_cache_spec
-        if self.layers and any(isinstance(each, TokenSelector) for each in self.offer.selectors):
+        spec, choosing = self.kv_cache_spec, self.offer.selectors
+        tokens = any(isinstance(each, TokenSelector) for each in choosing)
+        if self.layers and tokens:
             compat.cpu_page_strides(self.isa, spec.block_size, spec.head_size, spec.dtype)
         own_process = self.vllm_config.parallel_config.distributed_executor_backend == "mp"
         if own_process and self.layers and self.offer.digest is not None:
-            warm_up(self.kv_cache_spec.dtype)
+            pages = not all(isinstance(each, TokenSelector) for each in choosing)
+            warm_up(spec.dtype, pages=pages, tokens=tokens)
 
 
 class KVPlugBackend(PlannedBackend, CPUAttentionBackend):
