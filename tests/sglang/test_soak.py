@@ -9,7 +9,7 @@ import pytest
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
-REQUESTS = 520
+REQUESTS = 320
 POOL = 2048
 OFFER = {
     "policy": "snapkv(budget=64, window=16)",
