@@ -38,7 +38,7 @@ from kvplug.policy import (
 )
 from kvplug.registry import policy_class, policy_names
 from kvplug.segments import Segments
-from kvplug.selection import choose_units
+from kvplug.selection import choose_units, logits_bytes
 
 __version__ = "0.1.0"
 
@@ -71,6 +71,7 @@ __all__ = [
     "choose_units",
     "digest_bytes",
     "keep_tokens",
+    "logits_bytes",
     "parse",
     "policy_class",
     "policy_names",

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kvplug.policy import Selector, TokenSelector
 from kvplug_kernels.page_select import page_select
 from kvplug_kernels.token_select import token_select
+
+ROOM = 1 << 29
+"""Bytes of a step's logits at once: a request's are as many as its longest may have tokens."""
+
+
+def logits_bytes(queries: int, heads: int, tokens: int) -> int:
+    """What choosing among tokens takes at once, with its weights. heads: query heads."""
+    return 2 * min(4 * queries * heads * tokens, max(ROOM, 4 * heads * tokens))
 
 
 def choose_units(
@@ -32,18 +41,37 @@ def choose_units(
     if digest is not None:
         query = query.to(digest.dtype)  # of the cache, which need not be the model's
     if isinstance(selector, TokenSelector):
-        full = (lengths.clamp(min=1) - 1) // page_size
-        logits = selector.score(query, digest, page_table, full, page_size)
-        # A table that no step is wide enough for still names what each query must read.
-        most = max(width, selector.least(page_size))
-        chosen, counts = token_select(
-            logits, query.shape[1], lengths, page_size, keep, most, scale,
-            top_p=selector.mass, sinks=selector.sinks,
-        )  # fmt: skip
-        return chosen[:, :, :width], counts
+        each = 4 * query.shape[1] * query.shape[2] * page_table.shape[1] * page_size
+        rows = max(1, ROOM // each)
+        parts = [
+            _choose_tokens(
+                selector, query[row:][:rows], digest, page_table[row:][:rows],
+                lengths[row:][:rows], keep[row:][:rows], page_size, width, scale,
+            )
+            for row in range(0, max(1, len(query)), rows)
+        ]  # fmt: skip
+        if len(parts) == 1:
+            return parts[0]
+        chosen, counts = zip(*parts, strict=True)
+        return torch.cat(chosen), torch.cat(counts)
     scores = selector.score(query, digest, page_table, pages, page_size)
     if selector.mass is not None:
         scores = scores * scale
     return page_select(
         scores, pages, keep, width, top_p=selector.mass, minimum=min(selector.min_pages, width)
     )
+
+
+def _choose_tokens(
+    selector: TokenSelector, query: Tensor, digest: Tensor | None, page_table: Tensor,
+    lengths: Tensor, keep: Tensor, page_size: int, width: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    full = (lengths.clamp(min=1) - 1) // page_size
+    logits = selector.score(query, digest, page_table, full, page_size)
+    # A table that no step is wide enough for still names what each query must read.
+    most = max(width, selector.least(page_size))
+    chosen, counts = token_select(
+        logits, query.shape[1], lengths, page_size, keep, most, scale,
+        top_p=selector.mass, sinks=selector.sinks,
+    )  # fmt: skip
+    return chosen[:, :, :width], counts

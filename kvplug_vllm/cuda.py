@@ -20,7 +20,7 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from kvplug import keep_tokens
+from kvplug import keep_tokens, logits_bytes
 from kvplug_vllm.attention import PlannedBackend, PlannedImpl
 from kvplug_vllm.settings import Engine, offer_of
 from kvplug_vllm.step import PlannedBuilder
@@ -56,12 +56,17 @@ class KVPlugImpl(PlannedImpl, FlashAttentionImpl):
             self.recent = torch.zeros(shape, dtype=act_dtype, device=device)
 
     def rehearse(self, layer: Any, key: Tensor) -> None:
-        """What packing the longest prompt takes, by each policy that a request may have."""
+        """What packing the longest prompt takes, by each policy that a request may have, and
+        what choosing among the tokens of a step's requests does."""
         assert Engine.current is not None
         offer, longest = (
             Engine.current.offer,
             Engine.current.vllm_config.model_config.max_model_len,
         )
+        if self.chooses_tokens:
+            most = Engine.current.vllm_config.scheduler_config.max_num_seqs
+            room = logits_bytes(most, self.num_heads, longest)
+            key.new_empty(room, dtype=torch.uint8)
         for scored in offer.scorers:
             kv = key.new_zeros(1, longest, self.num_kv_heads, 2 * self.head_size)
             keys, values = kv.split(self.head_size, dim=-1)

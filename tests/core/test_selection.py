@@ -297,3 +297,26 @@ def test_twilights_mass_stops_as_soon_as_it_is_reached(length, top_p, keep):
         if len(chosen) > S + 4 and free:
             least = min(free, key=lambda t: weight[t])
             assert weight[scored].sum() - weight[least] < top_p + 1e-5
+
+
+def test_logits_of_many_requests_take_no_more_room_than_those_of_some(monkeypatch):
+    from kvplug import selection
+
+    selector = parse("twilight(budget=30, dense_layers=0)").selector
+    cache = cache_of([7 * S + 3, 40, 3, 9 * S, 120], selector.digest)
+    query = torch.randn(5, 2, 3, 8)
+    whole = choose(selector, cache, query, 30)
+    each = 4 * 2 * 3 * cache.table.shape[1] * S
+    made, score = [], type(selector).score
+
+    def counted(*arguments):
+        made.append(score(*arguments).nbytes)
+        return score(*arguments)
+
+    monkeypatch.setattr(type(selector), "score", counted)
+    for room, parts in ((2 * each, [2, 2, 1]), (1, [1] * 5)):
+        made.clear()
+        monkeypatch.setattr(selection, "ROOM", room)
+        assert choose(selector, cache, query, 30) == whole
+        assert made == [rows * each for rows in parts]
+        assert 2 * max(made) <= selection.logits_bytes(5, 6, cache.table.shape[1] * S)

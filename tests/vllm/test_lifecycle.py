@@ -53,7 +53,7 @@ def test_preempted_requests_answer_as_alone(engine, random_llama, prompts, polic
         random_llama(),
         {"policy": policy},
         enable_prefix_caching=caching,
-        num_gpu_blocks_override=30 if "quest" in policy or "twilight" in policy else 22,
+        num_gpu_blocks_override=30 if "quest" in policy else 22,
         max_model_len=512,
         max_num_batched_tokens=128,
     ) as planned:
