@@ -11,10 +11,8 @@ import pytest
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 POLICIES = [
-    pytest.param("knorm(budget=64)", marks=pytest.mark.cpu),
     pytest.param("snapkv(budget=96)", marks=pytest.mark.cpu),
     "snapkv(budget=128) + quest(budget=96, dense_layers=0)",
-    pytest.param("quest(budget=96, dense_layers=0)", marks=pytest.mark.cpu),
     "quest(budget=160, top_p=0.9, dense_layers=1)",
     pytest.param("streaming_llm(sinks=4, window=100)", marks=pytest.mark.cpu),
     "streaming_llm(sinks=40, window=150) + quest(budget=96, dense_layers=0)",
