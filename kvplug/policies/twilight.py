@@ -49,7 +49,7 @@ class KeyCodes:
 @dataclass(frozen=True, kw_only=True)
 class Twilight(TokenSelector):
     name = "twilight"
-    reads = "budget, plus the keys in two bits"
+    reads = "budget, plus the keys in few bits"
     paper = "https://arxiv.org/abs/2502.02770"
 
     budget: int | float = 0.0625
