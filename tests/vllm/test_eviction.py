@@ -228,6 +228,7 @@ def add(engine, name, prompt, tokens):
     )
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("policy", ["snapkv(budget=512)", "knorm(budget=500)"])
 def test_held_blocks_are_nominal_and_three_times_as_many_requests_run(
     engine, random_llama, prompts, policy
