@@ -12,16 +12,25 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from typing import TypeVar
 
 from kvplug.composition import Composition
 from kvplug.config import Settings, check_keys, read_settings, token_count
 from kvplug.grammar import parse
-from kvplug.policy import Digest, LayerBudgets, PositionalEviction, ScoredEviction, Selector
+from kvplug.policy import (
+    Digest,
+    LayerBudgets,
+    Policy,
+    PositionalEviction,
+    ScoredEviction,
+    Selector,
+)
 from kvplug.registry import did_you_mean, policy_class
 
 SERVER_KEYS = ("policy", "min_context", "protect", "allow", "max_budget")
 REQUEST_KEYS = ("policy", "budget", "min_context", "protect")
 DENSE = "dense"
+Kind = TypeVar("Kind", bound=Policy)
 LONGEST = 10_000
 """Characters of what a request says: it is remembered, and every span costs each layer."""
 MOST_SPANS = 256
@@ -100,18 +109,16 @@ class Offer:
     @property
     def scorers(self) -> list[ScoredEviction]:
         """What may compress a prompt here: the server's own, and those that requests may name."""
-        own = self.settings.policy.scored
-        classes = [policy_class(name) for name in self.allow]
-        allowed = [cls() for cls in classes if issubclass(cls, ScoredEviction)]
-        others = [each for each in allowed if type(each) is not type(own)]
-        return others if own is None else [own, *others]
+        return self._offered(ScoredEviction, self.settings.policy.scored)  # type: ignore[type-abstract]
 
     @property
     def selectors(self) -> list[Selector]:
         """What may choose what a step reads here, as ``scorers``."""
-        own = self.settings.policy.selector
+        return self._offered(Selector, self.settings.policy.selector)  # type: ignore[type-abstract]
+
+    def _offered(self, kind: type[Kind], own: Kind | None) -> list[Kind]:
         classes = [policy_class(name) for name in self.allow]
-        allowed = [cls() for cls in classes if issubclass(cls, Selector)]
+        allowed = [cls() for cls in classes if issubclass(cls, kind)]
         others = [each for each in allowed if type(each) is not type(own)]
         return others if own is None else [own, *others]
 

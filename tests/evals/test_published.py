@@ -24,6 +24,12 @@ def test_a_report_is_what_its_answers_say(name):
     assert beside == {"report.md", PACKED, *plots}
 
 
+def test_no_path_of_a_machine_is_published():
+    for file in PUBLISHED.rglob("*"):
+        if file.suffix in (".md", ".jsonl"):
+            assert "--out /" not in file.read_text(), file
+
+
 def test_a_listing_is_short():
     assert len(REPORTS) == 6
     assert len([file for file in PUBLISHED.rglob("*") if file.is_file()]) < 40
