@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("lm_eval")
 
@@ -20,6 +21,10 @@ from kvplug_evals.sweep.settings import Suite, expand, read_suite
 
 RECALL = Path(__file__).parents[2] / ".models" / "recall"
 FP8, WINDOW = "engine(kv_cache_dtype=fp8_e4m3)", "engine(sliding_window=256)"
+FP8_RUNS = torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()
+needs_fp8 = pytest.mark.skipif(
+    not FP8_RUNS, reason="vLLM keeps fp8 caches on CPUs with AVX-512 or AMX, this one has neither"
+)
 
 
 def test_a_line_prints_as_it_is_read():
@@ -84,7 +89,7 @@ def asked():
         model=str(RECALL), max_model_len=1024, max_num_seqs=2, kv_cache_mib=64, multiprocess=False
     )
     found = {}
-    for policy in ("dense", FP8, WINDOW):
+    for policy in ("dense", FP8, WINDOW) if FP8_RUNS else ("dense", WINDOW):
         dtype = "float32" if policy == WINDOW else "auto"
         engine = start_engine("vllm", policy, replace(options, dtype=dtype))
         try:
@@ -103,13 +108,14 @@ def asked():
 class TestInVLLM:
     def test_kvplug_has_no_part_in_it(self, asked):
         assert asked["dense"][3].name == "KVPLUG"
-        assert asked[FP8][3] is None
-        assert asked[WINDOW][3] is None
+        assert all(found[3] is None for policy, found in asked.items() if policy != "dense")
 
+    @needs_fp8
     def test_fp8_halves_the_bytes_of_as_many_blocks(self, asked):
         (dense, right, block, _), (fp8, still, half, _) = asked["dense"], asked[FP8]
         assert right == still == [True, True]
         assert fp8.held_blocks == dense.held_blocks
+        assert (fp8.queries, fp8.cached, fp8.read) == (dense.queries, dense.cached, dense.read)
         assert half * 2 == block
 
     def test_the_cache_is_of_the_dtype_that_was_asked_for(self, asked):
@@ -124,9 +130,8 @@ class TestInVLLM:
         assert wave.held_blocks < asked["dense"][0].held_blocks / 2
 
     def test_arithmetic_says_what_counters_would(self, asked):
-        dense, fp8, window = (asked[policy][0] for policy in ("dense", FP8, WINDOW))
+        dense, window = asked["dense"][0], asked[WINDOW][0]
         assert dense.queries > 0
-        assert (fp8.queries, fp8.cached, fp8.read) == (dense.queries, dense.cached, dense.read)
         assert (window.queries, window.cached) == (dense.queries, dense.cached)
         assert window.read == window.queries * 256
 
