@@ -41,8 +41,9 @@ def demo(
     """Serve one long conversation under several policies and compare them. Takes minutes."""
     try:
         from kvplug_evals.demo.report import NothingSaved
-        from kvplug_evals.demo.session import configure, run_demo
+        from kvplug_evals.demo.session import run_demo
         from kvplug_evals.engines.interface import EngineError
+        from kvplug_evals.served.choose import configure
     except ModuleNotFoundError as error:
         raise SystemExit(
             f"the demo needs {error.name}; install it with: pip install 'kvplug[cli,plot,evals]'"

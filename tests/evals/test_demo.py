@@ -19,12 +19,12 @@ from kvplug_evals.demo.conversation import (  # noqa: E402
     CLIENTS,
     DOCUMENTS,
     FACTS,
+    SIZES,
     TURNS,
     Sizes,
     conversation,
     documents,
 )
-from kvplug_evals.demo.engine import EngineState  # noqa: E402
 from kvplug_evals.demo.measure import Reply, Row, Turn  # noqa: E402
 from kvplug_evals.demo.plot import draw  # noqa: E402
 from kvplug_evals.demo.report import (  # noqa: E402
@@ -34,12 +34,14 @@ from kvplug_evals.demo.report import (  # noqa: E402
     check_savings,
     say_result,
 )
-from kvplug_evals.demo.server import serve  # noqa: E402
-from kvplug_evals.demo.session import configure, policies  # noqa: E402
-from kvplug_evals.demo.sglang import SGLang  # noqa: E402
-from kvplug_evals.demo.vllm import VLLM  # noqa: E402
+from kvplug_evals.demo.session import POLICIES  # noqa: E402
 from kvplug_evals.engines.interface import EngineError  # noqa: E402
-from kvplug_evals.serving import diagnose  # noqa: E402
+from kvplug_evals.served.choose import configure, policies  # noqa: E402
+from kvplug_evals.served.engine import EngineState  # noqa: E402
+from kvplug_evals.served.process import diagnose  # noqa: E402
+from kvplug_evals.served.sglang import SGLang  # noqa: E402
+from kvplug_evals.served.start import serve  # noqa: E402
+from kvplug_evals.served.vllm import VLLM  # noqa: E402
 
 ENGINES = [VLLM, SGLang]
 
@@ -96,7 +98,7 @@ def test_the_conversation_is_the_same_every_time_and_long():
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_client_asks_one_fact_a_turn_and_each_is_there_once(engine):
-    talk = conversation(engine.sizes)
+    talk = conversation(SIZES[engine.package])
     assert sorted(question.key for question in talk.questions) == sorted(FACTS)
     for turn in range(TURNS):
         assert [question.client for question in talk.turn(turn)] == list(range(CLIENTS))
@@ -113,8 +115,8 @@ def test_a_follow_up_quotes_the_true_answer():
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_documents_share_nothing_and_are_more_than_the_pool_holds(engine):
-    made = documents(engine.sizes)
-    assert made == documents(engine.sizes)
+    made = documents(SIZES[engine.package])
+    assert made == documents(SIZES[engine.package])
     assert len({text[:200] for text in made}) == len(made) == DOCUMENTS
     # A block of 32 tokens of SmolLM2 is 720 KiB.
     assert sum(map(least_tokens, made)) / 32 * 720 / 1024 > engine(model=Path()).kv_cache_mib
@@ -177,23 +179,23 @@ def test_every_policy_of_sglang_gets_the_same_bytes(tmp_path):
 
 
 def test_dense_comes_first_and_nothing_twice():
-    assert policies(VLLM, ["quest(budget=64)", "dense", "quest(budget=64)"]) == [
+    assert policies(["quest(budget=64)", "dense", "quest(budget=64)"]) == [
         "dense",
         "quest(budget=64)",
     ]
     for engine in ENGINES:
-        assert policies(engine, []) == list(engine.policies)
+        assert policies(POLICIES[engine.package]) == ["dense", *POLICIES[engine.package]]
     with pytest.raises(ValueError, match="Did you mean 'quest'"):
-        policies(VLLM, ["qest"])
+        policies(["qest"])
 
 
 def test_what_cannot_be_served_is_refused(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r"must be vllm or sglang, got 'llama\.cpp'"):
         configure("llama.cpp", tmp_path, {})
-    monkeypatch.setattr("kvplug_evals.demo.session.find_spec", lambda name: None)
+    monkeypatch.setattr("kvplug_evals.served.choose.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"run make demo-sglang, or pip install 'kvplug\[sglang"):
         configure("sglang", tmp_path, {})
-    monkeypatch.setattr("kvplug_evals.demo.session.find_spec", lambda name: True)
+    monkeypatch.setattr("kvplug_evals.served.choose.find_spec", lambda name: True)
     with pytest.raises(ValueError, match="--enforce-eager is not for SGLang; leave it out"):
         configure("sglang", tmp_path, {"enforce_eager": False})
     assert configure("sglang", tmp_path, {"kv_cache_mib": None}) == SGLang(model=tmp_path)
@@ -243,7 +245,7 @@ def result(request):
         row("quest(budget=512)", 157, 783),
         row("snapkv(budget=1024) + quest(budget=512)", 190, 600, at_once=7),
     ]
-    return Result(rows=rows, engine=engine, machine=machine, seconds=120)
+    return Result(rows=rows, engine=engine, sizes=Sizes(), machine=machine, seconds=120)
 
 
 def test_fewer_blocks_or_fewer_reads_are_savings(result):

@@ -6,24 +6,22 @@ import json
 import os
 import sys
 from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 from rich.console import Console
 
 from kvplug_evals.demo.conversation import CLIENTS, DOCUMENTS, TURNS, Sizes
 from kvplug_evals.demo.session import run_demo
-from kvplug_evals.demo.sglang import SGLang
+from kvplug_evals.served.sglang import SGLang
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
+SIZES = Sizes(characters=1500, document_characters=1200, document_tokens=8)
 POLICY = "snapkv(budget=96, window=32) + quest(budget=64, dense_layers=0)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Small(SGLang):
-    sizes: ClassVar[Sizes] = Sizes(characters=1500, document_characters=1200, document_tokens=8)
-
     chunk: int = 256
     kv_cache_mib: int = 32
 
@@ -35,7 +33,8 @@ class Small(SGLang):
 def test_the_demo_serves_and_measures_sglang(smollm2, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     with (tmp_path / "console.txt").open("w") as said:
-        run_demo([POLICY], Small(model=smollm2), tmp_path, Console(file=said, width=100))
+        console = Console(file=said, width=100)
+        run_demo([POLICY], Small(model=smollm2), tmp_path, console, sizes=SIZES)
     found = json.loads((tmp_path / "demo.json").read_text())
     dense, planned = found["policies"]
     assert [dense["policy"], planned["policy"]] == ["dense", POLICY]

@@ -18,8 +18,9 @@ from tests.pace import Pace
 httpx = pytest.importorskip("httpx")
 
 from kvplug import parse  # noqa: E402
-from kvplug_evals.demo.server import serve  # noqa: E402
-from kvplug_evals.demo.vllm import VLLM  # noqa: E402
+from kvplug_evals.served.engine import NAME  # noqa: E402
+from kvplug_evals.served.start import serve  # noqa: E402
+from kvplug_evals.served.vllm import VLLM  # noqa: E402
 from kvplug_sglang import metrics as in_sglang  # noqa: E402
 from kvplug_vllm import counters, metrics  # noqa: E402
 
@@ -57,7 +58,7 @@ def served(model, policy, tmp_path, **options) -> tuple[dict[str, float], str, P
         for prompt in prompts:
             answer = httpx.post(
                 f"{server.url}/v1/completions",
-                json={"model": "demo", "prompt": prompt, **request},
+                json={"model": NAME, "prompt": prompt, **request},
                 timeout=120,
             )
             assert answer.status_code == 200, answer.text

@@ -18,8 +18,9 @@ from tests.pace import Pace
 
 httpx = pytest.importorskip("httpx")
 
-from kvplug_evals.demo.server import serve  # noqa: E402
-from kvplug_evals.demo.vllm import VLLM  # noqa: E402
+from kvplug_evals.served.engine import NAME  # noqa: E402
+from kvplug_evals.served.start import serve  # noqa: E402
+from kvplug_evals.served.vllm import VLLM  # noqa: E402
 from tests.vllm.test_metrics import shown  # noqa: E402
 
 pytestmark = [pytest.mark.engine, pytest.mark.cpu, pytest.mark.timeout(400)]
@@ -52,7 +53,7 @@ class Running:
 
     def ask(self, path="completions", choice=None, **body) -> httpx.Response:
         xargs = {} if choice is None else {"vllm_xargs": {"kvplug": choice}}
-        body = {"model": "demo", "max_tokens": 4, "temperature": 0, **xargs, **body}
+        body = {"model": NAME, "max_tokens": 4, "temperature": 0, **xargs, **body}
         return httpx.post(f"{self.url}/v1/{path}", json=body, timeout=300)
 
     def counted(self) -> dict[str, dict[str, float]]:

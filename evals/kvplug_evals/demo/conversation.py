@@ -45,6 +45,14 @@ class Sizes:
     """Decoded behind each document."""
 
 
+# On a CPU SGLang's torch_native attention computes the queries of a whole context for every chunk
+# of a prompt and drops all but the chunk's: a second turn costs its context's length, squared.
+SIZES = {
+    "vllm": Sizes(),
+    "sglang": Sizes(characters=6_000, document_characters=4_000, document_tokens=32),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Question:
     client: int
@@ -62,6 +70,7 @@ class Question:
 class Conversation:
     context: str
     questions: tuple[Question, ...]
+    sizes: Sizes
 
     def turn(self, turn: int) -> list[Question]:
         """What the clients ask at once."""
@@ -98,7 +107,7 @@ def conversation(sizes: Sizes) -> Conversation:
             questions.append(
                 Question(client=client, turn=turn, key=key, answer=FACTS[key], depth=depth)
             )
-    return Conversation(context="\n\n".join(text), questions=tuple(questions))
+    return Conversation(context="\n\n".join(text), questions=tuple(questions), sizes=sizes)
 
 
 def documents(sizes: Sizes) -> list[str]:

@@ -14,7 +14,7 @@ import httpx
 
 from kvplug import parse
 from kvplug_evals.demo.conversation import TURNS, Conversation, Question
-from kvplug_evals.demo.engine import Engine, EngineState
+from kvplug_evals.served.engine import NAME, Engine, EngineState
 
 OUTPUT_TOKENS = 24
 SAMPLE_SECONDS = 0.1
@@ -146,13 +146,13 @@ class Clients:
         )
 
     async def read(self, document: str) -> None:
-        async for _ in self._stream(document, self.engine.sizes.document_tokens):
+        async for _ in self._stream(document, self.conversation.sizes.document_tokens):
             pass
 
     async def _stream(self, prompt: str, tokens: int) -> AsyncIterator[dict[str, Any]]:
         """Server-sent events of a greedy completion of exactly ``tokens`` tokens."""
         request = {
-            "model": "demo",
+            "model": NAME,
             "prompt": prompt,
             "max_tokens": tokens,
             "temperature": 0,

@@ -13,9 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvplug import parse
-from kvplug_evals.demo.conversation import CLIENTS, DOCUMENTS, TURNS, Conversation
-from kvplug_evals.demo.engine import Engine
+from kvplug_evals.demo.conversation import CLIENTS, DOCUMENTS, TURNS, Conversation, Sizes
 from kvplug_evals.demo.measure import OUTPUT_TOKENS, Row, Turn
+from kvplug_evals.served.engine import Engine
 
 
 class NothingSaved(Exception):
@@ -26,6 +26,7 @@ class NothingSaved(Exception):
 class Result:
     rows: list[Row]
     engine: Engine
+    sizes: Sizes
     machine: dict[str, str]
     seconds: float
 
@@ -181,7 +182,7 @@ def _room(result: Result) -> Table:
     table = _table(
         "Requests at once",
         ("most\nat once", "mean\nat once¹", "all\nserved in", "vs\ndense"),
-        f"{DOCUMENTS} documents of their own, {engine.sizes.document_tokens} tokens behind each, "
+        f"{DOCUMENTS} documents of their own, {result.sizes.document_tokens} tokens behind each, "
         f"in a pool of {engine.kv_cache_mib} MiB\n¹ of the engine's batch, while they were served",
     )
     for row in result.rows:
@@ -284,7 +285,11 @@ def as_json(result: Result) -> str:
     ]
     whole = {
         "machine": result.machine,
-        "settings": {**result.engine.as_json(), "output_tokens": OUTPUT_TOKENS},
+        "settings": {
+            **result.engine.as_json(),
+            "sizes": asdict(result.sizes),
+            "output_tokens": OUTPUT_TOKENS,
+        },
         "seconds": result.seconds,
         "policies": rows,
     }

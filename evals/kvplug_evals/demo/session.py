@@ -6,10 +6,8 @@ import asyncio
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
-from importlib.util import find_spec
 from pathlib import Path
 from time import monotonic
 
@@ -19,50 +17,35 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from kvplug import parse
 from kvplug_evals.demo import report
-from kvplug_evals.demo.conversation import CLIENTS, TURNS, Conversation, conversation, documents
-from kvplug_evals.demo.engine import Engine
+from kvplug_evals.demo.conversation import (
+    CLIENTS,
+    SIZES,
+    TURNS,
+    Conversation,
+    Sizes,
+    conversation,
+    documents,
+)
 from kvplug_evals.demo.measure import Row, hold
 from kvplug_evals.demo.plot import draw
-from kvplug_evals.demo.server import serve
-from kvplug_evals.demo.sglang import SGLang
-from kvplug_evals.demo.vllm import VLLM
+from kvplug_evals.served.choose import check_model, policies
+from kvplug_evals.served.engine import Engine
+from kvplug_evals.served.start import serve
 
-ENGINES: dict[str, type[Engine]] = {each.package: each for each in (VLLM, SGLang)}
-
-
-def policies(engine: type[Engine], lines: Sequence[str]) -> list[str]:
-    """The lines to compare, dense first, none twice. Raises ValueError for a bad line."""
-    chosen = ["dense", *(lines or engine.policies)]
-    named = {parse(line): line.strip() for line in reversed(chosen)}
-    return list(reversed(named.values()))
-
-
-def find_engine(name: str) -> type[Engine]:
-    """Raises ValueError that says what to do."""
-    if name not in ENGINES:
-        raise ValueError(f"--engine must be {' or '.join(ENGINES)}, got {name!r}")
-    engine = ENGINES[name]
-    if find_spec(engine.package) is None:
-        raise ValueError(
-            f"{engine.title} is not installed here; run make {engine.make}, or pip install "
-            f"'kvplug[{engine.package}]'"
-        )
-    return engine
-
-
-def configure(name: str, model: Path, options: Mapping[str, object]) -> Engine:
-    """An engine with the options that are not None. Raises ValueError that says what to do."""
-    engine = find_engine(name)
-    given = {option: value for option, value in options.items() if value is not None}
-    for option in given.keys() - {field.name for field in fields(engine)}:
-        raise ValueError(f"--{option.replace('_', '-')} is not for {engine.title}; leave it out")
-    return engine(model=model, **given)  # type: ignore[arg-type]
-
-
-def check_model(model: Path) -> None:
-    """Raises FileNotFoundError that says how to get one."""
-    if not (model / "config.json").exists():
-        raise FileNotFoundError(f"there is no model in {model}; run make models, or give --model")
+POLICIES = {
+    "vllm": (
+        "streaming_llm(sinks=32, window=992)",
+        "quest(budget=512)",
+        "snapkv(budget=1024)",
+        "snapkv(budget=1024) + quest(budget=512)",
+    ),
+    "sglang": (
+        "streaming_llm(sinks=32, window=480)",
+        "quest(budget=256)",
+        "snapkv(budget=512)",
+        "snapkv(budget=512) + quest(budget=256)",
+    ),
+}
 
 
 def run_demo(
@@ -71,15 +54,18 @@ def run_demo(
     out: Path,
     console: Console,
     check: Callable[[], object] = lambda: None,
+    sizes: Sizes | None = None,
 ) -> None:
     """Raises EngineError, report.NothingSaved, ValueError and OSError; no server is left.
+
+    ``sizes`` are the engine's of ``SIZES`` if None.
 
     ``check()`` is called again and again, and may raise to stop.
     """
     check_model(engine.model)
-    compared = policies(type(engine), lines)
+    compared = policies(lines or POLICIES[engine.package])
     out.mkdir(parents=True, exist_ok=True)
-    talk = conversation(engine.sizes)
+    talk = conversation(sizes or SIZES[engine.package])
     report.say_plan(console, talk, engine, len(compared))
     began = monotonic()
     rows = []
@@ -89,7 +75,11 @@ def run_demo(
             log = out / f"server-{place}.log"
             rows.append(_converse(line, talk, engine, log, console, progress, check))
     result = report.Result(
-        rows=rows, engine=engine, seconds=monotonic() - began, machine=machine(engine.package)
+        rows=rows,
+        engine=engine,
+        sizes=talk.sizes,
+        machine=machine(engine.package),
+        seconds=monotonic() - began,
     )
     report.say_result(console, result)
     plot, data = out / "demo.png", out / "demo.json"
@@ -129,7 +119,7 @@ def _converse(
             progress.advance(task)
             (report.say_documents if row.batch else report.say_turn)(console, row)
 
-        asyncio.run(hold(engine, server.url, talk, documents(engine.sizes), row, sampled, turned))
+        asyncio.run(hold(engine, server.url, talk, documents(talk.sizes), row, sampled, turned))
         show("stopping the server")
     return row
 

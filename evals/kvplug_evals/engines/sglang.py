@@ -24,7 +24,6 @@ import httpx
 import torch
 
 from kvplug import read_offer
-from kvplug_evals import serving
 from kvplug_evals.engines.forced_sglang import FORCED, SCORED, SCORES, ForcedTokens
 from kvplug_evals.engines.interface import EngineError, EngineOptions, MiB, Reply, Request, Wave
 from kvplug_evals.engines.running import (
@@ -37,7 +36,7 @@ from kvplug_evals.engines.running import (
 )
 from kvplug_evals.models.folder import served_dtype, token_bytes
 from kvplug_evals.scbench.documents import encoder
-from kvplug_evals.serving import free_port
+from kvplug_evals.served import process
 
 START_SECONDS = 900
 FLUSH_SECONDS = 60
@@ -263,11 +262,11 @@ class Server:
     """How a server is asked. Raises EngineError with its last words."""
 
     def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
-        port = free_port()
+        port = process.free_port()
         whole = [*arguments, "--host", "127.0.0.1", "--port", str(port)]
         file, name = tempfile.mkstemp(prefix="kvplug-sglang-", suffix=".log")
         os.close(file)
-        self.process = serving.Server("SGLang", whole, environment, Path(name))
+        self.process = process.Server("SGLang", whole, environment, Path(name))
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
 
     def wait(self) -> None:
@@ -366,7 +365,7 @@ def command(policy: str, options: EngineOptions) -> list[str]:
         *("--context-length", str(options.max_model_len)),
         *("--max-running-requests", str(options.max_num_seqs)),
         *("--chunked-prefill-size", str(options.max_num_batched_tokens)),
-        *("--nccl-port", str(free_port())),
+        *("--nccl-port", str(process.free_port())),
         *("--enable-metrics", "--load-snapshot-publish-interval", "1"),
         *("--enable-custom-logit-processor", "--incremental-streaming-output"),
         *("--skip-tokenizer-init", "--skip-server-warmup", "--sleep-on-idle"),

@@ -1,4 +1,4 @@
-"""One policy's server in the demo."""
+"""A server of one policy, from its start until it answers to its end."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import httpx
 
-from kvplug_evals import serving
-from kvplug_evals.demo.engine import Engine
+from kvplug_evals.served import process
+from kvplug_evals.served.engine import Engine
 
 START_SECONDS = 300
 
@@ -36,9 +36,9 @@ def serve(
         check()
         return _answers(url)
 
-    port = serving.free_port()
+    port = process.free_port()
     url = f"http://127.0.0.1:{port}"
-    server = serving.Server(engine.title, engine.command(policy, port), engine.environment(), log)
+    server = process.Server(engine.title, engine.command(policy, port), engine.environment(), log)
     try:
         server.wait(answers, START_SECONDS)
         yield Server(url=url, log=log, start_seconds=time.monotonic() - server.started)

@@ -1,4 +1,4 @@
-"""A served engine as the demo needs one: a command line, an environment, and what it counts."""
+"""A served engine: a command line, an environment, and what it counts of itself."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import ClassVar
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from kvplug_evals.demo.conversation import Sizes
-
 MiB = 1 << 20
+NAME = "served"
+"""Of the model, in requests."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +49,6 @@ class Engine(ABC):
     """The command as a user knows it, for the console."""
     make: ClassVar[str]
     """The target of the Makefile that sets all up."""
-    sizes: ClassVar[Sizes] = Sizes()
-    policies: ClassVar[tuple[str, ...]] = (
-        "dense",
-        "streaming_llm(sinks=32, window=992)",
-        "quest(budget=512)",
-        "snapkv(budget=1024)",
-        "snapkv(budget=1024) + quest(budget=512)",
-    )
     metrics: ClassVar[Sequence[str]]
     """What ``state`` needs of the engine's own."""
 
@@ -71,11 +63,11 @@ class Engine(ABC):
 
     @abstractmethod
     def command(self, policy: str, port: int) -> list[str]:
-        """What starts a server of the model named "demo" on 127.0.0.1."""
+        """What starts a server of the model named ``NAME`` on 127.0.0.1."""
 
     @abstractmethod
     def settings(self) -> dict[str, str]:
-        """Environment variables of the server, beside the demo's own."""
+        """Environment variables of the server, beside those of every engine."""
 
     @abstractmethod
     def read(self, found: Mapping[str, Sample]) -> dict[str, object]:
@@ -124,5 +116,4 @@ class Engine(ABC):
         )
 
     def as_json(self) -> dict[str, object]:
-        sizes = asdict(self.sizes)
-        return {"engine": self.package, **asdict(self), "model": str(self.model), "sizes": sizes}
+        return {"engine": self.package, **asdict(self), "model": str(self.model)}

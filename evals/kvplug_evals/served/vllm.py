@@ -1,4 +1,4 @@
-"""``vllm serve`` in the demo."""
+"""``vllm serve``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from prometheus_client.samples import Sample
 
-from kvplug_evals.demo.engine import Engine, MiB
+from kvplug_evals.served.engine import NAME, Engine, MiB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class VLLM(Engine):
         settings = json.dumps({"kvplug": {"policy": policy}})
         return [
             *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(self.model)),
-            *("--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port)),
+            *("--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)),
             *("--attention-backend", "kvplug", "--additional-config", settings),
             *("--block-size", str(self.block_size), "--enable-prefix-caching"),
             *("--enable-chunked-prefill", "--max-num-batched-tokens", str(self.chunk)),

@@ -1,8 +1,4 @@
-"""``sglang.launch_server`` in the demo, with a third of the context and half the budgets.
-
-On a CPU SGLang's torch_native attention computes the queries of a whole context for every chunk of
-a prompt and drops all but the chunk's: a second turn costs its context's length, squared.
-"""
+"""``sglang.launch_server``."""
 
 from __future__ import annotations
 
@@ -14,8 +10,7 @@ from typing import ClassVar
 from prometheus_client.samples import Sample
 
 from kvplug import digest_bytes, parse
-from kvplug_evals.demo.conversation import Sizes
-from kvplug_evals.demo.engine import Engine, MiB
+from kvplug_evals.served.engine import NAME, Engine, MiB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +19,6 @@ class SGLang(Engine):
     package: ClassVar[str] = "sglang"
     launcher: ClassVar[str] = "python -m sglang.launch_server --model-path"
     make: ClassVar[str] = "demo-sglang"
-    sizes: ClassVar[Sizes] = Sizes(characters=6_000, document_characters=4_000, document_tokens=32)
-    policies: ClassVar[tuple[str, ...]] = (
-        "dense",
-        "streaming_llm(sinks=32, window=480)",
-        "quest(budget=256)",
-        "snapkv(budget=512)",
-        "snapkv(budget=512) + quest(budget=256)",
-    )
     metrics: ClassVar[tuple[str, ...]] = (
         "sglang:max_total_num_tokens",
         "sglang:kv_used_tokens",
@@ -45,7 +32,7 @@ class SGLang(Engine):
     def command(self, policy: str, port: int) -> list[str]:
         return [
             *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(self.model)),
-            *("--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port)),
+            *("--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)),
             *("--attention-backend", "kvplug", "--kvplug-policy", policy),
             *("--page-size", str(self.block_size), "--chunked-prefill-size", str(self.chunk)),
             *("--context-length", str(self.max_model_len), "--max-running-requests", "8"),
