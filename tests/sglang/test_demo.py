@@ -24,10 +24,8 @@ POLICY = "snapkv(budget=96, window=32) + quest(budget=64, dense_layers=0)"
 class Small(SGLang):
     chunk: int = 256
     kv_cache_mib: int = 32
-
-    def command(self, policy: str, port: int) -> list[str]:
-        """Not in bfloat16, which a CPU without its instructions is eight times slower at."""
-        return [*super().command(policy, port), "--dtype", "float32"]
+    dtype: str = "float32"
+    """Not bfloat16, which a CPU without its instructions is eight times slower at."""
 
 
 def test_the_demo_serves_and_measures_sglang(smollm2, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""``kvplug bench``: options in, a child process with its threads set, tables out."""
+"""``kvplug bench``: options in, processes with their threads set, tables out."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from kvplug_evals.bench import compression as bench_compression
 from kvplug_evals.bench.options import Clock, Dtype, Options, Pages, Policy, read_heads
+from kvplug_evals.interrupts import Interrupts
 
 COMPRESSING = (
     "snapkv(budget=512)", "keydiff(budget=512)", "knorm(budget=512)", "random(budget=512)"
@@ -27,7 +29,7 @@ app = typer.Typer(
 
 @app.callback()
 def bench() -> None:
-    """Benchmarks of single parts, on this machine."""
+    """Benchmarks on this machine: of single parts, and of whole servers."""
 
 
 @app.command()
@@ -125,6 +127,76 @@ def compression(
         bench_compression.run(options, Console(highlight=False))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+@app.command()
+def serve(
+    engine: Annotated[str, typer.Option(help="vllm, or sglang in its own environment.")] = "vllm",
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="Beside dense; repeatable. Two that select, one that evicts, if none."),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Model folder. A recall model with an 8B Llama's heads if none."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Of a prompt.", min=256)] = 8192,
+    output: Annotated[int, typer.Option(help="Tokens of an answer.", min=4)] = 64,
+    batch: Annotated[int, typer.Option(help="Requests that always run together.", min=1)] = 4,
+    requests: Annotated[int, typer.Option(help="Sent at once where few fit.", min=2)] = 16,
+    fit: Annotated[
+        float, typer.Option(help="Dense requests that the pool of every server holds.", min=2)
+    ] = 6,
+    repeats: Annotated[int, typer.Option(help="Counted runs of each load.", min=1)] = 3,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    threads: Annotated[int, typer.Option(help="Of each server.", min=1)] = 2,
+    enforce_eager: Annotated[
+        bool | None,
+        typer.Option(help="vLLM starts sooner, as here; --no-enforce-eager compiles."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="JSON file; table, plot and logs beside it.")] = Path(
+        "results/bench/serve-cpu.json"
+    ),
+) -> None:
+    """Whole servers under the engine's own load generator: dense against policies. Minutes."""
+    try:
+        from kvplug_evals.bench import serve as bench_serve
+        from kvplug_evals.bench.prompts import recall_8b
+        from kvplug_evals.bench.provenance import WIDTH
+        from kvplug_evals.bench.serve_report import save, show
+        from kvplug_evals.engines.interface import EngineError
+        from kvplug_evals.served.choose import check_model, configure, policies
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"this needs {error.name}; install it with: pip install 'kvplug[cli,plot,evals]'"
+        ) from None
+
+    interrupts = Interrupts()
+    failed = Console(stderr=True, highlight=False)
+    try:
+        chosen = {"dtype": dtype, "threads": threads, "enforce_eager": enforce_eager}
+        served = configure(engine, model or recall_8b(Path(".models")), chosen)
+        check_model(served.model)
+        options = bench_serve.Options(
+            policies=policies(policy or bench_serve.POLICIES),
+            tokens=tokens,
+            output=output,
+            batch=batch,
+            requests=requests,
+            fit=fit,
+            repeats=repeats,
+            out=out,
+            command=shlex.join(["kvplug", "bench", "serve", *given("serve")]),
+        )
+        console = Console(highlight=False)
+        done = bench_serve.run(options, served, console, save)
+        show(done, Console(highlight=False, width=max(console.width, WIDTH)))
+    except (KeyboardInterrupt, EngineError, ValueError, OSError) as error:
+        if interrupts.came:
+            failed.print("stopped; no server is left running")
+            raise typer.Exit(130) from None
+        failed.print(f"[bold red]kvplug bench serve:[/] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(1) from None
 
 
 def given(command: str) -> list[str]:

@@ -12,13 +12,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import platform
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -28,9 +25,9 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-import kvplug
 from kvplug import parse
 from kvplug_evals.bench.options import Clock
+from kvplug_evals.bench.provenance import WIDTH, provenance, table
 
 DENSE = "dense"
 DECODES = 12  # steps behind the prompt: the first packs, the others are ordinary
@@ -211,27 +208,7 @@ def measure(options: Options, console: Console) -> list[Result]:
     return results
 
 
-def provenance(options: Options) -> dict[str, Any]:
-    from kvplug_evals.bench.report import cpu_model, git
-
-    return {
-        "command": options.command,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "HEAD"),
-        "changed_files": (git("status", "--porcelain", "-uno") or "").splitlines(),
-        "kvplug": kvplug.__version__,
-        "vllm": version("vllm"),
-        "torch": version("torch"),
-        "python": platform.python_version(),
-        "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_at_start": os.getloadavg()[0],
-    }
-
-
 def show(results: list[Result], source: dict[str, Any], options: Options, to: Console) -> None:
-    from kvplug_evals.bench.report import table
-
     to.print(
         f"[bold]{escape(source['command'])}[/]\n{source['date']}, commit {source['commit']}, "
         f"vLLM {source['vllm']}, torch {source['torch']}, {source['cpu']}, {options.threads} "
@@ -268,9 +245,7 @@ def show(results: list[Result], source: dict[str, Any], options: Options, to: Co
 
 def run(options: Options, console: Console) -> list[Result]:
     """Measures, shows, and keeps JSON and text."""
-    from kvplug_evals.bench.report import WIDTH
-
-    source = provenance(options)
+    source = provenance(options.command, "vllm")
     results = measure(options, console)
     source["load_at_end"] = os.getloadavg()[0]
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
-import kvplug
 from kvplug_evals.bench.attention import EVICTED_BYTES, WARM_UP, Result, describe
 from kvplug_evals.bench.layer import Shape
 from kvplug_evals.bench.options import Options
+from kvplug_evals.bench.provenance import WIDTH, table
+from kvplug_evals.bench.provenance import provenance as of_run
 
 METHOD = (
     "One layer, one decode step: write the new token, attend. vLLM's own layer, builder and "
@@ -30,7 +25,6 @@ METHOD = (
     "pairs. best: bytes that stock reads by bytes that the policy must. Parts are of separate "
     "pairs. plan: once a step for all layers, not in the ratio."
 )
-WIDTH = 100  # of a table, also where nobody looks (a pipe is taken for 80 columns)
 
 
 class Run:
@@ -92,19 +86,13 @@ class Run:
         console.print(f"{losing} of {len(self.results)} cells lose. {METHOD}")
 
 
-def table(title: str, columns: list[str]) -> Table:
-    made = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
-    for number, column in enumerate(columns):
-        made.add_column(column, justify="left" if number < 2 else "right", no_wrap=True)
-    return made
-
-
 def ratio_table(results: list[tuple[str, Result]], options: Options) -> Table:
     policy = options.policy
     made = table(
         f"stock CPU_ATTN / {policy}(budget={options.budget}), medians of {options.repeats}",
         ["heads", "dtype", "isa", "B", "tokens", "stock ms", f"{policy} ms", "ratio",
          "p20 to p80", "best", "of best"],
+        left=2,
     )  # fmt: skip
     for heads, r in results:
         made.add_row(
@@ -125,6 +113,7 @@ def parts_table(results: list[tuple[str, Result]], options: Options) -> Table:
     made = table(
         f"milliseconds of the parts of a step with {options.policy}",
         ["heads", "dtype", "isa", "B", "tokens", *names, "plan", "stock plan"],
+        left=2,
     )
     for heads, r in results:
         made.add_row(
@@ -171,38 +160,10 @@ def shape_of(heads: str, shape: Shape) -> dict[str, Any]:
 
 def provenance(options: Options) -> dict[str, Any]:
     return {
-        "command": options.command,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "HEAD"),
-        "changed_files": (git("status", "--porcelain", "-uno") or "").splitlines(),
+        **of_run(options.command, "vllm"),
         "policy": f"{options.policy}(budget={options.budget})",
-        "kvplug": kvplug.__version__,
-        "vllm": version("vllm"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "clock": options.clock,
         "pages": options.pages,
-        "load_at_start": os.getloadavg()[0],
     }
-
-
-def git(*arguments: str) -> str | None:
-    """None where there is no git, or no repository."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True
-        )
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()

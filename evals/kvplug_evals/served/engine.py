@@ -37,6 +37,12 @@ class EngineState:
     """Tokens behind them: what dense attention reads."""
     read: float
     """Tokens that they read, mean over the layers."""
+    cached_bytes: float
+    """As ``cached``, of all layers."""
+    read_bytes: float
+    """As ``read``, of all layers, digests included."""
+    preempted: int
+    """Requests that the engine took out of the batch for want of blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +57,8 @@ class Engine(ABC):
     """The target of the Makefile that sets all up."""
     metrics: ClassVar[Sequence[str]]
     """What ``state`` needs of the engine's own."""
+    preemptions: ClassVar[str]
+    """The engine's counter of them; it may be absent as long as there was none."""
 
     model: Path
     block_size: int = 32
@@ -59,6 +67,8 @@ class Engine(ABC):
     """Most tokens a step computes: longer prompts are prefilled in chunks."""
     kv_cache_mib: int = 256
     max_model_len: int = 8192
+    max_num_seqs: int = 8
+    dtype: str = "auto"
     threads: int = min(8, len(os.sched_getaffinity(0)))
 
     @abstractmethod
@@ -89,7 +99,7 @@ class Engine(ABC):
 
     def state(self, text: str) -> EngineState:
         """Read ``/metrics``. Raises ValueError that names what this server does not tell."""
-        wanted = (*self.metrics, "kvplug_")
+        wanted = (*self.metrics, self.preemptions, "kvplug_")
         lines = [line for line in text.splitlines() if line.startswith(wanted)]
         found = {
             sample.name: sample
@@ -104,14 +114,21 @@ class Engine(ABC):
                 )
         counters = [
             found.get(f"kvplug_{name}_total")
-            for name in ("decode_queries", "cached_tokens", "read_tokens")
-        ]
-        queries, cached, read = (counter.value if counter else 0.0 for counter in counters)
+            for name in (
+                "decode_queries", "cached_tokens", "read_tokens", "cached_bytes", "read_bytes"
+            )
+        ]  # fmt: skip
+        values = [counter.value if counter else 0.0 for counter in counters]
+        queries, cached, read, cached_bytes, read_bytes = values
+        preempted = found.get(self.preemptions)
         return EngineState(
             policy=counters[0].labels["policy"] if counters[0] else None,
             queries=queries,
             cached=cached,
             read=read,
+            cached_bytes=cached_bytes,
+            read_bytes=read_bytes,
+            preempted=int(preempted.value) if preempted else 0,
             **self.read(found),  # type: ignore[arg-type]
         )
 

@@ -10,6 +10,7 @@ from typing import ClassVar
 from prometheus_client.samples import Sample
 
 from kvplug import digest_bytes, parse
+from kvplug_evals.models.folder import served_dtype
 from kvplug_evals.served.engine import NAME, Engine, MiB
 
 
@@ -26,6 +27,8 @@ class SGLang(Engine):
         "sglang:page_size",
     )
 
+    preemptions: ClassVar[str] = "sglang:num_retracted_requests_total"
+
     chunk: int = 1024
     kv_cache_mib: int = 112
 
@@ -35,7 +38,9 @@ class SGLang(Engine):
             *("--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)),
             *("--attention-backend", "kvplug", "--kvplug-policy", policy),
             *("--page-size", str(self.block_size), "--chunked-prefill-size", str(self.chunk)),
-            *("--context-length", str(self.max_model_len), "--max-running-requests", "8"),
+            *("--context-length", str(self.max_model_len)),
+            *("--dtype", served_dtype(self.model, self.dtype)),
+            *("--max-running-requests", str(self.max_num_seqs)),
             *("--max-total-tokens", str(self.pool_tokens(policy))),
             # Gauges of every step, where SGLang's own choice is every 40th.
             *("--enable-metrics", "--decode-log-interval", "1", "--enable-cache-report"),
@@ -55,7 +60,7 @@ class SGLang(Engine):
         dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
         selector = parse(policy).selector
         digest = selector.digest if selector else None
-        item = model.dtype.itemsize
+        item = 4 if served_dtype(self.model, self.dtype) == "float32" else 2
         rows = 2 * self.block_size + (digest.rows(self.block_size, item) if digest else 0)
         page = model.num_hidden_layers * digest_bytes(rows, heads, dim, item)
         return (self.kv_cache_mib * MiB // page - 1) * self.block_size

@@ -25,6 +25,8 @@ class VLLM(Engine):
         "vllm:num_requests_running",
     )
 
+    preemptions: ClassVar[str] = "vllm:num_preemptions_total"
+
     enforce_eager: bool = True
     """torch.compile would cost more at start than it saves in a run this short."""
 
@@ -36,7 +38,8 @@ class VLLM(Engine):
             *("--attention-backend", "kvplug", "--additional-config", settings),
             *("--block-size", str(self.block_size), "--enable-prefix-caching"),
             *("--enable-chunked-prefill", "--max-num-batched-tokens", str(self.chunk)),
-            *("--max-model-len", str(self.max_model_len), "--max-num-seqs", "8"),
+            *("--max-model-len", str(self.max_model_len), "--dtype", self.dtype),
+            *("--max-num-seqs", str(self.max_num_seqs)),
             *("--kv-cache-memory-bytes", str(self.kv_cache_mib * MiB)),
             *(["--enforce-eager"] if self.enforce_eager else []),
             "--enable-prompt-tokens-details",

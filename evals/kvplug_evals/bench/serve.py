@@ -1,0 +1,192 @@
+"""Whole servers under load: dense and policies, each in a server of its own.
+
+Two loads. ``batch``: as many requests as always run together, whose prompts the prefix cache holds
+from an earlier turn; what a step costs decides, which selection shortens. ``memory``: many new
+prompts at once, of which the pool holds a few whole; how many run together decides, which
+eviction raises. Every pool has the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.markup import escape
+
+from kvplug import parse
+from kvplug_evals.bench.load import Load, Sent, send
+from kvplug_evals.bench.prompts import MARGIN, prompts
+from kvplug_evals.bench.provenance import provenance
+from kvplug_evals.models.folder import served_dtype, token_bytes
+from kvplug_evals.served.engine import Engine, EngineState, MiB
+from kvplug_evals.served.start import serve
+
+DENSE = "dense"
+BATCH, MEMORY = "batch", "memory"
+POLICIES = (
+    "twilight", "quest(budget=0.15625)", "snapkv(budget=512)", "snapkv(budget=512) + twilight"
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    policies: list[str]
+    tokens: int
+    output: int
+    batch: int
+    requests: int
+    fit: float
+    repeats: int
+    out: Path
+    command: str
+
+    def __post_init__(self) -> None:
+        if self.requests <= self.fit:
+            raise ValueError(
+                f"--requests {self.requests} all fit where {self.fit:g} do: ask for more, or for "
+                "a lower --fit"
+            )
+        if self.batch > self.fit:
+            raise ValueError(f"--batch {self.batch} is more than fit (--fit {self.fit:g})")
+
+
+@dataclass(kw_only=True)
+class Cell:
+    """One load under one policy."""
+
+    policy: str
+    load: str
+    sent: list[Sent] = field(default_factory=list)
+    """Of each repeat."""
+    preempted: list[int] = field(default_factory=list)
+    read: float = 1.0
+    """Bytes that decode queries read, digests included, of those that lie behind them."""
+
+    def of(self, measure: str) -> float:
+        return median(getattr(sent, measure) for sent in self.sent)
+
+    def range(self, measure: str) -> tuple[float, float]:
+        found = [getattr(sent, measure) for sent in self.sent]
+        return min(found), max(found)
+
+    @property
+    def replies(self) -> list[str]:
+        return [reply for sent in self.sent for reply in sent.replies]
+
+    def as_dense(self, dense: Cell) -> float:
+        """Mean share of a reply's words before the first that dense's has not."""
+        return mean(map(agreement, self.replies, dense.replies))
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def agreement(reply: str, wanted: str) -> float:
+    words, expected = reply.split(), wanted.split()
+    same = next(
+        (n for n, (a, b) in enumerate(zip(words, expected, strict=False)) if a != b),
+        min(len(words), len(expected)),
+    )
+    return same / max(len(words), len(expected), 1)
+
+
+def sized(engine: Engine, options: Options) -> Engine:
+    """With a pool that holds ``fit`` dense requests, and the greatest length of a request."""
+    length = options.tokens + MARGIN + options.output
+    blocks = -(-length // engine.block_size)
+    dtype = served_dtype(engine.model, engine.dtype)
+    block = engine.block_size * token_bytes(engine.model, dtype)
+    return replace(
+        engine,
+        kv_cache_mib=-(-(int(options.fit * blocks) + 2) * block // MiB),
+        # vLLM refuses texts by their characters, of which words between spaces have more.
+        max_model_len=length + length // 4,
+        max_num_seqs=options.requests,
+    )
+
+
+def run(options: Options, engine: Engine, console: Console, save: Callable[[Run], None]) -> Run:
+    """Raises EngineError. ``save`` is called after every policy."""
+    done = Run(options=options, engine=sized(engine, options))
+    for line in options.policies:
+        console.print(f"[bold cyan]{escape(line)}[/]")
+        done.cells += _measure(line, done, console)
+        done.provenance["load_at_end"] = os.getloadavg()[0]
+        save(done)
+    return done
+
+
+@dataclass(kw_only=True)
+class Run:
+    options: Options
+    engine: Engine
+    cells: list[Cell] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.provenance = provenance(self.options.command, self.engine.package)
+
+    def of(self, load: str) -> list[Cell]:
+        return [cell for cell in self.cells if cell.load == load]
+
+    def dense(self, load: str) -> Cell:
+        return next(cell for cell in self.of(load) if parse(cell.policy).is_dense)
+
+    def as_json(self) -> str:
+        options = {**asdict(self.options), "out": str(self.options.out)}
+        whole = {
+            "provenance": self.provenance,
+            "settings": {**options, **self.engine.as_json()},
+            "cells": [cell.as_json() for cell in self.cells],
+        }
+        return json.dumps(whole, indent=1) + "\n"
+
+
+def _measure(line: str, run: Run, console: Console) -> Iterator[Cell]:
+    options, engine = run.options, run.engine
+    texts = prompts(engine.model, options.tokens)  # the same for every policy
+    folder = options.out.parent / f"{options.out.stem}-logs"
+    name = f"{len(run.cells) // 2}"
+    with serve(engine, str(parse(line)), folder / f"server-{name}.log") as server:
+
+        def cell(load: str, at_once: int, batches: list[list[str]]) -> Cell:
+            made, before = Cell(policy=line, load=load), state(engine, server.url)
+            for repeat, texts in enumerate(batches):
+                asked = Load(prompts=texts, at_once=at_once, output=options.output)
+                preempted = state(engine, server.url).preempted
+                made.sent.append(
+                    send(asked, engine, server.url, folder / f"{load}-{name}-{repeat}")
+                )
+                after = state(engine, server.url)
+                made.preempted.append(after.preempted - preempted)
+                console.print(
+                    f"    {load}: {made.sent[-1].output_tokens_per_second:.1f} tokens/s, a token "
+                    f"every {made.sent[-1].tpot_ms:.1f} ms, {made.preempted[-1]} preempted"
+                )
+            if after.cached_bytes > before.cached_bytes:
+                made.read = (after.read_bytes - before.read_bytes) / (
+                    after.cached_bytes - before.cached_bytes
+                )
+            return made
+
+        same = list(islice(texts, options.batch))
+        # Fills the prefix cache, and pays for what a server builds at first use.
+        first = Load(prompts=same, at_once=options.batch, output=options.output)
+        send(first, engine, server.url, folder / f"first-{name}")
+        yield cell(BATCH, options.batch, [same] * options.repeats)
+        new = [list(islice(texts, options.requests)) for _ in range(options.repeats)]
+        yield cell(MEMORY, options.requests, new)
+
+
+def state(engine: Engine, url: str) -> EngineState:
+    answer = httpx.get(f"{url}/metrics", timeout=60)
+    answer.raise_for_status()
+    return engine.state(answer.text)
