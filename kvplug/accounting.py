@@ -33,7 +33,7 @@ def digest_bytes(rows: int, kv_heads: int, head_dim: int, itemsize: int) -> int:
     return rows * kv_heads * head_dim * itemsize
 
 
-def byte_share(tokens: int, budget: int | float, page_size: int, rows: int = 2) -> float:
+def byte_share(tokens: int, budget: int | float, page_size: int, rows: float = 2) -> float:
     """Bytes that a selecting step must read, as a share of dense: digests and the selection.
 
     budget: tokens, or a share of them. A page of S tokens holds 2 S vectors of D (keys and values)

@@ -66,6 +66,13 @@ LINES = [
     ("twilight(bits=3)", "twilight: bits must be 1, 2 or 4, got 3; write twilight(bits=2)"),
     ("twilight(bits=True)", "twilight: bits must be 1, 2 or 4, got True"),
     ("twilight(top_p=0)", "twilight: top_p must be above 0 and at most 1, got 0"),
+    ("twilight(candidates=1)", "candidates must be a share of the pages", "got 1; write twilight"),
+    ("twilight(candidates=0.0)", "above 0 and at most 1.0, got 0.0", "twilight(candidates=0.5)"),
+    (
+        "twilight(budget=0.25, candidates=0.125)",
+        "candidates=0.125 of the pages hold fewer tokens than budget=0.25 reads",
+        "write twilight(budget=0.25, candidates=1.0)",
+    ),
     ("twilight(dense_layers=-1)", "dense_layers must be a number of layers, got -1"),
     ("quest(budget=True)", "budget must be a number of tokens, at least 1", "got True;"),
     ("quest(budget='2048')", "budget must be a number of tokens, at least 1", "got '2048';"),

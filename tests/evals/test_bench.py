@@ -89,10 +89,20 @@ def test_a_cell_of_twilight_names_its_own_parts(bench):
     written, table = bench(policy=Policy.TWILIGHT, dtype=[Dtype.FP32, Dtype.BF16])
     for cell in written["cells"]:
         assert cell["twilight_ms"]["median"] > 0
-        assert list(cell["parts_ms"]) == ["write", "logits", "select", "attention"]
+        assert list(cell["parts_ms"]) == ["write", "candidates", "logits", "select", "attention"]
         assert min(spread["median"] for spread in cell["parts_ms"].values()) > 0
         assert 0 <= cell["checked"]["output"] < 1e-2
     assert "twilight(budget=128)" in table
+
+
+def test_candidates_read_less_and_are_those_of_the_bounds(bench):
+    written, table = bench(policy=Policy.TWILIGHT, dtype=[Dtype.FP32], candidates=0.5)
+    (cell,) = written["cells"]
+    assert 0 <= cell["checked"]["output"] < 1e-2
+    assert cell["best_ratio"] == pytest.approx(1 / ((2 + 2 * 0.5) / 64 + 128 / 500))
+    assert "twilight(budget=128, candidates=0.5)" in table
+    with pytest.raises(ValueError, match="drop --candidates with quest"):
+        bench(candidates=0.5)
 
 
 def test_a_choice_of_lesser_tokens_stops_the_bench(bench, monkeypatch):

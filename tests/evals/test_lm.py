@@ -58,7 +58,9 @@ def answered(instances):
     found = {}
     for policy in ("dense", "streaming_llm(sinks=32, window=64)"):
         Pace.starts += 1
-        lm = KVPlugVLLM(str(RECALL), policy=policy, max_model_len=1024, kv_cache_mib=64)
+        lm = KVPlugVLLM(
+            str(RECALL), policy=policy, max_model_len=1024, kv_cache_mib=64, dtype="float32"
+        )
         try:
             found[policy] = lm.loglikelihood(instances)
             with pytest.raises(NotImplementedError, match="loglikelihood or generate_until"):
@@ -106,7 +108,12 @@ def test_what_the_engine_would_cut_short_is_refused_or_goes_on(tmp_path):
         config = json.loads((RECALL / name).read_text()) if (RECALL / name).exists() else {}
         (model / name).write_text(json.dumps({**config, "eos_token_id": 2}))
     options = EngineOptions(
-        model=str(model), max_model_len=256, max_num_seqs=2, kv_cache_mib=64, multiprocess=False
+        model=str(model),
+        max_model_len=256,
+        max_num_seqs=2,
+        kv_cache_mib=64,
+        multiprocess=False,
+        dtype="float32",
     )
     fits = Request(key="fits", prompt=[1] * 240, forced=[2] * 10, new_tokens=6, scored=10)
     engine = start_engine("vllm", "dense", options)

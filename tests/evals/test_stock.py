@@ -143,7 +143,8 @@ class TestInVLLM:
 
         monkeypatch.setattr("torch.cpu._is_avx512_supported", lambda: False)
         monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
-        settings = expand(read_suite("smoke"), "vllm", [FP8, WINDOW], baselines=False)
+        suite = replace(read_suite("smoke"), dtype="float32")
+        settings = expand(suite, "vllm", [FP8, WINDOW], baselines=False)
         run = Run(out=tmp_path, command="kvplug eval", multiprocess=False)
         monkeypatch.delenv("TQDM_DISABLE", raising=False)
         run_sweep(settings, run, Console(quiet=True))

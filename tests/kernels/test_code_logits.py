@@ -71,6 +71,20 @@ def test_kernel_equals_reference(lengths, H, G, D, S, bits, dtype, device, poiso
     )
 
 
+def test_pages_that_nobody_wants_are_not_scored(dtype, device, poisoned_outputs):
+    cache = coded_cache([17 * 16, 0, 33], 2, 64, 16, 2, dtype, device)
+    inputs = (random_query(cache, 3), cache.codes, cache.page_table, cache.full, 16, 2)
+    wanted = torch.rand(3, 2, cache.page_table.shape[1], device=device) < 0.4
+    expected = reference.code_logits(*inputs).unflatten(2, (-1, 16))
+    expected.masked_fill_(~wanted.repeat_interleave(3, 1)[..., None], float("-inf"))
+    scale = expected[expected.isfinite()].std()
+    for logits in (code_logits, reference.code_logits):
+        got = logits(*inputs, wanted).unflatten(2, (-1, 16))
+        torch.testing.assert_close(
+            got / scale, expected / scale, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+        )
+
+
 def test_wrong_rows_say_what_they_wanted():
     cache = coded_cache([40], 1, 8, 16, 2)
     with pytest.raises(ValueError, match="R = 3 rows for pages of 16 tokens at 2 bits"):

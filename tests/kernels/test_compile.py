@@ -41,7 +41,7 @@ TARGETS = {
 POINTERS = {
     "page_table": "*i32", "pages": "*i32", "keep": "*i32", "chosen": "*i32", "counts": "*i32",
     "lengths": "*i32", "table": "*i32", "tokens": "*i32", "slots": "*i64", "scores": "*fp32",
-    "partial": "*fp32", "weight": "*fp32", "bounds": "*i32", "spread": "*u8",
+    "partial": "*fp32", "weight": "*fp32", "bounds": "*i32", "spread": "*u8", "wanted": "*u8",
 }  # fmt: skip
 SCALARS = {"scale": "fp32", "top_p": "fp32"}
 OPTIONS = {"num_warps", "num_stages"}
@@ -72,7 +72,7 @@ def variants(hip: bool) -> list[Variant]:
             for unit in (S, 1)
         )
         merge = {"D": D, "PARTS": 64, "BD": sizes["BD"]}
-        bound = {"G": G, "D": D, **page_bound.blocks(G, D)}
+        bound = {"G": G, "D": D, "LEVELS": 3 * (S == 32), **page_bound.blocks(G, D)}
         digest = {"H": 8, "D": D, "S": S, **page_digest.blocks(D)}
         pack = {"S": S, "C": 2 * D, **pack_tokens.blocks(2 * D)}
         fp32, out = {"out": "*fp32"}, {"out": f"*{dtype}"}
@@ -104,7 +104,7 @@ def variants(hip: bool) -> list[Variant]:
             Variant(
                 f"code_logits {bits} bits {name}",
                 code_logits.code_logits_kernel,
-                {"G": G, **of, **code_logits.blocks(G, D)},
+                {"G": G, "SOME": S == 32, **of, **code_logits.blocks(G, D)},
                 tensors | fp32,
                 True,
             ),

@@ -60,9 +60,13 @@ def test_bound_and_choice(threads, B, H, G, D, P, dtype):
         digest[own.long()] = torch.stack([low, low + torch.rand_like(low)], 2).to(dtype)
     query = torch.randn(B, H * G, D).to(dtype)
     table = table[:, :P]  # a wider row, as engines have them
-    got = bound.page_bound(query, digest, table, pages)
+    got = bound.page_bound(query, digest, table, pages, None)
     expected = bound_reference.page_bound_plain(query, digest, table, pages)
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-5)
+    digest[:, :, 1].abs_()
+    steps = bound.page_bound(query, digest, table, pages, 3)
+    expected = bound_reference.page_bound_plain(query, digest, table, pages, 3)
+    torch.testing.assert_close(steps, expected, atol=1e-3, rtol=1e-5)
 
     scores = got.round(decimals=0) if P > 33 else got  # ties
     keep = torch.randint(0, P + 2, (B,), dtype=torch.int32)
@@ -146,8 +150,10 @@ def test_codes_logits_and_attention(threads, lengths, H, G, D, S, bits, dtype, a
 
     query = random_query(cache, G)
     inputs = (query, cache.codes, cache.page_table, cache.full, S, bits)
-    got, expected = logits.code_logits(*inputs), logits_reference.code_logits(*inputs)
-    torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-5)
+    for wanted in (None, torch.rand(len(query), H, cache.page_table.shape[1]) < 0.5):
+        got = logits.code_logits(*inputs, wanted)
+        expected = logits_reference.code_logits(*inputs, wanted)
+        torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-5)
 
     pools = (cache.keys, cache.values, cache.page_table)
     last = (cache.lengths - 1).clamp(min=0)[:, None, None].repeat(1, H, 1)

@@ -50,10 +50,24 @@ def test_kernel_equals_definition(lengths, H, G, D, S, dtype, device, poisoned_o
     )
 
 
+@pytest.mark.parametrize("levels", [1, 3, 15])
+def test_bound_of_steps_is_that_of_the_greatest_keys(levels, dtype, device, poisoned_outputs):
+    cache = paged_cache([33 * 4, 9, 0], H=2, D=24, S=4, dtype=dtype, device=device)
+    lo, hi = cache.digest.float().unbind(2)
+    steps = torch.stack([lo, (hi - lo) / levels], 2).to(dtype)
+    inputs = (random_query(cache, G=3), steps, cache.page_table, cache.pages, levels)
+    expected = reference.page_bound_plain(*inputs)
+    tolerance = TOLERANCE[dtype]
+    for bound in (page_bound, reference.page_bound):
+        torch.testing.assert_close(bound(*inputs), expected, rtol=tolerance, atol=tolerance)
+
+
 def test_wrong_shape_says_what_it_wanted():
     digest, table = torch.zeros(5, 2, 2, 16), torch.zeros(1, 3, dtype=torch.int32)
     pages = torch.ones(1, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"digest must be \[N=5, H=2, 2, D=24\], got"):
         page_bound(torch.zeros(1, 2, 24), digest, table, pages)
+    with pytest.raises(ValueError, match="levels must be at least 1, got 0"):
+        page_bound(torch.zeros(1, 2, 16), digest, table, pages, levels=0)
     with pytest.raises(ValueError, match="a multiple of the 2 KV heads, got 3"):
         page_bound(torch.zeros(1, 3, 16), digest, table, pages)

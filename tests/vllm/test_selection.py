@@ -145,7 +145,14 @@ def weights_of(selector, queries, keys, size, dtype, impl):
         short = step.float() * levels < high - low
         step = torch.where(short, above(step), step).float()
         coded = low + ((pages - low) / step + 0.5).floor().clamp(0, levels) * step
-        weights[:full] = (queries @ coded.flatten(0, 1).T * impl.scale).softmax(-1).mean(0)
+        logits = queries @ coded.flatten(0, 1).T * impl.scale
+        if selector.candidates is not None:
+            least, most = low.flatten(1), (low + levels * step).flatten(1)
+            bounds = torch.maximum(queries[:, None] * least, queries[:, None] * most)
+            best = bounds.sum(-1).amax(0).index_fill_(0, torch.tensor([len(pages) - 1]), torch.inf)
+            unseen = best.argsort(descending=True)[math.ceil(selector.candidates * len(pages)) :]
+            logits.unflatten(1, (-1, size))[:, unseen] = -torch.inf
+        weights[:full] = logits.softmax(-1).mean(0)
     return weights
 
 
@@ -191,6 +198,7 @@ def test_selection_is_the_definition(
         "quest(budget=256, top_p=0.8, dense_layers=0)",
         "streaming_llm(sinks=40, window=300) + quest(budget=128, dense_layers=0)",
         "twilight(budget=256, top_p=0.8, dense_layers=0)",
+        "twilight(budget=100, dense_layers=0, candidates=0.4)",
         "streaming_llm(sinks=40, window=300) + twilight(budget=100, dense_layers=0)",
         "snapkv(budget=256) + twilight(budget=0.3, bits=4, dense_layers=0)",
     ],

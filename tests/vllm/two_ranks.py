@@ -1,6 +1,6 @@
 """MODEL JOBS RANKS OUT: the answers of each server by an engine of so many tensor-parallel ranks.
 
-A process of its own: its workers are processes too.
+A process of its own with the scheduler in it; each rank is a process too where there are two.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main() -> None:
             attention_backend="kvplug",
             additional_config={"kvplug": server["kvplug"]},
             tensor_parallel_size=int(ranks),
-            distributed_executor_backend="mp",
+            distributed_executor_backend="mp" if int(ranks) > 1 else "uni",
             dtype="float32",
             enforce_eager=True,
             block_size=32,
@@ -57,5 +57,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_CPU_OMP_THREADS_BIND="nobind")
+    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind")
     main()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kvplug import byte_share, choose_units, parse
-from kvplug.policies.twilight import Twilight
+from kvplug.policies.twilight import Twilight, best_pages
 from kvplug_evals.bench.layer import Content, Layer, Shape, fill, page_table
 from kvplug_kernels.code_logits.reference import code_logits
 from kvplug_kernels.key_codes.reference import update_key_codes
@@ -44,6 +44,7 @@ PARTS = {  # where a step of each policy spends its time -> the function that is
     },
     "twilight": {
         **WRITE,
+        "candidates": "kvplug.policies.twilight.Twilight.candidate_pages",
         "logits": "kvplug.policies.twilight.code_logits",
         "select": "kvplug.selection.token_select",
         "attention": "kvplug_vllm.attention.sparse_decode",
@@ -211,12 +212,24 @@ class Cell:
         codes = keys.new_zeros(N, H, self.digest_rows, D)
         update_key_codes(codes, keys, torch.arange(N * S), selector.bits)
         full = torch.full((len(table),), (T - 1) // S, dtype=torch.int32)
-        logits = code_logits(query, codes, table, full, S, selector.bits)
+        wanted = None
+        if selector.candidates is not None:
+            levels = 2**selector.bits - 1
+            bounds = page_bound_plain(query, codes[:, :, :2], table, full, levels)
+            wanted = best_pages(bounds, full, selector.candidates)
+        logits = code_logits(query, codes, table, full, S, selector.bits, wanted)
         token = torch.arange(logits.shape[2])
         newest = token >= (T - 1) // S * S
         weights = mean_weights(logits * D**-0.5, H, newest.expand(len(table), -1))
         always = (newest & (token < T)) | (token < selector.sinks)
         return weights.masked_fill(always, float("inf"))
+
+    def _rows_read(self) -> float:
+        """Of a page's digest, mean over the pages."""
+        selector, rows = self.selector, self.digest_rows
+        if isinstance(selector, Twilight) and selector.candidates is not None:
+            return 2 + (rows - 2) * selector.candidates  # of the others lo and step alone
+        return rows
 
     def measure(self, repeats: int) -> Result:
         errors = None
@@ -226,7 +239,7 @@ class Cell:
         with Stopwatch(PARTS[self.selector.name], self.clock) as watch:
             self._pairs(repeats, watch)
         shape = self.shape
-        share = byte_share(shape.T, self.selector.budget, shape.S, self.digest_rows)
+        share = byte_share(shape.T, self.selector.budget, shape.S, self._rows_read())
         return Result(
             shape=shape,
             isa=self.stock.attention.isa,

@@ -49,6 +49,9 @@ def attention(
     dtype: Annotated[list[Dtype] | None, typer.Option(help="Repeatable. Both if none.")] = None,
     budget: Annotated[int, typer.Option(help="Tokens that a policy reads.", min=1)] = 2048,
     policy: Annotated[Policy, typer.Option(help="What reads them.")] = Policy.QUEST,
+    candidates: Annotated[
+        float | None, typer.Option(help="Of twilight: the share of pages that it scores.")
+    ] = None,
     block_size: Annotated[int, typer.Option(help="Tokens of a cache block.", min=1)] = 32,
     repeats: Annotated[int, typer.Option(help="Counted pairs of calls.", min=7)] = 9,
     pages: Annotated[
@@ -73,6 +76,7 @@ def attention(
             dtype=dtype or [Dtype.FP32, Dtype.BF16],
             budget=budget,
             policy=policy,
+            candidates=candidates,
             block_size=block_size,
             repeats=repeats,
             pages=pages,

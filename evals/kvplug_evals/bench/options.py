@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from kvplug import parse
+
 
 class Dtype(StrEnum):
     FP32 = "float32"
@@ -67,6 +69,8 @@ class Options:
     dtype: list[Dtype]
     budget: int
     policy: Policy = Policy.QUEST
+    candidates: float | None = None
+    """Share of the pages that twilight scores; None for all."""
     block_size: int
     repeats: int
     pages: Pages
@@ -81,12 +85,21 @@ class Options:
             )
         if self.clock is Clock.CPU and self.threads > 1:
             raise ValueError("the clock cpu is that of one thread: add --threads 1")
+        if self.candidates is not None and self.policy is not Policy.TWILIGHT:
+            raise ValueError(f"candidates are twilight's: drop --candidates with {self.policy}")
+        parse(self.line)
         for context in self.context:
             if context <= self.budget:
                 raise ValueError(
                     f"a context of {context:,} tokens is within the budget of {self.budget:,}: "
                     f"{self.policy} would be stock attention"
                 )
+
+    @property
+    def line(self) -> str:
+        """The policy as a server is given it."""
+        of = "" if self.candidates is None else f", candidates={self.candidates}"
+        return f"{self.policy}(budget={self.budget}{of})"
 
     def as_json(self) -> str:
         return json.dumps(asdict(self), default=str)

@@ -89,7 +89,7 @@ class Run:
 def ratio_table(results: list[tuple[str, Result]], options: Options) -> Table:
     policy = options.policy
     made = table(
-        f"stock CPU_ATTN / {policy}(budget={options.budget}), medians of {options.repeats}",
+        f"stock CPU_ATTN / {options.line}, medians of {options.repeats}",
         ["heads", "dtype", "isa", "B", "tokens", "stock ms", f"{policy} ms", "ratio",
          "p20 to p80", "best", "of best"],
         left=2,
@@ -161,7 +161,7 @@ def shape_of(heads: str, shape: Shape) -> dict[str, Any]:
 def provenance(options: Options) -> dict[str, Any]:
     return {
         **of_run(options.command, "vllm"),
-        "policy": f"{options.policy}(budget={options.budget})",
+        "policy": options.line,
         "threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "clock": options.clock,

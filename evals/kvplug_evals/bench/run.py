@@ -71,7 +71,7 @@ def measure_cell(options: Options, shape: Shape) -> Result:
         )
     cell = Cell(
         shape,
-        f"{options.policy}(budget={options.budget})",
+        options.line,
         shuffled=options.pages is Pages.SHUFFLED,
         clock=thread_time if options.clock is Clock.CPU else perf_counter,
         check=check,

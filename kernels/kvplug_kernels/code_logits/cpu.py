@@ -21,6 +21,7 @@ from kvplug_kernels.cpu_memory import (
     FAST_MATH,
     FP32,
     INT32,
+    UINT8,
     Parallel,
     place,
     prefetch,
@@ -76,20 +77,22 @@ def logits_of_page(rows, query, scratch, out, start, T, heads, G, D, J, bits):
 
 @numba.njit(fastmath=FAST_MATH, nogil=True)
 def logits_of_tile(
-    tile, codes, element, table, pages, queries, scratch, out,
+    tile, codes, element, table, pages, wanted, queries, scratch, out,
     B, H, G, heads, D, P, S, J, bits, columns, W,
 ):  # fmt: skip
+    """wanted: an address, or 0 for every page."""
     b, start = tile // columns, tile % columns * TILE
     count = span(pages, b, 1, INT32)[0]
     for h in range(H):
         own = out + 4 * (b * H + h) * G * P * S
         query = queries + 4 * (b * H + h) * heads * D
+        scored = span(wanted, (b * H + h) * P, P, UINT8) if wanted else span(pages, 0, 0, UINT8)
         for p in range(start, min(start + TILE, P)):
-            if p >= count:
+            if p >= count or (wanted and not scored[p]):
                 for g in range(G):
                     span(own, g * P * S + p * S, S, FP32)[:] = -np.inf
                 continue
-            if p + 1 < count:
+            if p + 1 < count and (not wanted or scored[p + 1]):
                 prefetch(codes_of(codes, element, table, b, p + 1, h, W))
             rows = codes_of(codes, element, table, b, p, h, W)
             logits_of_page(rows, query, scratch, own, p * S, P * S, heads, G, D, J, bits)
@@ -109,8 +112,9 @@ def widen_all(query, element, queries, B, H, G, heads, D):
 
 @Parallel
 def logits(
-    query, codes, element, table, pages, queries, out, B, H, G, D, P, S, J, bits, W, threads
-):
+    query, codes, element, table, pages, wanted, queries, out, B, H, G, D, P, S, J, bits, W,
+    threads,
+):  # fmt: skip
     heads = (G + FOUR - 1) // FOUR * FOUR
     widen_all(query, element, queries, B, H, G, heads, D)
     columns = (P + TILE - 1) // TILE
@@ -118,13 +122,19 @@ def logits(
         scratch = queries + 4 * (B * H * heads * D + thread * (heads + 2) * (D + 16))
         for tile in range(thread, B * columns, threads):
             logits_of_tile(
-                tile, codes, element, table, pages, queries, scratch, out,
+                tile, codes, element, table, pages, wanted, queries, scratch, out,
                 B, H, G, heads, D, P, S, J, bits, columns, W,
             )  # fmt: skip
 
 
 def code_logits(
-    query: Tensor, codes: Tensor, page_table: Tensor, pages: Tensor, page_size: int, bits: int
+    query: Tensor,
+    codes: Tensor,
+    page_table: Tensor,
+    pages: Tensor,
+    page_size: int,
+    bits: int,
+    wanted: Tensor | None,
 ) -> Tensor:
     B, Hq, D = query.shape
     H, P = codes.shape[1], page_table.shape[1]
@@ -134,7 +144,8 @@ def code_logits(
     queries = torch.empty(room, dtype=torch.float32)
     logits(
         B * P * page_size * Hq * D, place(query), place(codes), ELEMENT[codes.dtype],
-        place(page_table), pages.data_ptr(), queries.data_ptr(), out.data_ptr(), B, H, Hq // H, D,
-        P, page_size, code_bytes(page_size, bits), bits, codes.shape[2] * D,
+        place(page_table), pages.data_ptr(), 0 if wanted is None else wanted.data_ptr(),
+        queries.data_ptr(), out.data_ptr(), B, H, Hq // H, D, P, page_size,
+        code_bytes(page_size, bits), bits, codes.shape[2] * D,
     )  # fmt: skip
     return out

@@ -17,10 +17,10 @@ CHANNELS = 128  # at once; more spill
 
 @triton.jit
 def code_logits_kernel(
-    query, codes, spread, page_table, pages, out, P, query_b, query_h,
-    codes_n, codes_h, spread_n, spread_h, table_b, out_b, out_h,
-    G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, J: tl.constexpr, BITS: tl.constexpr,
-    BG: tl.constexpr, BJ: tl.constexpr, BD: tl.constexpr,
+    query, codes, spread, page_table, pages, wanted, out, P, query_b, query_h,
+    codes_n, codes_h, spread_n, spread_h, table_b, wanted_b, wanted_h, out_b, out_h,
+    SOME: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, J: tl.constexpr,
+    BITS: tl.constexpr, BG: tl.constexpr, BJ: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
@@ -36,6 +36,9 @@ def code_logits_kernel(
             tl.store(row + place * J, tl.full([BG, BJ], float("-inf"), tl.float32), mask=written)
         return
     valid = p < count
+    if SOME:
+        each = wanted + b * wanted_b + h * wanted_h + p
+        valid = valid & (tl.load(each, mask=valid, other=0) != 0)
     page = tl.load(page_table + b * table_b + p, mask=valid, other=0).to(tl.int64)
     low = codes + page * codes_n + h * codes_h
     byte = spread + page * spread_n + h * spread_h + j * D
@@ -62,7 +65,13 @@ def blocks(G: int, D: int) -> dict[str, int]:
 
 
 def code_logits(
-    query: Tensor, codes: Tensor, page_table: Tensor, pages: Tensor, page_size: int, bits: int
+    query: Tensor,
+    codes: Tensor,
+    page_table: Tensor,
+    pages: Tensor,
+    page_size: int,
+    bits: int,
+    wanted: Tensor | None,
 ) -> Tensor:
     B, Hq, D = query.shape
     H, P, J = codes.shape[1], page_table.shape[1], code_bytes(page_size, bits)
@@ -70,9 +79,11 @@ def code_logits(
     if not out.numel():
         return out
     spread = packed(codes, page_size, bits)
+    mask = pages if wanted is None else wanted.view(torch.uint8)  # without one, nothing is read
     code_logits_kernel[(B, H, triton.cdiv(P * J, BYTES))](
-        query, codes, spread, page_table, pages, out, P, *query.stride()[:2],
-        *codes.stride()[:2], *spread.stride()[:2], page_table.stride(0), *out.stride()[:2],
-        G=Hq // H, D=D, S=page_size, J=J, BITS=bits, **blocks(Hq // H, D),
+        query, codes, spread, page_table, pages, mask, out, P, *query.stride()[:2],
+        *codes.stride()[:2], *spread.stride()[:2], page_table.stride(0),
+        *(mask.stride()[:2] if wanted is not None else (0, 0)), *out.stride()[:2],
+        SOME=wanted is not None, G=Hq // H, D=D, S=page_size, J=J, BITS=bits, **blocks(Hq // H, D),
     )  # fmt: skip
     return out

@@ -9,7 +9,13 @@ PAGES = 64  # whose codes are spread out at once
 
 
 def code_logits(
-    query: Tensor, codes: Tensor, page_table: Tensor, pages: Tensor, page_size: int, bits: int
+    query: Tensor,
+    codes: Tensor,
+    page_table: Tensor,
+    pages: Tensor,
+    page_size: int,
+    bits: int,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     B, Hq, D = query.shape
     H, P = codes.shape[1], page_table.shape[1]
@@ -28,4 +34,6 @@ def code_logits(
                 for place in range(0, 8, bits)
             ]  # of [p, H, G, J]
             out[b, :, :, start:stop] = (base + torch.cat(shares, 3)).permute(1, 2, 0, 3)
+    if wanted is not None:
+        out.masked_fill_(~wanted[:, :, None, :, None], float("-inf"))
     return out.view(B, Hq, P * page_size)

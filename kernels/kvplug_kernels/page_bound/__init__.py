@@ -1,4 +1,4 @@
-"""Upper bound of q . k over each page, from the page's digest (Quest)."""
+"""Upper bound of q . k over each page, from the least and greatest key of each channel (Quest)."""
 
 from torch import Tensor
 
@@ -7,12 +7,21 @@ from kvplug_kernels.page_bound import reference
 from kvplug_kernels.shapes import FLOATS, INDICES, Shapes
 
 
-def page_bound(query: Tensor, digest: Tensor, page_table: Tensor, pages: Tensor) -> Tensor:
+def page_bound(
+    query: Tensor,
+    digest: Tensor,
+    page_table: Tensor,
+    pages: Tensor,
+    levels: int | None = None,
+) -> Tensor:
     """query [B, Hq, D], digest [N, H, 2, D] (min, max), page_table [B, P] -> [B, H, P] fp32.
 
     The largest bound of the query heads that share a KV head; -inf from pages [B] on. Not scaled.
-    Raises ValueError on shapes.
+    With levels the digest is (min, step) and the greatest key min + levels * step, step at least
+    0. Raises ValueError on shapes and levels.
     """
+    if levels is not None and levels < 1:
+        raise ValueError(f"levels must be at least 1, got {levels}")
     shapes = Shapes(query.device)
     shapes.check("query", query, "B Hq D", FLOATS)
     shapes.check("digest", digest, "N H 2 D", (query.dtype,))
@@ -23,11 +32,11 @@ def page_bound(query: Tensor, digest: Tensor, page_table: Tensor, pages: Tensor)
         if wants_compiled(query) and digest.stride(2) == query.shape[2]:
             from kvplug_kernels.page_bound import cpu
 
-            return cpu.page_bound(query, digest, page_table, pages)
-        return reference.page_bound(query, digest, page_table, pages)
+            return cpu.page_bound(query, digest, page_table, pages, levels)
+        return reference.page_bound(query, digest, page_table, pages, levels)
     from kvplug_kernels.page_bound import kernel
 
-    return kernel.page_bound(query, digest, page_table, pages)
+    return kernel.page_bound(query, digest, page_table, pages, levels)
 
 
 __all__ = ["page_bound"]

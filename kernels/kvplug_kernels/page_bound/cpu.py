@@ -1,6 +1,7 @@
 """The bound in one pass over the digests where they lie, compiled by Numba.
 
     sum_d max(q_d * lo_d, q_d * hi_d)  =  [min(q, 0) | max(q, 0)] . [lo | hi]
+                                       =  [q | levels max(q, 0)] . [lo | step]
 
 Digests lie apart, a few KiB behind each page, so that a core's own prefetching starts anew with
 every page and reading them takes longer than computing. While it works on one tile of pages, a
@@ -31,15 +32,16 @@ FOUR = 4  # query heads at once
 
 
 @numba.njit(inline="always")
-def sign_queries(weights, query, element, b, h, G, D):
-    """Fill weights [groups of FOUR, 2D]; the group's last head fills up its last four."""
+def sign_queries(weights, query, element, b, h, G, D, levels):
+    """Fill weights [groups of FOUR, 2D]; the group's last head fills up its last four. levels: 0
+    where pages store their greatest keys."""
     for g in range(len(weights)):
         begin = b * query[1] + (h * G + min(g, G - 1)) * query[2]
         head = span(query[0], begin, D, element)
         for d in range(D):
             value = widen(head[d])
-            weights[g, d] = min(value, FP32)
-            weights[g, D + d] = max(value, FP32)
+            weights[g, d] = value if levels else min(value, FP32)
+            weights[g, D + d] = max(value, FP32) * np.float32(max(levels, 1))
 
 
 @numba.njit(inline="always")
@@ -89,17 +91,17 @@ def bound_tile(
 
 
 @numba.njit(fastmath=FAST_MATH, nogil=True)
-def sign_all(query, element, weights, B, H, G, heads, D):
+def sign_all(query, element, weights, B, H, G, heads, D, levels):
     signed = span(weights, 0, B * H * heads * 2 * D, FP32).reshape((B, H, heads, 2 * D))
     for b in range(B):
         for h in range(H):
-            sign_queries(signed[b, h], query, element, b, h, G, D)
+            sign_queries(signed[b, h], query, element, b, h, G, D, levels)
 
 
 @Parallel
-def bound(query, digest, element, table, pages, weights, out, B, H, G, D, P, threads):
+def bound(query, digest, element, table, pages, weights, out, B, H, G, D, P, levels, threads):
     heads = (G + FOUR - 1) // FOUR * FOUR
-    sign_all(query, element, weights, B, H, G, heads, D)
+    sign_all(query, element, weights, B, H, G, heads, D, levels)
     columns = (P + TILE - 1) // TILE
     for thread in numba.prange(threads):
         for tile in range(thread, B * columns, threads):
@@ -109,7 +111,9 @@ def bound(query, digest, element, table, pages, weights, out, B, H, G, D, P, thr
             )  # fmt: skip
 
 
-def page_bound(query: Tensor, digest: Tensor, page_table: Tensor, pages: Tensor) -> Tensor:
+def page_bound(
+    query: Tensor, digest: Tensor, page_table: Tensor, pages: Tensor, levels: int | None
+) -> Tensor:
     B, Hq, D = query.shape
     H, P = digest.shape[1], page_table.shape[1]
     out = torch.empty(B, H, P, dtype=torch.float32)
@@ -117,5 +121,6 @@ def page_bound(query: Tensor, digest: Tensor, page_table: Tensor, pages: Tensor)
     bound(
         B * P * Hq * 2 * D, place(query), place(digest), ELEMENT[digest.dtype], place(page_table),
         pages.data_ptr(), weights.data_ptr(), out.data_ptr(), B, H, Hq // H, D, P,
+        levels or 0,
     )  # fmt: skip
     return out

@@ -12,7 +12,8 @@ PAGES = 32  # digests read at once
 def page_bound_kernel(
     query, digest, page_table, pages, out, P, query_b, query_h,
     digest_n, digest_h, digest_x, table_b, out_b, out_h,
-    G: tl.constexpr, D: tl.constexpr, BG: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, LEVELS: tl.constexpr,
+    BG: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
@@ -33,8 +34,11 @@ def page_bound_kernel(
     head = query + b * query_b + (h * G + g[:, None]) * query_h + d[None, :]
     q = tl.load(head, mask=(g < G)[:, None] & (d < D)[None, :], other=0.0)  # [BG, BD]
     zero = tl.zeros_like(q)
-    bound = tl.dot(tl.where(q < 0, q, zero), lo, input_precision="ieee")
-    bound = tl.dot(tl.where(q > 0, q, zero), hi, bound, input_precision="ieee")  # [BG, BP]
+    below, above = tl.where(q < 0, q, zero), tl.where(q > 0, q, zero)
+    if LEVELS:  # the second row is a step
+        below, above = q, (above * LEVELS).to(q.dtype)
+    bound = tl.dot(below, lo, input_precision="ieee")
+    bound = tl.dot(above, hi, bound, input_precision="ieee")  # [BG, BP]
     bound = tl.max(tl.where((g < G)[:, None], bound, float("-inf")), axis=0)
     bound = tl.where(valid, bound, float("-inf"))
     tl.store(out + b * out_b + h * out_h + p, bound, mask=p < P)
@@ -45,7 +49,9 @@ def blocks(G: int, D: int) -> dict[str, int]:
     return {"BG": BG, "BP": PAGES, "BD": triton.next_power_of_2(D)}
 
 
-def page_bound(query: Tensor, digest: Tensor, page_table: Tensor, pages: Tensor) -> Tensor:
+def page_bound(
+    query: Tensor, digest: Tensor, page_table: Tensor, pages: Tensor, levels: int | None
+) -> Tensor:
     B, Hq, D = query.shape
     H, P = digest.shape[1], page_table.shape[1]
     out = torch.empty(B, H, P, dtype=torch.float32, device=query.device)
@@ -53,6 +59,7 @@ def page_bound(query: Tensor, digest: Tensor, page_table: Tensor, pages: Tensor)
         return out
     page_bound_kernel[(B, H, triton.cdiv(P, PAGES))](
         query, digest, page_table, pages, out, P, *query.stride()[:2], *digest.stride()[:3],
-        page_table.stride(0), *out.stride()[:2], G=Hq // H, D=D, **blocks(Hq // H, D),
+        page_table.stride(0), *out.stride()[:2], G=Hq // H, D=D, LEVELS=levels or 0,
+        **blocks(Hq // H, D),
     )  # fmt: skip
     return out
