@@ -8,8 +8,9 @@ SGLANG_VENV := .venvs/sglang
 MODELS := .models
 PACE := $(CURDIR)/.cache/pace
 # Two processes of one thread each; a file's tests share what they build.
-PYTEST := OMP_NUM_THREADS=1 KVPLUG_PACE=$(PACE) $(BIN)/python -m pytest -n 2 --dist loadfile
-PYTEST_SGLANG := OMP_NUM_THREADS=1 KVPLUG_PACE=$(PACE) $(SGLANG_VENV)/bin/python -m pytest -n 2 --dist loadfile
+SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 KVPLUG_PACE=$(PACE) $(BIN)/python -m pytest $(SPREAD)
+PYTEST_SGLANG := OMP_NUM_THREADS=1 KVPLUG_PACE=$(PACE) $(SGLANG_VENV)/bin/python -m pytest $(SPREAD)
 
 export XDG_CACHE_HOME := $(CURDIR)/.cache
 export PIP_CACHE_DIR := $(CURDIR)/.cache/pip

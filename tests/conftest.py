@@ -17,6 +17,14 @@ MODELS = Path(__file__).parents[1] / ".models"
 DASHBOARD = Path(__file__).parents[1] / "dashboards/kvplug.json"
 
 
+LONGEST = (
+    "test_eval", "test_models", "test_metrics", "test_replay", "test_serving", "test_server",
+    "test_admission", "test_demo", "test_eviction", "test_both_engines", "test_full_budget",
+    "test_recall", "test_compile", "test_cpu", "test_lm", "test_bench_serve", "test_twin",
+)  # fmt: skip
+"""Files that take minutes, which begin first, so that no worker is alone with one at the end."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Pace())
 
@@ -28,6 +36,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if item.path.parent.name == "evals":
                 item.add_marker(pytest.mark.cpu)
             item.add_marker(pytest.mark.filterwarnings("default", "error:::kvplug"))
+    place = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

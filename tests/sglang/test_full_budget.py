@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -93,10 +94,14 @@ OFFER = {
     "allow": ["snapkv", "knorm", "random", "keydiff"],
     "max_budget": 4096,
 }
-CHOSEN = [policy for policy in POLICIES if not policy.startswith("streaming")]
-ALONE = [policy for policy in POLICIES if policy.startswith("streaming")]
+ALONE = [policy for policy in POLICIES if policy.startswith(("streaming", "twilight"))]
+CHOSEN = [policy for policy in POLICIES if policy not in ALONE]
 KINDS = [(16, True), (1, False), (16, False)]
-SERVERS = [(OFFER, CHOSEN), *(({"policy": policy}, [None]) for policy in ALONE)]
+
+
+def alone_on(page_size: int) -> list[str]:
+    """Policies that mix with no other, where pages of this size serve them."""
+    return [policy for policy in ALONE if page_size in SIZES.get(policy, [1, 16])]
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +118,10 @@ def two_ranks(random_llama, conversation, tmp_path_factory):
             },
         }
         for page_size, shortcut in KINDS
-        for settings, asks in SERVERS
+        for settings, asks in [
+            (OFFER, CHOSEN),
+            *(({"policy": policy}, [None]) for policy in alone_on(page_size)),
+        ]
     ]
     folder = tmp_path_factory.mktemp("ranks")
     jobs = {"model": str(random_llama()), "batches": conversation, "servers": servers}
@@ -138,8 +146,8 @@ def two_ranks(random_llama, conversation, tmp_path_factory):
             process.wait()
     first, second = (json.loads((folder / rank).read_text()) for rank in "01")
     assert first == second, "the ranks chose alike"
-    each = len(SERVERS)
-    return {kind: first[place * each :][:each] for place, kind in enumerate(KINDS)}
+    answers = iter(first)
+    return {kind: list(islice(answers, 1 + len(alone_on(kind[0])))) for kind in KINDS}
 
 
 @pytest.mark.timeout(900)
@@ -150,7 +158,7 @@ def test_two_ranks_equal_stock(two_ranks, conversation, expected, page_size, sho
     for place, policy in enumerate(CHOSEN):
         answers = [batch[5 * place :][:5] for batch in mixed["answers"]]
         assert answers == expected, policy
-    for policy, server in zip(ALONE, alone, strict=True):
+    for policy, server in zip(alone_on(page_size), alone, strict=True):
         assert server["answers"] == expected, policy
     for server in (mixed, *alone):
         assert server["free"] == 65536
@@ -162,11 +170,12 @@ def test_two_ranks_equal_stock(two_ranks, conversation, expected, page_size, sho
         for name in ("planned_steps", "packed_prompts", "selected_queries")
     ]
     if shortcut:
-        assert counts == [[0, 0, 0]] * 3, "nothing is left to do but the stock path"
+        assert counts == [[0] * 4] * 3, "nothing is left to do but the stock path"
         return
     planned, packed, selected = counts
     assert min(planned) > 20
     prompts_of_a_page = sum(len(p) >= page_size for batch in conversation for p in batch)
-    assert packed == [4 * prompts_of_a_page, 0, 0], "snapkv, knorm, random, keydiff"
-    queries = 11 * 10  # decoded by ten requests in each of a policy's selecting layers
-    assert selected == [(2 + 2 + 2) * queries, 0, queries]
+    assert packed == [4 * prompts_of_a_page, *(0 for _ in alone)], "snapkv, knorm, random, keydiff"
+    layers = (2 + 2 + 2, 0, 1, 2)  # that select: of those that mix, then of each of ALONE
+    queries = 11 * 10  # decoded by ten requests in each of them
+    assert selected == [layer * queries for layer in layers[: 1 + len(alone)]]

@@ -147,7 +147,9 @@ def serve(
     tokens: Annotated[int, typer.Option(help="Of a prompt.", min=256)] = 8192,
     output: Annotated[int, typer.Option(help="Tokens of an answer.", min=4)] = 64,
     batch: Annotated[int, typer.Option(help="Requests that always run together.", min=1)] = 4,
-    requests: Annotated[int, typer.Option(help="Sent at once where few fit.", min=2)] = 16,
+    requests: Annotated[
+        int, typer.Option(help="Sent at once where few fit; 0 leaves that load out.", min=0)
+    ] = 16,
     fit: Annotated[
         float, typer.Option(help="Dense requests that the pool of every server holds.", min=2)
     ] = 6,

@@ -49,10 +49,10 @@ class Options:
     command: str
 
     def __post_init__(self) -> None:
-        if self.requests <= self.fit:
+        if 0 < self.requests <= self.fit:
             raise ValueError(
-                f"--requests {self.requests} all fit where {self.fit:g} do: ask for more, or for "
-                "a lower --fit"
+                f"--requests {self.requests} all fit where {self.fit:g} do: ask for more, for a "
+                "lower --fit, or for 0, which leaves that load out"
             )
         if self.batch > self.fit:
             raise ValueError(f"--batch {self.batch} is more than fit (--fit {self.fit:g})")
@@ -109,16 +109,16 @@ def sized(engine: Engine, options: Options) -> Engine:
         kv_cache_mib=-(-(int(options.fit * blocks) + 2) * block // MiB),
         # vLLM refuses texts by their characters, of which words between spaces have more.
         max_model_len=length + length // 4,
-        max_num_seqs=options.requests,
+        max_num_seqs=max(options.batch, options.requests),
     )
 
 
 def run(options: Options, engine: Engine, console: Console, save: Callable[[Run], None]) -> Run:
     """Raises EngineError. ``save`` is called after every policy."""
     done = Run(options=options, engine=sized(engine, options))
-    for line in options.policies:
+    for place, line in enumerate(options.policies):
         console.print(f"[bold cyan]{escape(line)}[/]")
-        done.cells += _measure(line, done, console)
+        done.cells += _measure(line, place, done, console)
         done.provenance["load_at_end"] = os.getloadavg()[0]
         save(done)
     return done
@@ -150,12 +150,11 @@ class Run:
         return json.dumps(whole, indent=1) + "\n"
 
 
-def _measure(line: str, run: Run, console: Console) -> Iterator[Cell]:
+def _measure(line: str, place: int, run: Run, console: Console) -> Iterator[Cell]:
     options, engine = run.options, run.engine
     texts = prompts(engine.model, options.tokens)  # the same for every policy
     folder = options.out.parent / f"{options.out.stem}-logs"
-    name = f"{len(run.cells) // 2}"
-    with serve(engine, str(parse(line)), folder / f"server-{name}.log") as server:
+    with serve(engine, str(parse(line)), folder / f"server-{place}.log") as server:
 
         def cell(load: str, at_once: int, batches: list[list[str]]) -> Cell:
             made, before = Cell(policy=line, load=load), state(engine, server.url)
@@ -163,7 +162,7 @@ def _measure(line: str, run: Run, console: Console) -> Iterator[Cell]:
                 asked = Load(prompts=texts, at_once=at_once, output=options.output)
                 preempted = state(engine, server.url).preempted
                 made.sent.append(
-                    send(asked, engine, server.url, folder / f"{load}-{name}-{repeat}")
+                    send(asked, engine, server.url, folder / f"{load}-{place}-{repeat}")
                 )
                 after = state(engine, server.url)
                 made.preempted.append(after.preempted - preempted)
@@ -180,8 +179,10 @@ def _measure(line: str, run: Run, console: Console) -> Iterator[Cell]:
         same = list(islice(texts, options.batch))
         # Fills the prefix cache, and pays for what a server builds at first use.
         first = Load(prompts=same, at_once=options.batch, output=options.output)
-        send(first, engine, server.url, folder / f"first-{name}")
+        send(first, engine, server.url, folder / f"first-{place}")
         yield cell(BATCH, options.batch, [same] * options.repeats)
+        if not options.requests:
+            return
         new = [list(islice(texts, options.requests)) for _ in range(options.repeats)]
         yield cell(MEMORY, options.requests, new)
 

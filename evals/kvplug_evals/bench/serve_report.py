@@ -40,9 +40,9 @@ def show(run: Run, console: Console) -> None:
     )
     for load, title in titles(run).items():
         console.print(_table(run, load, title))
-    losing = sum(loses(cell, run) for cell in run.cells)
+    losing, compared = sum(loses(c, run) for c in run.cells), len(run.cells) - len(titles(run))
     console.print(
-        f"{losing} of {len(run.cells) - 2} cells give fewer tokens a second than dense. "
+        f"{losing} of {compared} cells give fewer tokens a second than dense. "
         f"Medians of {options.repeats}; spread: greatest less smallest. read: bytes that a decode "
         "step reads, digests included, of those that dense reads. as dense: share of an answer's "
         "words before the first that dense's has not, mean. All requests of a load are sent at "
@@ -52,11 +52,13 @@ def show(run: Run, console: Console) -> None:
 
 
 def titles(run: Run) -> dict[str, str]:
+    """Of the loads that were sent, in order."""
     options = run.options
-    return {
+    titles = {
         BATCH: f"{options.batch} requests that fit, prompts cached: what selection gives",
         MEMORY: f"{options.requests} new prompts, {options.fit:g} fit: what eviction gives",
     }
+    return {load: title for load, title in titles.items() if run.of(load)}
 
 
 def loses(cell: Cell, run: Run) -> bool:
@@ -94,8 +96,9 @@ def draw(run: Run, file: Path) -> None:
     engine, speed = run.engine, "output_tokens_per_second"
     figure = Figure(figsize=(11, 1.4 + 0.5 * len(run.of(BATCH))), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, (load, title) in zip(panels, titles(run).items(), strict=True):
+    loads = titles(run)
+    (panels,) = figure.subplots(1, len(loads), sharey=True, squeeze=False)
+    for axes, (load, title) in zip(panels, loads.items(), strict=True):
         cells, dense = run.of(load), run.dense(load)
         ratios = [cell.of(speed) / dense.of(speed) for cell in cells]
         colours = [
