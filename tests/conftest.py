@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -23,6 +24,14 @@ LONGEST = (
     "test_recall", "test_compile", "test_cpu", "test_lm", "test_bench_serve", "test_twin",
 )  # fmt: skip
 """Files that take minutes, which begin first, so that no worker is alone with one at the end."""
+
+
+with contextlib.suppress(ImportError):  # a machine with a GPU need not have it
+    from hypothesis import HealthCheck, settings
+
+    # A machine that others use is no fault of ours.
+    settings.register_profile("busy", suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("busy")
 
 
 def pytest_configure(config: pytest.Config) -> None:
