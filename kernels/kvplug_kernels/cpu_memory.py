@@ -7,7 +7,13 @@ step's tensors as NumPy arrays would then take longer than to choose its pages.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from pickle import PickleError
+from tempfile import TemporaryFile
 from typing import Any
 
 import numba
@@ -100,6 +106,32 @@ def float16_as_fp32(value: Any) -> Any:
     return np.uint32(size.view(np.uint32) | sign).view(np.float32)
 
 
+@cache
+def store() -> str | None:
+    """The folder of compiled code, of just these sources: Numba itself knows a function's file
+    alone, not those of the functions that it calls. None where nothing can be kept."""
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    try:
+        digest = sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = home / "kvplug" / f"numba-{numba.__version__}-{digest}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            return str(folder)
+    except (OSError, RuntimeError):
+        return None
+
+
+def compiled(function: Callable[..., None], stored: bool, **options: Any) -> Callable[..., None]:
+    """By Numba, when it is called; stored for other processes if there is a folder for it."""
+    users = numba.config.CACHE_DIR  # asked for when a function is wrapped, and never again
+    numba.config.CACHE_DIR = (stored and store()) or users
+    try:
+        return numba.njit(cache=bool(stored and store()), **options)(function)
+    finally:
+        numba.config.CACHE_DIR = users
+
+
 class Parallel:
     """A function with ``numba.prange``, compiled for one thread and, where work is worth it, for
     as many as torch takes: waking threads costs more than small work does.
@@ -109,11 +141,24 @@ class Parallel:
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
-        self.serial = numba.njit(fastmath=FAST_MATH, nogil=True)(function)
-        self.parallel = numba.njit(parallel=True, fastmath=FAST_MATH, nogil=True)(function)
+        self.function = function
+        self.serial, self.parallel = self._compiled(stored=True)
+
+    def _compiled(self, stored: bool) -> list[Callable[..., None]]:
+        return [
+            compiled(self.function, stored, parallel=parallel, fastmath=FAST_MATH, nogil=True)
+            for parallel in (False, True)
+        ]
 
     def __call__(self, work: int, *arguments: Any) -> None:
         """work: elements touched, roughly. The function's last argument is the threads it has."""
+        try:
+            self._run(work, arguments)
+        except (OSError, EOFError, PickleError):  # of what is stored: compiled code raises none
+            self.serial, self.parallel = self._compiled(stored=False)
+            self._run(work, arguments)
+
+    def _run(self, work: int, arguments: tuple[Any, ...]) -> None:
         threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
         if threads == 1 or work < WORTH_WAKING:
             return self.serial(*arguments, 1)
