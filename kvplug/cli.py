@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -74,6 +78,7 @@ def doctor(
     policy: Annotated[
         str | None, typer.Option(help="Policy line to check with the model; the default if none.")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for a script.")] = False,
 ) -> None:
     """Check versions, hooks (by using them) and, with a model, what would be refused."""
     checks: Callable[[str | None, str | None], Iterable[Check]]
@@ -86,17 +91,35 @@ def doctor(
             "no engine is installed here; install one with: pip install 'kvplug[vllm]'"
         )
 
-    table = Table(title="kvplug doctor", show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    healthy = True
-    for check in checks(model, policy):
-        healthy &= check.passed
-        table.add_row("[green]ok[/]" if check.passed else "[red]no[/]", check.name, check.detail)
-    Console().print(table)
-    if not healthy:
+    with printing_to_stderr():
+        found = list(checks(model, policy))
+    if as_json:
+        print(json.dumps([asdict(check) for check in found], indent=1))
+    else:
+        table = Table(title="kvplug doctor", show_header=False)
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for check in found:
+            passed = "[green]ok[/]" if check.passed else "[red]no[/]"
+            table.add_row(passed, check.name, check.detail)
+        Console().print(table)
+    if not all(check.passed for check in found):
         raise typer.Exit(1)
+
+
+@contextmanager
+def printing_to_stderr() -> Iterator[None]:
+    """What engines print, and processes that they start, is no part of a command's output."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ CASES = {
     "dense": ("dense", ALONE),
     "short, selecting": ("quest(budget=48, dense_layers=1)", ALONE),
     "by mass": ("streaming_llm(window=64) + quest(budget=64, top_p=0.9, dense_layers=0)", ALONE),
+    "by tokens": ("twilight(budget=40, dense_layers=1)", ALONE),
     "evicting": ("streaming_llm(sinks=16, window=64)", ALONE),
     "compressing": ("snapkv(budget=48, window=16)", ALONE),
     "both": ("keydiff(budget=64) + quest(budget=48, dense_layers=1)", ALONE),
@@ -42,7 +43,7 @@ OTHERWISE = {
 }
 
 
-IN_TRITON = ("by mass", "both", "of their own", "in another way")
+IN_TRITON = ("by mass", "by tokens", "both", "of their own", "in another way")
 """What its kernels are called with: the rest is the same over FlashAttention 3, in less time."""
 
 
