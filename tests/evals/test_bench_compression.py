@@ -36,7 +36,7 @@ def model(tmp_path):
 
 
 @pytest.mark.engine
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_both_engines_serve_the_same_prompts_and_one_compresses(model, monkeypatch):
     for name, value in (("OMP_NUM_THREADS", "1"), ("VLLM_CPU_OMP_THREADS_BIND", "nobind")):
         monkeypatch.setenv(name, value)

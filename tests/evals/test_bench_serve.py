@@ -113,7 +113,7 @@ PROVENANCE = {
 
 @pytest.mark.engine
 @pytest.mark.cpu
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_dense_and_a_policy_that_evicts_in_servers_of_their_own(tmp_path):
     engine = configure("vllm", RECALL, {"dtype": "float32", "threads": 1})
     asked = options(tmp_path / "serve.json", "snapkv(budget=128)")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 VLLM = Path(__file__).parents[2] / ".venvs" / "vllm" / "bin" / "python"
 POLICIES = [

@@ -8,7 +8,7 @@ import re
 import psutil
 import pytest
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 GiB = 1 << 30
 FREE, FRACTION = 4 * GiB, 0.03

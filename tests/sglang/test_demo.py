@@ -14,7 +14,7 @@ from kvplug_evals.demo.conversation import CLIENTS, DOCUMENTS, TURNS, Sizes
 from kvplug_evals.demo.session import run_demo
 from kvplug_evals.served.sglang import SGLang
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 SIZES = Sizes(characters=1500, document_characters=1200, document_tokens=8)
 POLICY = "snapkv(budget=96, window=32) + quest(budget=64, dense_layers=0)"

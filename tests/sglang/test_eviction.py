@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 SCORED = ["snapkv(budget=64, window=16)", "keydiff(budget=100)"]
 TOKEN = 2 * 2 * 2 * 64 * 4

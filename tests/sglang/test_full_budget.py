@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import free_port
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 POLICIES = [
     "dense",

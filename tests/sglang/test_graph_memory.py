@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 MODEL = SimpleNamespace(
     context_len=131072, num_attention_heads=32, head_dim=128, num_hidden_layers=36,

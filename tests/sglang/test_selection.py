@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 
 @pytest.mark.parametrize("page_size", [1, 16])

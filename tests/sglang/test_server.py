@@ -12,7 +12,7 @@ from urllib.error import HTTPError
 import pytest
 from sglang_server import serve
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 OFFER = json.dumps(
     {

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 REQUESTS = 320
 POOL = 2048

@@ -19,14 +19,14 @@ SERVED = ["length", 8]
 
 @pytest.mark.engine
 @pytest.mark.cpu
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_of_three_engines_each_judges_by_its_own_offer(random_llama, tmp_path):
     out = tmp_path / "out.json"
     Pace.starts += 3
     done = subprocess.run(
         [sys.executable, "-m", "tests.vllm.three_engines", str(random_llama()), str(out)],
         env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-        capture_output=True, text=True, timeout=580,
+        capture_output=True, text=True, timeout=850,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads(out.read_text())

@@ -67,7 +67,7 @@ def test_private_blocks_of_any_choice_are_set_aside_where_requests_choose():
 
 @pytest.mark.engine
 @pytest.mark.cpu
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_an_engine_fits_itself_to_its_memory(engine, random_llama, prompts):
     model = random_llama()
     policy = {"policy": "streaming_llm(sinks=32, window=3000)", "protect": [[3500, 4000]]}

@@ -23,7 +23,7 @@ def doctor(*options: str) -> tuple[int, dict[str, dict[str, object]]]:
 
 @pytest.mark.engine
 @pytest.mark.cpu
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_what_is_healthy_and_what_would_be_refused(random_llama):
     status, found = doctor("--model", str(random_llama()), "--policy", "qest")
     assert status == 1

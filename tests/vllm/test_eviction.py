@@ -10,7 +10,7 @@ import torch
 import twin
 from recorded import opaque
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 PAGE = 32
 FULL = [

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import twin
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 POLICIES = [
     "dense",

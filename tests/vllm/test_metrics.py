@@ -77,7 +77,7 @@ def decoded(prompt: int) -> range:
 
 @pytest.mark.engine
 @pytest.mark.cpu
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_server_shows_what_it_compressed_and_read(smollm2, tmp_path, drawn):
     policy = "snapkv(budget=512, window=32) + quest(budget=256, dense_layers=2)"
     found, page, log = served(smollm2, policy, tmp_path)
@@ -121,7 +121,7 @@ def test_a_server_shows_what_it_compressed_and_read(smollm2, tmp_path, drawn):
 
 @pytest.mark.engine
 @pytest.mark.cpu
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_and_so_do_two_api_servers_of_one_engine(smollm2, tmp_path):
     policy = "streaming_llm(sinks=32, window=480)"
     more = ("--api-server-count", "2")

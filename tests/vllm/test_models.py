@@ -6,7 +6,7 @@ import pytest
 
 from tests.pace import Pace
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 FULL = ["dense", "quest(budget=4096, dense_layers=0)", "streaming_llm(sinks=4, window=4096)"]
 SMALL = [

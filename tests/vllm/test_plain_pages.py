@@ -12,7 +12,7 @@ import copy
 import pytest
 import torch
 
-pytestmark = [pytest.mark.engine, pytest.mark.cpu, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.engine, pytest.mark.cpu, pytest.mark.timeout(900)]
 
 
 def plain_numbers(layer, kv_cache):

@@ -223,7 +223,7 @@ def test_a_server_with_a_wrong_policy_does_not_start(random_llama, environment):
             "--kv-cache-memory-bytes", str(64 << 20),
             "--additional-config", json.dumps({"kvplug": {"policy": "quest(budgt=7)"}}),
         ],
-        env={**os.environ, **environment}, capture_output=True, text=True, timeout=200,
+        env={**os.environ, **environment}, capture_output=True, text=True, timeout=850,
     )  # fmt: skip
     assert done.returncode != 0
     assert "quest has no option 'budgt'. Did you mean 'budget'?" in done.stdout + done.stderr

@@ -13,7 +13,7 @@ from recorded import opaque
 from tests.vllm.test_eviction import add
 from tests.vllm.test_lifecycle import preemptions
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 SHAPES = [
     # query heads, KV heads, head dim, page size, dtype

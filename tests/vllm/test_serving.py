@@ -23,7 +23,7 @@ from kvplug_evals.served.start import serve  # noqa: E402
 from kvplug_evals.served.vllm import VLLM  # noqa: E402
 from tests.vllm.test_metrics import shown  # noqa: E402
 
-pytestmark = [pytest.mark.engine, pytest.mark.cpu, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.engine, pytest.mark.cpu, pytest.mark.timeout(900)]
 
 OFFER = {"policy": "dense", "allow": ["snapkv", "quest", "keydiff"], "max_budget": 512}
 IN_A_SMALL_DISK = 'mount -t tmpfs -o size=300k none "$0" && echo $$ >"$0.pid" && exec "$@"'

@@ -8,7 +8,7 @@ import pytest
 
 from kvplug import Refused
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 TOKENS = 20
 
 

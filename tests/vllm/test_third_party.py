@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.engine, pytest.mark.cpu, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.engine, pytest.mark.cpu, pytest.mark.timeout(900)]
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "random_pages"
 

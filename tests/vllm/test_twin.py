@@ -18,7 +18,7 @@ import twin
 
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(not twin.MODE.startswith("graphs"), reason="needs KVPLUG_TWIN=graphs"),
 ]
 

@@ -13,7 +13,7 @@ import httpx
 from kvplug_evals.served import process
 from kvplug_evals.served.engine import Engine
 
-START_SECONDS = 300
+START_SECONDS = 600
 
 
 @dataclass(frozen=True, kw_only=True)
