@@ -158,8 +158,8 @@ def _measure(line: str, place: int, run: Run, console: Console) -> Iterator[Cell
 
         def cell(load: str, at_once: int, batches: list[list[str]]) -> Cell:
             made, before = Cell(policy=line, load=load), state(engine, server.url)
-            for repeat, texts in enumerate(batches):
-                asked = Load(prompts=texts, at_once=at_once, output=options.output)
+            for repeat, batch in enumerate(batches):
+                asked = Load(prompts=batch, at_once=at_once, output=options.output)
                 preempted = state(engine, server.url).preempted
                 made.sent.append(
                     send(asked, engine, server.url, folder / f"{load}-{place}-{repeat}")
