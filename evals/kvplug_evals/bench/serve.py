@@ -32,8 +32,12 @@ from kvplug_evals.served.start import serve
 DENSE = "dense"
 BATCH, MEMORY = "batch", "memory"
 POLICIES = (
-    "twilight", "quest(budget=0.15625)", "snapkv(budget=512)", "snapkv(budget=512) + twilight"
-)  # fmt: skip
+    "twilight(dense_layers=0)",
+    "quest(budget=0.125, dense_layers=0)",
+    "snapkv(budget=512)",
+    "snapkv(budget=512) + twilight(dense_layers=0)",
+)
+"""For the recall model, which has but two layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +80,11 @@ class Cell:
     def range(self, measure: str) -> tuple[float, float]:
         found = [getattr(sent, measure) for sent in self.sent]
         return min(found), max(found)
+
+    @property
+    def does_nothing(self) -> bool:
+        """A policy whose queries read all that dense's would."""
+        return self.read == 1 and not parse(self.policy).is_dense
 
     @property
     def replies(self) -> list[str]:

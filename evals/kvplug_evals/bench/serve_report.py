@@ -44,9 +44,10 @@ def show(run: Run, console: Console) -> None:
     console.print(
         f"{losing} of {compared} cells give fewer tokens a second than dense. "
         f"Medians of {options.repeats}; spread: greatest less smallest. read: bytes that a decode "
-        "step reads, digests included, of those that dense reads. as dense: share of an answer's "
-        "words before the first that dense's has not, mean. All requests of a load are sent at "
-        "once, by the engine's own load generator.",
+        "step reads, digests included, of those that dense reads; = dense: all of them, the policy "
+        "left these requests to dense attention. as dense: share of an answer's words before the "
+        "first that dense's has not, mean. All requests of a load are sent at once, by the "
+        "engine's own load generator.",
         soft_wrap=True,
     )
 
@@ -84,7 +85,7 @@ def _table(run: Run, load: str, title: str) -> Table:
             f"{cell.of('ttft_ms'):,.0f}",
             f"{cell.of('tpot_ms'):,.1f}",
             str(sum(cell.preempted)),
-            f"{cell.read:.0%}",
+            "= dense" if cell.does_nothing else f"{cell.read:.0%}",
             f"{cell.as_dense(dense):.0%}",
             style="red" if loses(cell, run) else None,
         )
