@@ -44,7 +44,7 @@ def show(run: Run, console: Console) -> None:
     console.print(
         f"{losing} of {compared} cells give fewer tokens a second than dense. "
         f"Medians of {options.repeats}; spread: greatest less smallest. read: bytes that a decode "
-        "step reads, digests included, of those that dense reads; = dense: all of them, the policy "
+        "step reads, digests included, of those that dense reads; = dense: all, the policy "
         "left these requests to dense attention. as dense: share of an answer's words before the "
         "first that dense's has not, mean. All requests of a load are sent at once, by the "
         "engine's own load generator.",
