@@ -73,6 +73,7 @@ def _table(run: Run, load: str, title: str) -> Table:
         ["policy", "tokens/s", "spread", "of dense", "TTFT ms", "TPOT ms", "preempted", "read",
          "as dense"],
     )  # fmt: skip
+    made.columns[0].no_wrap = False  # a long policy folds, so that no number is cut short
     dense = run.dense(load)
     speed = "output_tokens_per_second"
     for cell in run.of(load):
