@@ -68,11 +68,11 @@ def metrics(out: Path, policy: str) -> dict:
 def out(tmp_path_factory):
     out = tmp_path_factory.mktemp("eval")
     options = ["--engine", "vllm", "--model", "recall", "--suite", "recall"]
-    options += ["--mode", "multi-turn", "--out", str(out)]
-    run(*options, "--policy", "dense", "--policy", QUEST)  # as the README says it
+    options += ["--mode", "multi-turn", "--in-process", "--out", str(out)]
+    run(*options, "--policy", "dense", "--policy", QUEST)
     run(*options, "--policy", "quest(budget=1024)", "--policy", "snapkv(budget=512)",
         "--question", "aware", "--question", "agnostic",
-        "--no-baselines", "--in-process")  # fmt: skip
+        "--no-baselines")  # fmt: skip
     return out
 
 

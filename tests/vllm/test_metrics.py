@@ -32,6 +32,7 @@ PROMPTS = (900, 1001, 96, 3)
 @dataclass(frozen=True, kw_only=True)
 class Server(VLLM):
     more: tuple[str, ...] = ()
+    kv_cache_mib: int = 512
     dtype: str = "float32"
     """A CPU without instructions for bfloat16 takes eight times as long over it."""
 

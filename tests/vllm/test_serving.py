@@ -33,6 +33,7 @@ LONG, SHORT = [(7 * i) % 40000 for i in range(600)], [7, 8, 9]
 @dataclass(frozen=True, kw_only=True)
 class Server(VLLM):
     disk: Path
+    kv_cache_mib: int = 512
     dtype: str = "float32"
 
     def command(self, policy, port):
