@@ -42,7 +42,7 @@ def send(load: Load, engine: Engine, url: str, folder: Path) -> Sent:
     prompts, result, log = (folder / name for name in ("prompts.jsonl", "result.json", "log"))
     prompts.write_text("".join(f"{_line(prompt)}\n" for prompt in load.prompts))
     result.unlink(missing_ok=True)
-    command = [sys.executable, "-m", *GENERATORS[engine.package](load, prompts, result)]
+    command = [sys.executable, "-m", *GENERATORS[engine.package](load, result)]
     common = [
         *("--base-url", url, "--model", NAME, "--tokenizer", str(engine.model)),
         *("--dataset-name", "custom", "--dataset-path", str(prompts)),
@@ -83,7 +83,7 @@ def _line(prompt: str) -> str:
     return json.dumps({"prompt": prompt, "conversations": [{"content": prompt}, {"content": "."}]})
 
 
-def _vllm(load: Load, prompts: Path, result: Path) -> list[str]:
+def _vllm(load: Load, result: Path) -> list[str]:
     return [
         *("vllm.entrypoints.cli.main", "bench", "serve", "--backend", "openai"),
         *("--custom-output-len", str(load.output), "--ignore-eos", "--temperature", "0"),
@@ -93,7 +93,7 @@ def _vllm(load: Load, prompts: Path, result: Path) -> list[str]:
     ]
 
 
-def _sglang(load: Load, prompts: Path, result: Path) -> list[str]:
+def _sglang(load: Load, result: Path) -> list[str]:
     # It shuffles, by a seed of its own that is the same in every run.
     return [
         *("sglang.benchmark.serving", "--backend", "sglang-oai"),
@@ -102,7 +102,7 @@ def _sglang(load: Load, prompts: Path, result: Path) -> list[str]:
     ]
 
 
-GENERATORS: dict[str, Callable[[Load, Path, Path], list[str]]] = {
+GENERATORS: dict[str, Callable[[Load, Path], list[str]]] = {
     "vllm": _vllm,
     "sglang": _sglang,
 }

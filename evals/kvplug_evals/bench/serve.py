@@ -29,7 +29,6 @@ from kvplug_evals.models.folder import served_dtype, token_bytes
 from kvplug_evals.served.engine import Engine, EngineState, MiB
 from kvplug_evals.served.start import serve
 
-DENSE = "dense"
 BATCH, MEMORY = "batch", "memory"
 POLICIES = (
     "twilight(dense_layers=0)",
@@ -94,9 +93,6 @@ class Cell:
         """Mean share of a reply's words before the first that dense's has not."""
         return mean(map(agreement, self.replies, dense.replies))
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def agreement(reply: str, wanted: str) -> float:
     words, expected = reply.split(), wanted.split()
@@ -154,7 +150,7 @@ class Run:
         whole = {
             "provenance": self.provenance,
             "settings": {**options, **self.engine.as_json()},
-            "cells": [cell.as_json() for cell in self.cells],
+            "cells": [asdict(cell) for cell in self.cells],
         }
         return json.dumps(whole, indent=1) + "\n"
 
