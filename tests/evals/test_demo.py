@@ -53,6 +53,12 @@ kvplug_decode_queries_total{policy="quest(budget=512, dense_layers=2)"} 7.0
 kvplug_cached_tokens_total{policy="quest(budget=512, dense_layers=2)"} 63.0
 # TYPE kvplug_read_tokens_total counter
 kvplug_read_tokens_total{policy="quest(budget=512, dense_layers=2)"} 63.0
+# TYPE kvplug_cached_bytes_total counter
+kvplug_cached_bytes_total{policy="quest(budget=512, dense_layers=2)"} 1451520.0
+# TYPE kvplug_read_bytes_total counter
+kvplug_read_bytes_total{policy="quest(budget=512, dense_layers=2)"} 1458432.0
+# TYPE vllm:num_preemptions counter
+vllm:num_preemptions_total{engine="0",model_name="smollm2"} 2.0
 # TYPE vllm:num_requests_running gauge
 vllm:num_requests_running{engine="0",model_name="smollm2"} 0.0
 # HELP vllm:kv_cache_usage_perc KV-cache usage. 1 means 100 percent usage.
@@ -74,6 +80,10 @@ kvplug_decode_queries_total{{policy="quest(budget=512, dense_layers=2)"}} 7.0
 kvplug_cached_tokens_total{{policy="quest(budget=512, dense_layers=2)"}} 70.0
 # TYPE kvplug_read_tokens_total counter
 kvplug_read_tokens_total{{policy="quest(budget=512, dense_layers=2)"}} 70.0
+# TYPE kvplug_cached_bytes_total counter
+kvplug_cached_bytes_total{{policy="quest(budget=512, dense_layers=2)"}} 1612800.0
+# TYPE kvplug_read_bytes_total counter
+kvplug_read_bytes_total{{policy="quest(budget=512, dense_layers=2)"}} 1619712.0
 # TYPE sglang:max_total_num_tokens gauge
 sglang:max_total_num_tokens{{{LABELS}}} 11616.0
 # TYPE sglang:page_size gauge
@@ -136,6 +146,9 @@ def test_reads_vllm_and_kvplug_metrics():
         queries=7,
         cached=63,
         read=63,
+        cached_bytes=1451520,
+        read_bytes=1458432,
+        preempted=2,
     )
 
 
@@ -149,6 +162,9 @@ def test_reads_sglang_and_kvplug_metrics():
         queries=7,
         cached=70,
         read=70,
+        cached_bytes=1612800,
+        read_bytes=1619712,
+        preempted=0,
     )
 
 
