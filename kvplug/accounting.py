@@ -78,9 +78,9 @@ def step_reads(
         for budget in budgets:
             if budget is not None:
                 spared += float((units - planner.reads(selecting.visible, budget)).sum())
-                scanned += float(selecting.pages.sum())
+                scanned += float((-(-selecting.visible // planner.page)).sum())
         spared *= planner.unit / len(budgets)
-        scanned *= planner.page_size / len(budgets) if planner.selector.digest else 0.0
+        scanned *= planner.page / len(budgets) if planner.selector.digest else 0.0
     # A segment of several queries grows by one token a query.
     triangle = decode.queries * (decode.queries - 1) / 2
     return StepReads(

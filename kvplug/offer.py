@@ -139,6 +139,15 @@ class Offer:
             )
         return next(iter(found.values()), None)
 
+    def digest_rows(self, block_size: int, itemsize: int) -> tuple[int, int]:
+        """(K, rows): pages that a block of so many tokens is to what they carry, and vectors that
+        each carries for a KV head, of elements of so many bytes. K is 0 without a digest."""
+        for selector in self.selectors:
+            if selector.digest is not None:
+                page = selector.page(block_size)
+                return block_size // page, selector.digest.rows(page, itemsize)
+        return 0, 0
+
     def __str__(self) -> str:
         if not self.mixed:
             return str(self.settings)

@@ -42,7 +42,9 @@ class Planner:
         least = narrowest or budget
         self._short = self.scored.pages(page_size, least) if self.scored else 0
         """Whole pages that a prompt may have and stay as it is."""
-        self.unit = self.selector.unit(page_size) if self.selector else page_size
+        self.page = self.selector.page(page_size) if self.selector else page_size
+        """Tokens of what a digest describes: a page, or a part of it."""
+        self.unit = self.selector.unit(self.page) if self.selector else page_size
         """Tokens of what a selection chooses as one."""
 
     def _held_pages(self) -> Positions:
@@ -134,10 +136,10 @@ class Planner:
         budget. [n] -> [n]"""
         if self.selector is None:
             return -(-visible // self.unit)
-        keep = self.selector.units(visible, self.page_size)
+        keep = self.selector.units(visible, self.page)
         if budget is None:
             return keep
-        return np.minimum(keep, self.selector.units(visible, self.page_size, budget))
+        return np.minimum(keep, self.selector.units(visible, self.page, budget))
 
     def selection(self, segments: Segments, budget: int | float | None = None) -> Positions:
         """``reads`` of segments, those that ``min_context`` spares with all they see. -> [n]"""

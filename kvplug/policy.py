@@ -81,7 +81,8 @@ class Digest(Protocol):
 
         digest [N, H, rows, D], keys [tokens, H, D], slots [tokens] int64 (page * S + offset;
         negative for padding), cached [N, S, H, D]: the cache in which the new keys lie already,
-        by any strides. The tokens of one page arrive adjacent and ascending.
+        by any strides. The tokens of one page arrive adjacent and ascending. Where a policy cuts
+        blocks into K pages, digest is [N, K, H, rows, D] and cached [N, K * S, H, D].
         """
 
 
@@ -187,6 +188,11 @@ class Selector(Policy):
         """What pages must carry for this policy's scores."""
         return None
 
+    def page(self, block_size: int) -> int:
+        """Tokens of a page, to this policy, of an engine's block of so many: the block, or a part
+        that divides it (``small_page``). Of K parts digests are then [N, K, H, rows, D]."""
+        return block_size
+
     def unit(self, page_size: int) -> int:
         """Tokens of what is chosen as one."""
         return page_size
@@ -233,6 +239,17 @@ class Selector(Policy):
         pages [B] int32 valid columns -> [B, H, P] fp32, -inf beyond ``pages``. Columns beyond
         ``pages`` hold stale ids: skip them, never read and mask.
         """
+
+
+LARGEST_PAGE = 64
+"""Tokens; what is said of more keys together says little of each."""
+
+
+def small_page(block_size: int) -> int:
+    """Tokens of the pages that a block of so many is cut into: hybrid models' have hundreds."""
+    if block_size <= LARGEST_PAGE:
+        return block_size
+    return next((size for size in (32, 16) if block_size % size == 0), block_size)
 
 
 def check_top_p(policy: Selector, top_p: object) -> None:

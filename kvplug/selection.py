@@ -33,7 +33,9 @@ def choose_units(
 ) -> tuple[Tensor, Tensor]:
     """Logical units of ``selector.unit(page_size)`` tokens, ascending, and how many count.
 
-    query [B, H, G, D], digest [N, H, rows, D], page_table [B, P], pages [B] valid columns, lengths
+    page_size: ``selector.page`` of the engine's blocks, which page_table names.
+
+    query [B, H, G, D], digest [N, H, rows, D], page_table [B, P], pages [B] that count, lengths
     [B] tokens in them, keep [B] at most so many (never above ``width``) -> chosen [B, H, width],
     counts [B, H] int32. The newest page is always among them. Nothing synchronises, so a CUDA
     graph may capture it.
@@ -41,7 +43,10 @@ def choose_units(
     if digest is not None:
         query = query.to(digest.dtype)  # of the cache, which need not be the model's
     if isinstance(selector, TokenSelector):
-        each = 4 * query.shape[1] * query.shape[2] * page_table.shape[1] * page_size
+        tokens = page_table.shape[1] * page_size
+        if digest is not None and digest.ndim == 5:
+            tokens *= digest.shape[1]
+        each = 4 * query.shape[1] * query.shape[2] * tokens
         rows = max(1, ROOM // each)
         parts = [
             _choose_tokens(

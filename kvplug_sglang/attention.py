@@ -186,7 +186,7 @@ class PlannedAttention:
         digest = None if self.digests is None else self.digests.of_layer(layer.layer_id)
         chosen, counts = choose_units(
             step.selector, picked, digest, step.page_table, step.pages, step.lengths,
-            step.keep[budget], page_size=self.engine.page_size, width=step.width,
+            step.keep[budget], page_size=step.page, width=step.width,
             scale=layer.scaling,
         )  # fmt: skip
         if step.tokens is None:

@@ -7,30 +7,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvplug import Digest, digest_bytes
+from kvplug import Offer, digest_bytes
 from kvplug_sglang.settings import Engine
 
 
 class Digests:
     """What each page says of its keys, for every layer; page for page beside SGLang's pool."""
 
-    def __init__(self, digest: Digest, pool: Any, page_size: int) -> None:
-        self.digest = digest
+    def __init__(self, offer: Offer, pool: Any, page_size: int) -> None:
+        assert offer.digest is not None
+        self.digest = offer.digest
         self.page_size = page_size
         self.first_layer = pool.start_layer
         pages = (pool.size + page_size) // page_size  # page 0 takes what padding writes
-        rows = digest.rows(page_size, pool.dtype.itemsize)
-        shape = (pool.layer_num, pages, pool.head_num, rows, pool.head_dim)
-        self.rows = torch.zeros(shape, dtype=pool.dtype, device=pool.device)
+        parts, rows = offer.digest_rows(page_size, pool.dtype.itemsize)
+        shape = (pool.layer_num, pages, parts, pool.head_num, rows, pool.head_dim)
+        every = torch.zeros(shape, dtype=pool.dtype, device=pool.device)
+        self.rows = every if parts > 1 else every[:, :, 0]
 
     @classmethod
     def of(cls, engine: Engine, pool: Any) -> Digests | None:
         """None where no request may ask for a selection that reads digests."""
-        digest = engine.offer.digest
-        return None if digest is None else cls(digest, pool, engine.page_size)
+        return None if engine.offer.digest is None else cls(engine.offer, pool, engine.page_size)
 
     def of_layer(self, layer: int) -> Tensor:
-        """[N, H, rows, D]"""
+        """[N, H, rows, D], or [N, K, H, rows, D] of pages that are K to a policy."""
         return self.rows[layer - self.first_layer]
 
     def update(self, layer: int, keys: Tensor, slots: Tensor) -> None:
@@ -65,6 +66,6 @@ def token_bytes(original: Any, self: Any, kvc: Any, num_layers: int) -> int:
     model = kvc.model_config
     heads = model.get_num_kv_heads(get_parallel().attn_tp_size)
     item = torch.empty(0, dtype=kvc.kv_cache_dtype).element_size()
-    rows = engine.offer.digest.rows(engine.page_size, item)
-    page = digest_bytes(rows, heads, model.head_dim, item)
+    parts, rows = engine.offer.digest_rows(engine.page_size, item)
+    page = digest_bytes(parts * rows, heads, model.head_dim, item)
     return size + -(-page * num_layers // engine.page_size)

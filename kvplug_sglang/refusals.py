@@ -106,7 +106,7 @@ def refusals(view: Any, model: Any, given: object) -> Iterator[str]:
     yield from unsupported(offer)
     if offer.digest is not None:
         try:
-            offer.digest.rows(view.page_size or PAGE_SIZE, 2)
+            offer.digest_rows(view.page_size or PAGE_SIZE, 2)
         except ValueError as error:
             yield f"pages of --page-size cannot carry what the policy reads: {error}"
     for name, reason in FEATURES.items():

@@ -74,9 +74,10 @@ class Replayed:
                 selector=self.own.selector,
                 tokens=None,
                 page_table=table,
-                pages=((visible + size - 1) // size).int(),
+                pages=((visible + self.own.page - 1) // self.own.page).int(),
                 keep=dict(zip(self.budgets, (each.int() for each in keep), strict=True)),
                 lengths=visible.int(),
+                page=self.own.page,
                 unit=self.own.unit,
                 width=self.width,
             )

@@ -92,6 +92,8 @@ class Selected:
     keep: dict[int | float, Tensor]
     """By a layer's budget."""
     lengths: Tensor
+    page: int
+    """Tokens of what a digest describes."""
     unit: int
     """Tokens of what is chosen as one."""
     width: int
@@ -253,12 +255,13 @@ class StepPlanner:
             selector=planner.selector,
             tokens=self._tensor(segments.token),
             page_table=self._table(batch, segments),
-            pages=self._tensor(segments.pages, torch.int32),
+            pages=self._tensor(-(-segments.visible // planner.page), torch.int32),
             keep={
                 budget: self._tensor(planner.selection(segments, budget), torch.int32)
                 for budget in planner.selector.budgets(self.layers)
             },
             lengths=self._tensor(segments.visible, torch.int32),
+            page=planner.page,
             unit=planner.unit,
             width=int(planner.selection(segments).max()),
         )

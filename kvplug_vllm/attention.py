@@ -20,7 +20,7 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from kvplug import Observed, PromptKV, TokenSelector, choose_units, keep_tokens, window_queries
+from kvplug import Observed, PromptKV, choose_units, keep_tokens, window_queries
 from kvplug_kernels.pack_tokens import pack_tokens
 from kvplug_kernels.sparse_decode import sparse_decode
 from kvplug_kernels.virtual_heads import virtual_heads
@@ -64,7 +64,7 @@ class Virtual(NamedTuple):
     page_stride: int
     head_stride: int
     token_stride: int
-    """Between tokens where each is a page, else 0."""
+    """Between tokens where pages are parts of a block, else 0."""
 
 
 class Views(NamedTuple):
@@ -92,6 +92,7 @@ class PlannedImpl:
     sliding_window: Any
     attn_type: str
     logits_soft_cap: Any
+    kv_sharing_target_layer_name: str | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -102,6 +103,8 @@ class PlannedImpl:
         windowed = self.sliding_window not in (None, -1, (-1, -1))
         self.planned = self.attn_type == AttentionType.DECODER and not windowed
         """Windowed layers stay on the stock path; the policy plans the global ones."""
+        self.offer = engine.offer
+        """What requests of the engine may ask for."""
         self.digest = engine.offer.digest if self.planned else None
         self._window: dict[int, Tensor] = {}
         self.packed_prompts = 0
@@ -112,24 +115,33 @@ class PlannedImpl:
                 "kvplug cannot serve a model with ALiBi: its bias depends on positions that a "
                 "selection or a packed prompt does not keep; use the policy 'dense'"
             )
-        chooses = [each.name for each in engine.offer.selectors if isinstance(each, TokenSelector)]
-        self.chooses_tokens = bool(chooses)
-        """Whether keys are read where they lie, beside the stock kernel."""
-        if self.planned and chooses and not self.reads_tokens and self.logits_soft_cap:
-            raise ValueError(
-                f"kvplug cannot serve {chooses[0]} on a model that caps its logits here: its own "
-                "kernel for tokens knows no cap; use quest, or a GPU with FlashAttention 3"
-            )
         self.recent: Tensor | None = None
         """The queries of the last step, where a graph may have computed them. [B, Hq, D]"""
         self._single: Any = None
         self._views: Views | None = None
         self._viewed: Any = None
 
-    @property
-    def reads_tokens(self) -> bool:
-        """Whether the stock kernel reads pages of a single token."""
-        return False
+    def reads_units(self, tokens: int, block_size: int) -> bool:
+        """Whether the stock kernel reads pages of so many tokens, in blocks of so many."""
+        return tokens == block_size
+
+    def reads_itself(self, block_size: int) -> list[str]:
+        """The policies on offer whose units our own kernel reads where they lie."""
+        return [
+            each.name
+            for each in self.offer.selectors
+            if not self.reads_units(each.unit(each.page(block_size)), block_size)
+        ]
+
+    def check_units(self, block_size: int) -> None:
+        """Raises ValueError where a policy on offer cannot be served from such blocks."""
+        names = self.reads_itself(block_size)
+        if names and self.logits_soft_cap:
+            raise ValueError(
+                f"kvplug cannot serve {names[0]} on a model that caps its logits here: its own "
+                f"kernel for parts of a block of {block_size} tokens knows no cap; use quest with "
+                "--block-size 32, or a GPU with FlashAttention 3"
+            )
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         super().process_weights_after_loading(act_dtype)  # type: ignore[misc]
@@ -160,9 +172,12 @@ class PlannedImpl:
         if self._viewed is None or self._viewed() is not kv_cache:
             tail = None
             if self.digest is not None:
-                rows = self.digest.rows(kv_cache.shape[2], kv_cache.element_size())
-                tail = compat.page_tail(kv_cache, rows, self.head_size)
-            virtual = {size: virtual_cache(kv_cache, size) for size in {1, kv_cache.shape[2]}}
+                shape = self.offer.digest_rows(kv_cache.shape[2], kv_cache.element_size())
+                tail = compat.page_tail(kv_cache, *shape, self.head_size)
+            block = kv_cache.shape[2]
+            units = {each.unit(each.page(block)) for each in self.offer.selectors}
+            read = {unit for unit in units if self.reads_units(unit, block)}
+            virtual = {unit: virtual_cache(kv_cache, unit) for unit in read}
             self._views = Views(tail, *self.keys_and_values(layer, kv_cache), virtual)
             self._viewed = weakref.ref(kv_cache, self._forget_views)
         assert self._views is not None
@@ -226,6 +241,8 @@ class PlannedImpl:
 
     def pack(self, layer: Any, kv_cache: Tensor, packing: Packing) -> None:
         """Copy what each KV head keeps of the prompts' whole pages into their private blocks."""
+        if self.kv_sharing_target_layer_name is not None:
+            return  # its owner does, by its keys
         scored = packing.settings.policy.scored
         assert scored is not None
         self.packed_prompts += len(packing.stays)
@@ -299,7 +316,7 @@ class PlannedImpl:
         tail = views.tail if selector.digest is not None else None
         chosen, counts = choose_units(
             selector, heads, tail, step.page_table, step.pages, step.lengths, step.keep[budget],
-            page_size=size, width=step.width, scale=self.scale,
+            page_size=step.page, width=step.width, scale=self.scale,
         )  # fmt: skip
         if step.metadata is None:
             out = sparse_decode(
@@ -339,18 +356,18 @@ class PlannedImpl:
 
 
 def virtual_cache(kv_cache: Tensor, tokens: int) -> Virtual:
-    """[N, H, S, C] -> the same bytes as pages of S tokens, or of one.
+    """[N, H, S, C] -> the same bytes as pages of S tokens, or of fewer.
 
-    Token t of page p of head h stands in virtual page p * page stride + h * head stride, or + t *
-    token stride where tokens is 1. Where pages are padded the page stride is no multiple of a
-    head's bytes: virtual pages then overlap, one every greatest common divisor of the strides.
+    Token t of block p of head h begins virtual page p * page stride + h * head stride, + t * token
+    stride where pages are parts of a block. Where blocks are padded the page stride is no multiple
+    of a head's bytes: virtual pages then overlap, one every greatest common divisor of strides.
     """
     pages, heads, size, width = kv_cache.shape
     page, head, token, _ = kv_cache.stride()
-    assert tokens in (1, size) and token == width
+    assert size % tokens == 0 and token == width
     apart = token if tokens < size else 0
     unit = math.gcd(page, head, apart)
-    last = (pages - 1) * page + (heads - 1) * head + (size - 1) * apart
+    last = (pages - 1) * page + (heads - 1) * head + (size - tokens) * apart
     count = last // unit + 1
     assert count < 2**31, f"{count} virtual pages do not fit an int32 block table"
     view = kv_cache.as_strided(

@@ -21,13 +21,15 @@ def customize_spec(spec: Any, layer_class: int = 0) -> Any:
     layer_class: which of the layers' different budgets this one has (``layer_classes``).
     """
     engine = Engine.current
+    if spec.block_size == 1:  # vLLM asks for the bytes of a token, before it sets the block's size
+        return spec
     if engine is None or type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
         return spec
     offer, policy = engine.offer, engine.settings.policy
     if offer.digest is not None:
         item = spec.dtype.itemsize
-        rows = offer.digest.rows(spec.block_size, item)
-        digest = digest_bytes(rows, spec.num_kv_heads, spec.head_size, item)
+        pages, rows = offer.digest_rows(spec.block_size, item)
+        digest = digest_bytes(pages * rows, spec.num_kv_heads, spec.head_size, item)
         spec = replace(spec, page_size_padded=spec.unpadded_page_size_bytes + digest)
     if policy.eviction is not None:
         spec = replace_as(

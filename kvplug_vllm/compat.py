@@ -167,14 +167,46 @@ def ensure_builtin_specs() -> None:
     KVCacheSpecRegistry._ensure_registered()
 
 
-def request_rows(common: Any) -> NDArray[np.int64]:
+def name_requests() -> None:
+    """Let Model Runner V2 name each row's slot for models with recurrent layers too.
+
+    Until MambaHybridModelState.prepare_attn hands ``req_idx`` to the metadata, as all others do.
+    """
+    from vllm.v1.worker.gpu.model_states import mamba_hybrid
+
+    prepare, build = (
+        mamba_hybrid.MambaHybridModelState.prepare_attn,
+        mamba_hybrid.build_attn_metadata,
+    )
+    if getattr(prepare, "_kvplug", False):
+        return
+    named: list[Any] = []
+
+    @functools.wraps(prepare)
+    def prepare_attn(self: Any, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        named.append(input_batch.idx_mapping_np)
+        try:
+            return prepare(self, input_batch, *args, **kwargs)
+        finally:
+            named.pop()
+
+    def build_attn_metadata(*args: Any, **kwargs: Any) -> Any:
+        return build(*args, **{"req_idx": named[-1], **kwargs})
+
+    prepare_attn._kvplug = True  # type: ignore[attr-defined]
+    mamba_hybrid.MambaHybridModelState.prepare_attn = prepare_attn
+    mamba_hybrid.build_attn_metadata = build_attn_metadata
+
+
+def request_rows(common: Any, slots: bool) -> NDArray[np.int64]:
     """Where the router knows each row of the batch: Model Runner V2 names the request's slot,
     V1's rows are the slots. Until V1 is removed (0.32 calls it deprecated).
 
-    -> [B]; -1 for rows that pad the batch to a captured size, which V2 names no slot for.
+    slots: of V2. -> [B]; -1 for rows that pad the batch to a captured size, which V2 names no slot
+    for, and for all where it names none.
     """
     if common.req_idx is None:
-        return np.arange(common.num_reqs)
+        return np.full(common.num_reqs, -1) if slots else np.arange(common.num_reqs)
     rows = np.full(common.num_reqs, -1, np.int64)
     named = np.asarray(common.req_idx[: common.num_reqs], np.int64)
     rows[: len(named)] = named
@@ -279,8 +311,9 @@ def cpu_page_strides(
         lines = torch.arange(size)[:, None] * token + torch.arange(head_size) * channel
         if not torch.equal(place, lines + start):
             raise ValueError(
-                f"kvplug cannot choose tokens in the pages of vLLM's CPU kernel {isa!r}, which "
-                "packs keys in tiles; use quest(budget=2048), or --dtype float32"
+                f"kvplug cannot read parts of the blocks of vLLM's CPU kernel {isa!r}, which "
+                "packs keys in tiles; use quest(budget=2048) with --block-size 64, or --dtype "
+                "float32"
             )
         found.append((start, token, channel))
     return tuple(found)
@@ -323,22 +356,25 @@ def _with_layer_class(backend: type, layer_class: int) -> type:
     return type(f"{backend.__name__}{layer_class}", (backend,), {"layer_class": layer_class})
 
 
-def page_tail(kv_cache: torch.Tensor, rows: int, head_size: int) -> torch.Tensor:
-    """The digest behind each page's tokens. kv_cache [N, H, S, C] LBHNC -> [N, H, rows, D]
+def page_tail(kv_cache: torch.Tensor, parts: int, rows: int, head_size: int) -> torch.Tensor:
+    """The digests of so many parts of a block behind its tokens.
+
+    kv_cache [N, H, S, C] LBHNC -> [N, H, rows, D] of one part, [N, parts, H, rows, D] of several.
 
     Leans on ``page_size_padded`` leaving its bytes at the end of the page.
     """
     pages, heads, _, _ = kv_cache.shape
     page, head, _, last = kv_cache.stride()
-    assert last == 1 and page >= heads * (head + rows * head_size), (
+    assert last == 1 and page >= heads * (head + parts * rows * head_size), (
         f"the page has no room for its digest: shape {tuple(kv_cache.shape)}, "
-        f"strides {kv_cache.stride()}, {rows} rows of {head_size}"
+        f"strides {kv_cache.stride()}, {parts} times {rows} rows of {head_size}"
     )
-    return kv_cache.as_strided(
-        (pages, heads, rows, head_size),
-        (page, rows * head_size, head_size, 1),
+    tail = kv_cache.as_strided(
+        (pages, parts, heads, rows, head_size),
+        (page, heads * rows * head_size, rows * head_size, head_size, 1),
         kv_cache.storage_offset() + heads * head,
     )
+    return tail if parts > 1 else tail[:, 0]
 
 
 def announce_requests(tell: Callable[[Any, Any], None]) -> None:

@@ -23,7 +23,7 @@ class KVPlugImpl(PlannedImpl, CPUAttentionBackendImpl):
     stock = CPUAttentionBackendImpl
 
     def keys_and_values(self, layer: Any, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.chooses_tokens:  # any packing will do
+        if not self.reads_itself(kv_cache.shape[2]):  # any packing will do
             return super().keys_and_values(layer, kv_cache)
         return compat.cpu_keys_and_values(layer.isa, kv_cache)
 
@@ -50,8 +50,8 @@ class KVPlugBuilder(PlannedBuilder, CPUAttentionMetadataBuilder):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         spec, choosing = self.kv_cache_spec, self.offer.selectors
-        tokens = any(isinstance(each, TokenSelector) for each in choosing)
-        if self.layers and tokens:
+        tokens = bool(self.layers and self.impl.reads_itself(spec.block_size))
+        if tokens:
             compat.cpu_page_strides(self.isa, spec.block_size, spec.head_size, spec.dtype)
         own_process = self.vllm_config.parallel_config.distributed_executor_backend == "mp"
         if own_process and self.layers and self.offer.digest is not None:

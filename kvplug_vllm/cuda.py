@@ -20,7 +20,7 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from kvplug import keep_tokens, logits_bytes
+from kvplug import TokenSelector, keep_tokens, logits_bytes
 from kvplug_vllm.attention import PlannedBackend, PlannedImpl
 from kvplug_vllm.settings import Engine, offer_of
 from kvplug_vllm.step import PlannedBuilder
@@ -39,10 +39,9 @@ def most_replayed(vllm_config: Any) -> int:
 class KVPlugImpl(PlannedImpl, FlashAttentionImpl):
     stock = FlashAttentionImpl
 
-    @property
-    def reads_tokens(self) -> bool:
+    def reads_units(self, tokens: int, block_size: int) -> bool:
         """FlashAttention 3 gathers row by row at any page size, 2 wants multiples of 16."""
-        return bool(self.vllm_flash_attn_version == 3)
+        return bool(self.vllm_flash_attn_version == 3) or tokens % 16 == 0
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """With the model's weights, so that the engine's memory profile counts it."""
@@ -63,7 +62,7 @@ class KVPlugImpl(PlannedImpl, FlashAttentionImpl):
             Engine.current.offer,
             Engine.current.vllm_config.model_config.max_model_len,
         )
-        if self.chooses_tokens:
+        if any(isinstance(each, TokenSelector) for each in offer.selectors):
             most = Engine.current.vllm_config.scheduler_config.max_num_seqs
             room = logits_bytes(most, self.num_heads, longest)
             key.new_empty(room, dtype=torch.uint8)

@@ -79,21 +79,13 @@ def refusals(vllm_config: Any) -> Iterator[str]:
         return
     if getattr(model, "enable_prompt_embeds", False):
         yield "prompt embeddings hide the prompt's length; drop --enable-prompt-embeds"
-    if getattr(model, "is_hybrid", False):
-        yield (
-            "the model mixes attention with recurrent (Mamba-like) layers, which was never run; "
-            "use the policy 'dense'"
-        )
     if model.runner_type == "pooling":
         yield (
             "a pooling model decodes nothing that a policy could spare; serve it without "
             "--attention-backend kvplug"
         )
     if getattr(model.hf_text_config, "num_kv_shared_layers", 0):
-        yield (
-            "some of the model's layers read another layer's cache, which was never run; use the "
-            "policy 'dense'"
-        )
+        yield from _with_shared_caches(offer, vllm_config.cache_config)
     if getattr(model.hf_text_config, "attention_chunk_size", None):
         yield (
             "some of the model's layers attend within chunks of the context, as sequences of "
@@ -110,6 +102,27 @@ def refusals(vllm_config: Any) -> Iterator[str]:
                 f"{policy.eviction.name} beside the model's own windowed layers needs the hybrid "
                 "KV cache manager; drop --disable-hybrid-kv-cache-manager"
             )
+
+
+def _with_shared_caches(offer: Offer, cache_config: Any) -> Iterator[str]:
+    """Where layers read another layer's cache."""
+    shared = "some of the model's layers read another layer's cache"
+    for scored in offer.scorers:
+        if scored.needs_queries:
+            yield (
+                f"{shared}, and {scored.name} scores by the queries of each layer alone; use "
+                "keydiff, which scores by keys, or the policy 'dense'"
+            )
+    if not offer.settings.policy.uniform:
+        yield (
+            f"{shared}, and {offer.settings.policy} gives layers different budgets; give them one "
+            "budget, such as keydiff(budget=1024)"
+        )
+    if cache_config.kv_sharing_fast_prefill:
+        yield (
+            f"{shared}, and --kv-sharing-fast-prefill hides most of a prompt from them; drop it, "
+            "or use the policy 'dense'"
+        )
 
 
 def unsupported(offer: Offer) -> Iterator[str]:

@@ -78,6 +78,8 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
         # V2 hands over its request states, V1 a device and whether memory is pinned.
         self.slots = rest[0] if len(rest) == 1 else None
         if self.active:
+            if self.slots is not None:
+                compat.name_requests()
             self.offer = offer_of(vllm_config)
             self.choices = Choices(self.offer.settings)
             self._of_engine.clear()  # a process serves one engine at a time
@@ -100,14 +102,24 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
         )
 
     @classmethod
+    def check_named(cls, vllm_config: Any, common: Any) -> None:
+        """Raises RuntimeError where the runner does not say whose a step's rows are."""
+        router = cls._of_engine.get(id(vllm_config))
+        if router is not None and router.slots is not None and common.req_idx is None:
+            raise RuntimeError(
+                "kvplug: Model Runner V2 does not say which request is which for this model; "
+                "serve it with VLLM_USE_V2_MODEL_RUNNER=0, or with the policy 'dense'"
+            )
+
+    @classmethod
     def prompts(cls, vllm_config: Any, common: Any) -> NDArray[np.int64]:
         """Original prompt length of each row, also after a preemption; UNKNOWN for rows of no
         request (warm-up, graph capture, padding). common: CommonAttentionMetadata -> [B]
         """
         router = cls._of_engine.get(id(vllm_config))
         if router is not None and router.slots is not None:
-            return _at(router.slots.prompt_len.np, common)
-        return _at(None if router is None else router.prompt, common)
+            return router._at(router.slots.prompt_len.np, common)
+        return _nobody(common) if router is None else router._at(router.prompt, common)
 
     @classmethod
     def chosen(cls, vllm_config: Any, common: Any) -> tuple[list[Settings], NDArray[np.int64]]:
@@ -117,12 +129,12 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
         router = cls._of_engine.get(id(vllm_config))
         if router is None:
             return [offer_of(vllm_config).settings], np.zeros(common.num_reqs, np.int64)
-        return router.choices.settings, np.maximum(_at(router.choice, common), OWN)
+        return router.choices.settings, np.maximum(router._at(router.choice, common), OWN)
 
     @classmethod
     def _ends(cls, vllm_config: Any, common: Any) -> NDArray[np.bool_]:
         router = cls._of_engine.get(id(vllm_config))
-        return _at(None if router is None else router.answer, common) == 1
+        return (_nobody(common) if router is None else router._at(router.answer, common)) == 1
 
     @classmethod
     def staying(cls, vllm_config: Any) -> set[int]:
@@ -136,7 +148,13 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
     def stays_of(cls, vllm_config: Any, common: Any) -> NDArray[np.int64]:
         """What tells requests apart while they stay in the batch. common -> [B]"""
         router = cls._of_engine.get(id(vllm_config))
-        return _at(None if router is None else router.stay, common)
+        return _nobody(common) if router is None else router._at(router.stay, common)
+
+    def _at(self, table: NDArray[np.int64], common: Any) -> NDArray[np.int64]:
+        """The table's entry for each row of the batch; UNKNOWN beyond it. -> [B]"""
+        rows = compat.request_rows(common, slots=self.slots is not None)
+        known = (rows >= 0) & (rows < len(table))
+        return np.where(known, table[np.clip(rows, 0, len(table) - 1)], UNKNOWN)
 
     def update_state(self, batch_update: Any) -> None:
         """V1: requests that left, came and moved since the last step."""
@@ -191,10 +209,5 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
         return logits
 
 
-def _at(table: NDArray[np.int64] | None, common: Any) -> NDArray[np.int64]:
-    """The table's entry for each row of the batch; UNKNOWN beyond it. -> [B]"""
-    if table is None:
-        return np.full(common.num_reqs, UNKNOWN, np.int64)
-    rows = compat.request_rows(common)
-    known = (rows >= 0) & (rows < len(table))
-    return np.where(known, table[np.clip(rows, 0, len(table) - 1)], UNKNOWN)
+def _nobody(common: Any) -> NDArray[np.int64]:
+    return np.full(common.num_reqs, UNKNOWN, np.int64)

@@ -44,6 +44,8 @@ class Selected:
     keep: dict[int | float, Tensor]
     """By a layer's budget."""
     lengths: Tensor
+    page: int
+    """Tokens of what a digest describes."""
     unit: int
     """Tokens of what is chosen as one."""
     width: int
@@ -107,8 +109,6 @@ class PlannedBuilder:
         self.planner.know([engine.settings])
         self.second: Any = compat.second_builder(self)
         self.single: Any = None
-        self.reads_tokens = False
-        """Whether the stock kernel reads pages of a single token."""
         self.fixed = False
         """Whether the step that is planned may be replayed: it must keep its shapes."""
         self.capturing = False
@@ -118,9 +118,9 @@ class PlannedBuilder:
         """Queries that went through a selection, by layer, for tests and doctor."""
         self.metrics = None
         if planned:
-            impl = context[planned[0]].impl
-            self.single = compat.single_head_builder(self, impl.num_queries_per_kv)
-            self.reads_tokens = impl.reads_tokens
+            self.impl: Any = context[planned[0]].impl
+            self.impl.check_units(kv_cache_spec.block_size)
+            self.single = compat.single_head_builder(self, self.impl.num_queries_per_kv)
             share = len(planned) / len(planned_layers(vllm_config))
             self.metrics = Metrics.of(engine, share, len(planned), kv_cache_spec)
         tensor = partial(self._tensor, dtype=torch.int64)
@@ -149,6 +149,7 @@ class PlannedBuilder:
     def plan_step(self, common: Any, metadata: Any) -> StepPlan | None:
         """None where the engine's own path serves the whole step."""
         planner = self.planner
+        Router.check_named(self.vllm_config, common)
         rows = Router.rows(self.vllm_config, common)
         planner.know(rows.settings)
         # Rows of no request (warm-up, graph capture): single queries are decodes.
@@ -319,7 +320,7 @@ class PlannedBuilder:
             return self.stock.build(self.single, 0, virtual)
 
         metadata = None
-        if unit == planner.page_size or self.reads_tokens:
+        if self.impl.reads_units(unit, planner.page_size):
             metadata = build(
                 common.block_table_tensor.new_zeros(len(reads) * heads, width),
                 self._lasting("selected.reads", np.repeat(reads, heads), each=heads),
@@ -329,7 +330,7 @@ class PlannedBuilder:
             tokens=None if in_order else self._tokens(segments),
             among=self._lasting("selected.among", segments.selects) if self.fixed else None,
             page_table=self._table(common, segments, "selected"),
-            pages=self._lasting("selected.pages", segments.pages),
+            pages=self._lasting("selected.pages", -(-lengths // planner.page)),
             keep={
                 budget: self._lasting(
                     f"selected.keep {budget}", planner.selection(segments, budget)
@@ -337,6 +338,7 @@ class PlannedBuilder:
                 for budget in planner.selector.budgets(self.layers)
             },
             lengths=self._lasting("selected.lengths", lengths),
+            page=planner.page,
             unit=unit,
             width=width,
             metadata=metadata,

@@ -32,14 +32,14 @@ def code_rows(page_size: int, bits: int, itemsize: int) -> int:
 
 
 def check_rows(codes: Tensor, page_size: int, bits: int) -> None:
-    """Raises ValueError unless codes [N, H, R, D] have the rows that bits need, side by side."""
-    rows, D = code_rows(page_size, bits, codes.element_size()), codes.shape[3]
-    if codes.shape[2] != rows:
+    """Raises ValueError unless codes [..., R, D] have the rows that bits need, side by side."""
+    rows, D = code_rows(page_size, bits, codes.element_size()), codes.shape[-1]
+    if codes.shape[-2] != rows:
         raise ValueError(
             f"codes must have R = {rows} rows for pages of {page_size} tokens at {bits} bits, "
             f"got {list(codes.shape)}"
         )
-    if codes.stride(2) != D:
+    if codes.stride(-2) != D:
         raise ValueError(
             f"codes must have rows of D = {D} elements side by side, "
             f"got strides {list(codes.stride())}"
@@ -47,6 +47,6 @@ def check_rows(codes: Tensor, page_size: int, bits: int) -> None:
 
 
 def packed(codes: Tensor, page_size: int, bits: int) -> Tensor:
-    """codes [N, H, R, D] -> [N, H, J, D] uint8, the bytes behind lo and step where they lie"""
-    D, J = codes.shape[3], code_bytes(page_size, bits)
-    return codes[:, :, 2:].view(torch.uint8).flatten(2)[:, :, : J * D].unflatten(2, (J, D))
+    """codes [..., R, D] -> [..., J, D] uint8, the bytes behind lo and step where they lie"""
+    D, J = codes.shape[-1], code_bytes(page_size, bits)
+    return codes[..., 2:, :].view(torch.uint8).flatten(-2)[..., : J * D].unflatten(-1, (J, D))

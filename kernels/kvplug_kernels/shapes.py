@@ -58,6 +58,22 @@ class Shapes:
             )
 
 
+def by_page(digest: Tensor) -> Tensor:
+    """Digests [N, K, H, R, D] of blocks of K pages, or [N, H, R, D] of one each -> the former."""
+    return digest.unsqueeze(1) if digest.ndim == 4 else digest
+
+
+def rows_of(digest: Tensor, blocks: Tensor, start: int, stop: int) -> Tensor:
+    """Of the pages from start to stop of a request whose blocks are named.
+
+    digest [N, K, H, R, D], blocks [P] -> [stop - start, H, R, D]
+    """
+    page, K = torch.arange(start, stop, device=blocks.device), digest.shape[1]
+    if K == 1:
+        return digest[:, 0].index_select(0, blocks[start:stop])
+    return digest[blocks[page // K].long(), page % K]
+
+
 def check_page_size(page_size: int) -> None:
     if page_size < 1:
         raise ValueError(f"page_size must be at least 1 token, got {page_size}")

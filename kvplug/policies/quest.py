@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvplug.policy import Digest, Selector, check_dense_layers, check_top_p
+from kvplug.policy import Digest, Selector, check_dense_layers, check_top_p, small_page
 from kvplug_kernels.page_bound import page_bound
 from kvplug_kernels.page_digest import update_page_digest
 
@@ -32,7 +32,8 @@ class KeyExtremes:
         return 2
 
     def update(self, digest: Tensor, keys: Tensor, slots: Tensor, cached: Tensor) -> None:
-        update_page_digest(digest, keys, slots, cached.shape[1])
+        parts = 1 if digest.ndim == 4 else digest.shape[1]
+        update_page_digest(digest, keys, slots, cached.shape[1] // parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,9 @@ class Quest(Selector):
     @property
     def digest(self) -> Digest:
         return KeyExtremes()
+
+    def page(self, block_size: int) -> int:
+        return small_page(block_size)
 
     def layer_budget(self, layer: int) -> int | float | None:
         return None if layer < self.dense_layers else self.budget

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvplug.policy import Digest, TokenSelector, check_dense_layers, check_top_p
+from kvplug.policy import Digest, TokenSelector, check_dense_layers, check_top_p, small_page
 from kvplug_kernels.code_logits import code_logits
 from kvplug_kernels.key_codes import code_rows, update_key_codes
 from kvplug_kernels.page_bound import page_bound
@@ -93,6 +93,9 @@ class Twilight(TokenSelector):
     def digest(self) -> Digest:
         return KeyCodes(self.bits)
 
+    def page(self, block_size: int) -> int:
+        return small_page(block_size)
+
     def layer_budget(self, layer: int) -> int | float | None:
         return None if layer < self.dense_layers else self.budget
 
@@ -120,7 +123,7 @@ class Twilight(TokenSelector):
         if self.candidates is None:
             return None
         levels = 2**self.bits - 1
-        bounds = page_bound(query, digest[:, :, :2], page_table, pages, levels)
+        bounds = page_bound(query, digest[..., :2, :], page_table, pages, levels)
         return best_pages(bounds, pages, self.candidates)
 
 

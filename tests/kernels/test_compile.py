@@ -72,8 +72,9 @@ def variants(hip: bool) -> list[Variant]:
             for unit in (S, 1)
         )
         merge = {"D": D, "PARTS": 64, "BD": sizes["BD"]}
-        bound = {"G": G, "D": D, "LEVELS": 3 * (S == 32), **page_bound.blocks(G, D)}
-        digest = {"H": 8, "D": D, "S": S, **page_digest.blocks(D)}
+        K = 4 if S == 32 else 1  # pages of a block
+        bound = {"K": K, "G": G, "D": D, "LEVELS": 3 * (S == 32), **page_bound.blocks(G, D)}
+        digest = {"K": K, "H": 8, "D": D, "S": S, **page_digest.blocks(D)}
         pack = {"S": S, "C": 2 * D, **pack_tokens.blocks(2 * D)}
         fp32, out = {"out": "*fp32"}, {"out": f"*{dtype}"}
         found += [
@@ -99,7 +100,7 @@ def variants(hip: bool) -> list[Variant]:
         ]
         bits = {16: 1, 32: 2, 64: 4}[S]
         J = code_bytes(S, bits)
-        of = {"D": D, "S": S, "J": J, "BITS": bits}
+        of = {"K": K, "D": D, "S": S, "J": J, "BITS": bits}
         found += [
             Variant(
                 f"code_logits {bits} bits {name}",

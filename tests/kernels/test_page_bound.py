@@ -65,7 +65,7 @@ def test_bound_of_steps_is_that_of_the_greatest_keys(levels, dtype, device, pois
 def test_wrong_shape_says_what_it_wanted():
     digest, table = torch.zeros(5, 2, 2, 16), torch.zeros(1, 3, dtype=torch.int32)
     pages = torch.ones(1, dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"digest must be \[N=5, H=2, 2, D=24\], got"):
+    with pytest.raises(ValueError, match=r"digest must be \[N=5, K=1, H=2, 2, D=24\], got"):
         page_bound(torch.zeros(1, 2, 24), digest, table, pages)
     with pytest.raises(ValueError, match="levels must be at least 1, got 0"):
         page_bound(torch.zeros(1, 2, 16), digest, table, pages, levels=0)

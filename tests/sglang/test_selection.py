@@ -10,7 +10,7 @@ import torch
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 
-@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("page_size", [1, 16, 128])
 @pytest.mark.parametrize(
     "policy",
     ["quest(budget=64, dense_layers=0)", "snapkv(budget=96) + quest(budget=64, dense_layers=0)"],
@@ -37,6 +37,11 @@ def test_digests_are_their_pages_extremes(engine, random_llama, prompts, policy,
                 for layer in backend.layers:
                     keys = backend.token_to_kv_pool.get_key_buffer(layer)[row]  # [P, S, H, D]
                     digest = backend.digests.of_layer(layer)[row[:, 0] // page_size]
+                    if page_size == 128:  # blocks of four pages
+                        keys, digest = (
+                            keys.unflatten(1, (4, 32)).flatten(0, 1),
+                            digest.flatten(0, 1),
+                        )
                     assert torch.equal(digest[:, :, 0], keys.amin(1))
                     assert torch.equal(digest[:, :, 1], keys.amax(1))
                 checked.append(request.rid)
@@ -47,8 +52,9 @@ def test_digests_are_their_pages_extremes(engine, random_llama, prompts, policy,
         assert planned.backend.selected_queries > 0
         counted = planned.counted()
         whole = [500 // page_size, 333 // page_size] if "snapkv" in policy else []
-        rest = [pages - 96 // page_size for pages in whole]
-        page = (2 * page_size + 2) * 2 * 2 * 64 * 4  # rows of two layers' two heads of 64, fp32
+        rest = [pages - -(-96 // page_size) for pages in whole]
+        rows = 2 * page_size // min(page_size, 32)
+        page = (2 * page_size + rows) * 2 * 2 * 64 * 4  # rows of two layers' two heads of 64, fp32
         assert counted["returned_blocks"] == sum(whole)
         assert counted["saved_bytes"] == sum(rest) * page, "digests are freed with their pages"
 

@@ -83,6 +83,8 @@ class _Operations(TorchDispatchMode):
         given = kwargs or {}
         if _inside_opaque:
             return function(*args, **given)
+        if function.namespace == "vllm":
+            return opaque(_where_it_was(function))(*args, **given)
         if function in DEPENDS:
             raise RuntimeError(f"{function} waits for the device while a graph is captured")
         result = function(*args, **given)
@@ -92,6 +94,20 @@ class _Operations(TorchDispatchMode):
         else:
             self.graph.repeats(function, args, given, result)
         return result
+
+
+def _where_it_was(function: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM's own operators look up their layer and its metadata, at the addresses of the capture,
+    in a context that a replay does not set."""
+    from vllm.forward_context import get_forward_context, override_forward_context
+
+    context = get_forward_context()
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with override_forward_context(context):
+            return function(*args, **kwargs)
+
+    return call
 
 
 class _NoWaiting(TorchFunctionMode):

@@ -414,13 +414,44 @@ def test_the_steps_metadata_has_what_a_plan_reads_and_rewrites():
 
 
 @pytest.mark.parametrize("req_idx, rows", [
-    (None, [0, 1, 2]), (np.array([4, 0, 2, 9]), [4, 0, 2]), (np.array([4, 0]), [4, 0, -1])
+    (None, [-1] * 3), (np.array([4, 0, 2, 9]), [4, 0, 2]), (np.array([4, 0]), [4, 0, -1])
 ])  # fmt: skip
 def test_rows_are_slots_where_the_runner_names_them(req_idx, rows):
     from kvplug_vllm import compat
 
     common = SimpleNamespace(req_idx=req_idx, num_reqs=3)
-    assert compat.request_rows(common).tolist() == rows
+    assert compat.request_rows(common, slots=True).tolist() == rows
+    if req_idx is None:
+        assert compat.request_rows(common, slots=False).tolist() == [0, 1, 2]
+
+
+def test_a_step_whose_rows_are_nobodys_is_not_planned():
+    from kvplug_vllm.router import Router
+
+    states = SimpleNamespace(prompt_len=SimpleNamespace(np=np.array([5, 6], np.int32)))
+    _, config = router_of(states)
+    Router.check_named(config, SimpleNamespace(req_idx=np.array([1])))
+    with pytest.raises(RuntimeError, match=r"V2 does not say .*VLLM_USE_V2_MODEL_RUNNER=0"):
+        Router.check_named(config, SimpleNamespace(req_idx=None))
+
+
+def test_models_with_recurrent_layers_name_their_rows_once_we_ask():
+    state = source_of("vllm.v1.worker.gpu.model_states.mamba_hybrid")
+    signature = next(
+        each
+        for cls in state.body
+        if isinstance(cls, ast.ClassDef) and cls.name == "MambaHybridModelState"
+        for each in cls.body
+        if isinstance(each, ast.FunctionDef) and each.name == "prepare_attn"
+    )
+    assert [each.arg for each in signature.args.args][:2] == ["self", "input_batch"], (
+        f"{MOVED}: MambaHybridModelState.prepare_attn; see compat.name_requests"
+    )
+    calls = [node for node in ast.walk(signature) if isinstance(node, ast.Call)]
+    (build,) = (each for each in calls if ast.unparse(each.func) == "build_attn_metadata")
+    assert all(each.arg != "req_idx" for each in build.keywords), (
+        f"{MOVED}: rows are named now; compat.name_requests has had its time"
+    )
 
 
 def test_the_stock_builders_and_impls_keep_their_head_counts_under_the_names_we_set():
@@ -500,7 +531,7 @@ def test_padding_lies_at_the_end_of_a_page():
     cache = memory.as_strided(
         (pages, heads, S, 2 * D), [*(stride // 4 for stride in strides[1:4]), 1]
     )
-    tail = compat.page_tail(cache, rows, D)
+    tail = compat.page_tail(cache, 1, rows, D)
     assert tail.shape == (pages, heads, rows, D)
     both = torch.cat([cache.flatten(1), tail.flatten(1)], 1)
     assert both.flatten().tolist() == memory.tolist(), (

@@ -65,7 +65,7 @@ class Beside:
         equal(cache, plain_numbers(layer, kv_cache))
         if impl.digest is not None:
             tails = (
-                compat.page_tail(c, impl.digest.rows(cache.shape[2], 4), impl.head_size)
+                compat.page_tail(c, *impl.offer.digest_rows(cache.shape[2], 4), impl.head_size)
                 for c in (cache, kv_cache)
             )
             equal(*tails)
@@ -120,5 +120,5 @@ def test_pages_packed_in_tiles_are_refused_where_tokens_are_chosen(monkeypatch):
     assert strides == ((0, 64, 1), (2048, 64, 1))
     tiles = order.view(2, 32, 32, 2).transpose(1, 2).flatten()
     monkeypatch.setattr(compat, "cpu_page_order", lambda *_: tiles)
-    with pytest.raises(ValueError, match=r"'amx'.*packs keys in tiles; use quest\(budget=2048\)"):
+    with pytest.raises(ValueError, match=r"'amx'.*packs keys in tiles; .* with --block-size 64"):
         compat.cpu_page_strides.__wrapped__("amx", 32, 64, torch.bfloat16)

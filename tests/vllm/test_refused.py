@@ -87,7 +87,17 @@ REFUSED = [
     (
         {"hf_overrides": {"num_kv_shared_layers": 1}},
         {"policy": "snapkv"},
-        ["read another layer's cache", "use the policy 'dense'"],
+        ["read another layer's cache, and snapkv scores by the queries", "use keydiff"],
+    ),
+    (
+        {"hf_overrides": {"num_kv_shared_layers": 1}},
+        {"policy": "pyramid(knorm(budget=256))"},
+        ["read another layer's cache", "give them one budget"],
+    ),
+    (
+        {"hf_overrides": {"num_kv_shared_layers": 1}, "kv_sharing_fast_prefill": True},
+        {"policy": "quest"},
+        ["--kv-sharing-fast-prefill hides most of a prompt", "drop it"],
     ),
     (
         {"runner": "pooling"},

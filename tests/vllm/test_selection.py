@@ -16,7 +16,7 @@ from tests.vllm.test_lifecycle import preemptions
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 SHAPES = [
-    # query heads, KV heads, head dim, page size, dtype
+    # query heads, KV heads, head dim, block size, dtype
     (3, 3, 64, 32, "float32"),
     (9, 3, 64, 32, "float32"),
     (7, 1, 32, 64, "bfloat16"),
@@ -25,8 +25,10 @@ SHAPES = [
     (14, 2, 80, 32, "float32"),
     (4, 2, 96, 32, "bfloat16"),
     (2, 1, 256, 32, "float32"),
+    (6, 2, 64, 544, "float32"),
+    (5, 1, 64, 160, "bfloat16"),
 ]
-BITS = {3: 2, 9: 1, 7: 2, 8: 4, 14: 2, 4: 1, 2: 4}
+BITS = {3: 2, 9: 1, 7: 2, 8: 4, 14: 2, 4: 1, 2: 4, 6: 2, 5: 1}
 """Of twilight's keys, by a shape's query heads."""
 
 
@@ -83,7 +85,11 @@ class Shadow:
                 self.values[name][slot] = value[token].float().clone()
 
     def check(self, impl, name, query, kv_cache, step, output, chosen, counts):
-        size, group = kv_cache.shape[2], impl.num_queries_per_kv
+        block, group = kv_cache.shape[2], impl.num_queries_per_kv
+        size = step.page
+        name = impl.kv_sharing_target_layer_name or name
+        assert block % size == 0
+        assert size <= 64, "blocks are cut into pages"
         loose = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 1e-4}[query.dtype]
         tokens = range(len(step.lengths)) if step.tokens is None else step.tokens.tolist()
         for row, token in enumerate(tokens):
@@ -91,7 +97,7 @@ class Shadow:
             if not length:
                 continue  # of a step of fixed shapes
             slots = [
-                int(step.page_table[row, position // size]) * size + position % size
+                int(step.page_table[row, position // block]) * block + position % block
                 for position in range(length)
             ]
             keys = torch.stack([self.keys[name][slot] for slot in slots])  # [T, H, D]
@@ -177,17 +183,17 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("name, heads, kv_heads, head_dim, page, dtype", CASES)
+@pytest.mark.parametrize("name, heads, kv_heads, head_dim, block, dtype", CASES)
 def test_selection_is_the_definition(
-    engine, random_llama, prompts, monkeypatch, name, heads, kv_heads, head_dim, page, dtype
+    engine, random_llama, prompts, monkeypatch, name, heads, kv_heads, head_dim, block, dtype
 ):
     model = random_llama(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     shadow = Shadow(monkeypatch)
     batch = prompts(1100, 530, 33, 1)
     again = [prompt + batch[2] for prompt in batch]  # a turn later, over the prefix cache
-    budget = f"{4 * page}" if name == "quest" else f"0.3, bits={BITS[heads]}"
+    budget = f"{4 * min(block, 64)}" if name == "quest" else f"0.3, bits={BITS[heads]}"
     policy = f"{name}(budget={budget}, dense_layers=1)"
-    generate(engine, model, policy, [batch, again], block_size=page, dtype=dtype)
+    generate(engine, model, policy, [batch, again], block_size=block, dtype=dtype)
     assert shadow.checked
     assert shadow.spared
 

@@ -29,10 +29,10 @@ def build_random_llama(
     """A Llama with grouped-query attention; all heads see the whole context."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = _shape(heads, kv_heads, head_dim, layers, vocab, max_positions)
+    shape = shape_of(heads, kv_heads, head_dim, layers, vocab, max_positions)
     model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False))
-    _randomize(model, embedding=1.0, seed=seed)
-    _save(model, folder, dtype)
+    randomize(model, embedding=1.0, seed=seed)
+    save(model, folder, dtype)
 
 
 def build_random_gemma3(
@@ -51,7 +51,7 @@ def build_random_gemma3(
     """A text-only Gemma 3: layers that see `window` tokens between layers that see all."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-    shape = _shape(heads, kv_heads, head_dim, len(layer_types), vocab, max_positions)
+    shape = shape_of(heads, kv_heads, head_dim, len(layer_types), vocab, max_positions)
     config = Gemma3TextConfig(
         **shape,
         layer_types=list(layer_types),
@@ -60,11 +60,11 @@ def build_random_gemma3(
     )
     model = Gemma3ForCausalLM(config)
     # The head is tied: a token that stood out in the residual would only repeat itself.
-    _randomize(model, embedding=0.1 / config.hidden_size**0.5, seed=seed)
-    _save(model, folder, dtype)
+    randomize(model, embedding=0.1 / config.hidden_size**0.5, seed=seed)
+    save(model, folder, dtype)
 
 
-def _shape(
+def shape_of(
     heads: int, kv_heads: int, head_dim: int, layers: int, vocab: int, max_positions: int
 ) -> dict[str, Any]:
     hidden = heads * head_dim
@@ -83,7 +83,7 @@ def _shape(
     }
 
 
-def _randomize(model: Any, *, embedding: float, seed: int) -> None:
+def randomize(model: Any, *, embedding: float, seed: int) -> None:
     import torch
 
     random = torch.Generator().manual_seed(seed)
@@ -98,7 +98,7 @@ def _randomize(model: Any, *, embedding: float, seed: int) -> None:
         weight.data.normal_(0.0, scale, generator=random)
 
 
-def _save(model: Any, folder: Path, dtype: str) -> None:
+def save(model: Any, folder: Path, dtype: str) -> None:
     import torch
 
     with new_folder(folder) as draft:

@@ -28,15 +28,16 @@ from kvplug_kernels.cpu_memory import (
     span,
     widen,
 )
+from kvplug_kernels.shapes import by_page
 
 TILE = 16  # pages that a thread takes
 
 
 @numba.njit(inline="always")
-def codes_of(codes, element, table, b, p, h, W):
-    """The rows of a logical page's head."""
-    page = np.int64(span(table[0], b * table[1] + p, 1, INT32)[0])
-    return span(codes[0], page * codes[1] + h * codes[2], W, element)
+def codes_of(codes, element, table, b, p, h, W, K):
+    """The rows of a logical page's head; blocks have K pages."""
+    block = np.int64(span(table[0], b * table[1] + p // K, 1, INT32)[0])
+    return span(codes[0], block * codes[1] + p % K * codes[2] + h * codes[3], W, element)
 
 
 @numba.njit(fastmath=FAST_MATH, nogil=True)
@@ -78,7 +79,7 @@ def logits_of_page(rows, query, scratch, out, start, T, heads, G, D, J, bits):
 @numba.njit(fastmath=FAST_MATH, nogil=True)
 def logits_of_tile(
     tile, codes, element, table, pages, wanted, queries, scratch, out,
-    B, H, G, heads, D, P, S, J, bits, columns, W,
+    B, H, G, heads, D, P, K, S, J, bits, columns, W,
 ):  # fmt: skip
     """wanted: an address, or 0 for every page."""
     b, start = tile // columns, tile % columns * TILE
@@ -93,8 +94,8 @@ def logits_of_tile(
                     span(own, g * P * S + p * S, S, FP32)[:] = -np.inf
                 continue
             if p + 1 < count and (not wanted or scored[p + 1]):
-                prefetch(codes_of(codes, element, table, b, p + 1, h, W))
-            rows = codes_of(codes, element, table, b, p, h, W)
+                prefetch(codes_of(codes, element, table, b, p + 1, h, W, K))
+            rows = codes_of(codes, element, table, b, p, h, W, K)
             logits_of_page(rows, query, scratch, own, p * S, P * S, heads, G, D, J, bits)
 
 
@@ -112,7 +113,7 @@ def widen_all(query, element, queries, B, H, G, heads, D):
 
 @Parallel
 def logits(
-    query, codes, element, table, pages, wanted, queries, out, B, H, G, D, P, S, J, bits, W,
+    query, codes, element, table, pages, wanted, queries, out, B, H, G, D, P, K, S, J, bits, W,
     threads,
 ):  # fmt: skip
     heads = (G + FOUR - 1) // FOUR * FOUR
@@ -123,7 +124,7 @@ def logits(
         for tile in range(thread, B * columns, threads):
             logits_of_tile(
                 tile, codes, element, table, pages, wanted, queries, scratch, out,
-                B, H, G, heads, D, P, S, J, bits, columns, W,
+                B, H, G, heads, D, P, K, S, J, bits, columns, W,
             )  # fmt: skip
 
 
@@ -136,8 +137,9 @@ def code_logits(
     bits: int,
     wanted: Tensor | None,
 ) -> Tensor:
-    B, Hq, D = query.shape
-    H, P = codes.shape[1], page_table.shape[1]
+    (B, Hq, D), codes = query.shape, by_page(codes)
+    K, H = codes.shape[1:3]
+    P = page_table.shape[1] * K
     out = torch.empty(B, Hq, P * page_size, dtype=torch.float32)
     heads = -(-Hq // H // FOUR) * FOUR
     room = B * H * heads * D + torch.get_num_threads() * (heads + 2) * (D + 16)
@@ -145,7 +147,7 @@ def code_logits(
     logits(
         B * P * page_size * Hq * D, place(query), place(codes), ELEMENT[codes.dtype],
         place(page_table), pages.data_ptr(), 0 if wanted is None else wanted.data_ptr(),
-        queries.data_ptr(), out.data_ptr(), B, H, Hq // H, D, P, page_size,
-        code_bytes(page_size, bits), bits, codes.shape[2] * D,
+        queries.data_ptr(), out.data_ptr(), B, H, Hq // H, D, P, K, page_size,
+        code_bytes(page_size, bits), bits, codes.shape[3] * D,
     )  # fmt: skip
     return out

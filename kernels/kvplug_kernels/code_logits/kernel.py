@@ -18,8 +18,9 @@ CHANNELS = 128  # at once; more spill
 @triton.jit
 def code_logits_kernel(
     query, codes, spread, page_table, pages, wanted, out, P, query_b, query_h,
-    codes_n, codes_h, spread_n, spread_h, table_b, wanted_b, wanted_h, out_b, out_h,
-    SOME: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, J: tl.constexpr,
+    codes_n, codes_k, codes_h, spread_n, spread_k, spread_h, table_b, wanted_b, wanted_h,
+    out_b, out_h, SOME: tl.constexpr,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, J: tl.constexpr,
     BITS: tl.constexpr, BG: tl.constexpr, BJ: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
@@ -39,9 +40,9 @@ def code_logits_kernel(
     if SOME:
         each = wanted + b * wanted_b + h * wanted_h + p
         valid = valid & (tl.load(each, mask=valid, other=0) != 0)
-    page = tl.load(page_table + b * table_b + p, mask=valid, other=0).to(tl.int64)
-    low = codes + page * codes_n + h * codes_h
-    byte = spread + page * spread_n + h * spread_h + j * D
+    block = tl.load(page_table + b * table_b + p // K, mask=valid, other=0).to(tl.int64)
+    low = codes + block * codes_n + p % K * codes_k + h * codes_h
+    byte = spread + block * spread_n + p % K * spread_k + h * spread_h + j * D
     head = query + b * query_b + (h * G + g) * query_h
     for place in tl.static_range(8 // BITS):
         logits = tl.zeros([BG, BJ], tl.float32)
@@ -74,7 +75,8 @@ def code_logits(
     wanted: Tensor | None,
 ) -> Tensor:
     B, Hq, D = query.shape
-    H, P, J = codes.shape[1], page_table.shape[1], code_bytes(page_size, bits)
+    (K, H), J = codes.shape[1:3], code_bytes(page_size, bits)
+    P = page_table.shape[1] * K
     out = torch.empty(B, Hq, P * page_size, dtype=torch.float32, device=query.device)
     if not out.numel():
         return out
@@ -82,8 +84,9 @@ def code_logits(
     mask = pages if wanted is None else wanted.view(torch.uint8)  # without one, nothing is read
     code_logits_kernel[(B, H, triton.cdiv(P * J, BYTES))](
         query, codes, spread, page_table, pages, mask, out, P, *query.stride()[:2],
-        *codes.stride()[:2], *spread.stride()[:2], page_table.stride(0),
+        *codes.stride()[:3], *spread.stride()[:3], page_table.stride(0),
         *(mask.stride()[:2] if wanted is not None else (0, 0)), *out.stride()[:2],
-        SOME=wanted is not None, G=Hq // H, D=D, S=page_size, J=J, BITS=bits, **blocks(Hq // H, D),
+        SOME=wanted is not None, K=K, G=Hq // H, D=D, S=page_size, J=J, BITS=bits,
+        **blocks(Hq // H, D),
     )  # fmt: skip
     return out

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kvplug_kernels.code_layout import packed
+from kvplug_kernels.shapes import by_page, rows_of
 
 PAGES = 64  # whose codes are spread out at once
 
@@ -18,19 +19,20 @@ def code_logits(
     wanted: Tensor | None = None,
 ) -> Tensor:
     B, Hq, D = query.shape
-    H, P = codes.shape[1], page_table.shape[1]
+    codes = by_page(codes)
+    H, P = codes.shape[2], page_table.shape[1] * codes.shape[1]
     q = query.float().view(B, H, Hq // H, D)
-    spread = packed(codes, page_size, bits)  # [N, H, J, D]
+    spread = packed(codes, page_size, bits)  # [N, K, H, J, D]
     out = query.new_full((B, H, Hq // H, P, page_size), float("-inf"), dtype=torch.float32)
     for b, count in enumerate(pages.tolist()):
         for start in range(0, count, PAGES):
             stop = min(start + PAGES, count)
-            ids = page_table[b, start:stop]
-            lo, step = codes[ids, :, :2].float().unbind(2)  # [p, H, D]
+            lo, step = rows_of(codes[..., :2, :], page_table[b], start, stop).float().unbind(2)
+            joined = rows_of(spread, page_table[b], start, stop)  # [p, H, J, D]
             weights = q[b] * step[:, :, None]  # [p, H, G, D]
             base = q[b] @ lo[..., None]  # [p, H, G, 1]
             shares = [
-                weights @ (spread[ids] >> place & 2**bits - 1).float().transpose(2, 3)
+                weights @ (joined >> place & 2**bits - 1).float().transpose(2, 3)
                 for place in range(0, 8, bits)
             ]  # of [p, H, G, J]
             out[b, :, :, start:stop] = (base + torch.cat(shares, 3)).permute(1, 2, 0, 3)

@@ -20,6 +20,7 @@ from kvplug_kernels.cpu_memory import (
     span,
     widen,
 )
+from kvplug_kernels.shapes import by_page
 
 NUMBER = {torch.float32: np.int32(0), torch.bfloat16: np.int16(0), torch.float16: np.int16(0)}
 """What holds the bits of an element."""
@@ -74,17 +75,19 @@ def write_codes(spread, key, lo, step, joined, D, J, bits, levels):
 
 @numba.njit(nogil=True)
 def code_ended(
-    item, codes, number, keys, element, slots, scratch, H, S, D, J, bits, tiny, bias, shift
+    item, codes, number, keys, element, slots, scratch, K, H, S, D, J, bits, tiny, bias, shift
 ):
     """One head of a slot's page, if the slot is its last."""
     slot, h = span(slots, item // H, 1, INT64)[0], item % H
     if slot < 0 or slot % S != S - 1:
         return
     page, levels = slot // S, np.float32((1 << bits) - 1)
-    low = span(codes[0], page * codes[1] + h * codes[2], 3 * D, element)
+    block, part = page // K, page % K
+    low = span(codes[0], block * codes[1] + part * codes[2] + h * codes[3], 3 * D, element)
+    first = block * keys[1] + part * S * keys[2] + h * keys[3]
     key, lo = scratch, scratch + 4 * S * D
     hi, joined = lo + 4 * D, lo + 8 * D
-    read_page(keys, element, page * keys[1] + h * keys[3], key, lo, hi, low.ctypes.data, S, D)
+    read_page(keys, element, first, key, lo, hi, low.ctypes.data, S, D)
     steps, spread = low[D:].ctypes.data, low[2 * D :].ctypes.data
     write_steps(steps, number, element, lo, hi, D, levels, tiny, bias, shift)
     write_codes(spread, key, lo, hi, joined, D, J, bits, levels)
@@ -92,22 +95,24 @@ def code_ended(
 
 @Parallel
 def update(
-    codes, number, keys, element, slots, scratch, tokens, H, S, D, J, bits, tiny, bias, shift,
+    codes, number, keys, element, slots, scratch, tokens, K, H, S, D, J, bits, tiny, bias, shift,
     threads,
 ):  # fmt: skip
     for thread in numba.prange(threads):
         for item in range(thread, tokens * H, threads):
             code_ended(
                 item, codes, number, keys, element, slots, scratch + 4 * thread * (S + 3) * D,
-                H, S, D, J, bits, tiny, bias, shift,
+                K, H, S, D, J, bits, tiny, bias, shift,
             )  # fmt: skip
 
 
 def update_key_codes(codes: Tensor, keys: Tensor, slots: Tensor, bits: int) -> None:
-    (_, S, H, D), dtype = keys.shape, codes.dtype
+    codes = by_page(codes)
+    (_, T, H, D), K, dtype = keys.shape, codes.shape[1], codes.dtype
+    S = T // K
     scratch = torch.empty(torch.get_num_threads() * (S + 3) * D, dtype=torch.float32)
     update(
         len(slots) * H * D, place(codes), NUMBER[dtype], place(keys), ELEMENT[dtype],
-        slots.data_ptr(), scratch.data_ptr(), len(slots), H, S, D, code_bytes(S, bits), bits,
+        slots.data_ptr(), scratch.data_ptr(), len(slots), K, H, S, D, code_bytes(S, bits), bits,
         np.float32(torch.finfo(dtype).tiny), *SHORTER[dtype],
     )  # fmt: skip

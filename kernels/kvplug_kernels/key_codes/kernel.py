@@ -34,16 +34,16 @@ def step_of(span, LEVELS: tl.constexpr, TINY: tl.constexpr, element: tl.constexp
 
 @triton.jit
 def update_key_codes_kernel(
-    codes, spread, keys, slots, codes_n, codes_h, spread_n, spread_h,
+    codes, spread, keys, slots, codes_n, codes_k, codes_h, spread_n, spread_k, spread_h,
     keys_n, keys_s, keys_h, keys_d, TINY: tl.constexpr,
-    D: tl.constexpr, S: tl.constexpr, J: tl.constexpr, BITS: tl.constexpr,
+    K: tl.constexpr, D: tl.constexpr, S: tl.constexpr, J: tl.constexpr, BITS: tl.constexpr,
     BJ: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     slot = tl.load(slots + tl.program_id(0).to(tl.int64))
     if (slot >= 0) & (slot % S == S - 1):
         page = slot // S
         h = tl.program_id(1).to(tl.int64)
-        keys += page * keys_n + h * keys_h
+        keys += page // K * keys_n + page % K * S * keys_s + h * keys_h
         lo = tl.full([BD], float("inf"), tl.float32)
         hi = tl.full([BD], float("-inf"), tl.float32)
         for start in range(0, J, BJ):
@@ -53,7 +53,7 @@ def update_key_codes_kernel(
                 hi = tl.maximum(hi, tl.max(tl.where(k < float("inf"), k, float("-inf")), axis=0))
 
         d = tl.arange(0, BD)
-        row = codes + page * codes_n + h * codes_h + d
+        row = codes + page // K * codes_n + page % K * codes_k + h * codes_h + d
         LEVELS: tl.constexpr = (1 << BITS) - 1
         lo, hi = tl.where(d < D, lo, 0.0), tl.where(d < D, hi, 0.0)
         step = step_of(hi - lo, LEVELS, TINY, codes.dtype.element_ty)
@@ -61,7 +61,7 @@ def update_key_codes_kernel(
         tl.store(row + D, step, mask=d < D)
 
         step = step.to(tl.float32)
-        byte = spread + page * spread_n + h * spread_h + d
+        byte = spread + page // K * spread_n + page % K * spread_k + h * spread_h + d
         for start in range(0, J, BJ):
             j = start + tl.arange(0, BJ)
             joined = tl.zeros([BJ, BD], tl.int32)
@@ -80,11 +80,12 @@ def blocks(D: int, J: int) -> dict[str, int]:
 
 
 def update_key_codes(codes: Tensor, keys: Tensor, slots: Tensor, bits: int) -> None:
-    (_, S, H, D), tokens = keys.shape, slots.shape[0]
+    (_, T, H, D), K, tokens = keys.shape, codes.shape[1], slots.shape[0]
+    S = T // K
     if not tokens:
         return
     spread, J = packed(codes, S, bits), code_bytes(S, bits)
     update_key_codes_kernel[(tokens, H)](
-        codes, spread, keys, slots, *codes.stride()[:2], *spread.stride()[:2], *keys.stride(),
-        TINY=torch.finfo(codes.dtype).tiny, D=D, S=S, J=J, BITS=bits, **blocks(D, J),
+        codes, spread, keys, slots, *codes.stride()[:3], *spread.stride()[:3], *keys.stride(),
+        TINY=torch.finfo(codes.dtype).tiny, K=K, D=D, S=S, J=J, BITS=bits, **blocks(D, J),
     )  # fmt: skip

@@ -26,6 +26,7 @@ from kvplug_kernels.cpu_memory import (
     span,
     widen,
 )
+from kvplug_kernels.shapes import by_page
 
 TILE = 16  # pages: two tiles fit a core's second cache; one head's weights stay in the first
 FOUR = 4  # query heads at once
@@ -62,15 +63,15 @@ def best_dot(weights, row):
 
 
 @numba.njit(inline="always")
-def row_of(digest, element, table, b, p, h, W):
-    """[lo | hi] of a logical page."""
-    page = np.int64(span(table[0], b * table[1] + p, 1, INT32)[0])
-    return span(digest[0], page * digest[1] + h * digest[2], W, element)
+def row_of(digest, element, table, b, p, h, W, K):
+    """[lo | hi] of a logical page, of which blocks have K."""
+    block = np.int64(span(table[0], b * table[1] + p // K, 1, INT32)[0])
+    return span(digest[0], block * digest[1] + p % K * digest[2] + h * digest[3], W, element)
 
 
 @numba.njit(fastmath=FAST_MATH, nogil=True)
 def bound_tile(
-    tile, following, digest, element, table, pages, weights, out, B, H, heads, W, P, columns
+    tile, following, digest, element, table, pages, weights, out, B, H, heads, W, P, K, columns
 ):  # fmt: skip
     """The bounds of one tile of a request's pages, while the tile that follows is fetched."""
     b, start = tile // columns, tile % columns * TILE
@@ -83,10 +84,10 @@ def bound_tile(
         for p in range(start, min(start + TILE, P)):
             after = begin + p - start
             if after < fetched:
-                prefetch(row_of(digest, element, table, ahead, after, h, W))
+                prefetch(row_of(digest, element, table, ahead, after, h, W, K))
             best = np.float32(-np.inf)
             if p < count:
-                best = best_dot(weight, row_of(digest, element, table, b, p, h, W))
+                best = best_dot(weight, row_of(digest, element, table, b, p, h, W, K))
             bounds[p] = best
 
 
@@ -99,7 +100,7 @@ def sign_all(query, element, weights, B, H, G, heads, D, levels):
 
 
 @Parallel
-def bound(query, digest, element, table, pages, weights, out, B, H, G, D, P, levels, threads):
+def bound(query, digest, element, table, pages, weights, out, B, H, G, D, P, K, levels, threads):
     heads = (G + FOUR - 1) // FOUR * FOUR
     sign_all(query, element, weights, B, H, G, heads, D, levels)
     columns = (P + TILE - 1) // TILE
@@ -107,20 +108,21 @@ def bound(query, digest, element, table, pages, weights, out, B, H, G, D, P, lev
         for tile in range(thread, B * columns, threads):
             bound_tile(
                 tile, tile + threads, digest, element, table, pages, weights, out,
-                B, H, heads, 2 * D, P, columns,
+                B, H, heads, 2 * D, P, K, columns,
             )  # fmt: skip
 
 
 def page_bound(
     query: Tensor, digest: Tensor, page_table: Tensor, pages: Tensor, levels: int | None
 ) -> Tensor:
-    B, Hq, D = query.shape
-    H, P = digest.shape[1], page_table.shape[1]
+    (B, Hq, D), digest = query.shape, by_page(digest)
+    K, H = digest.shape[1:3]
+    P = page_table.shape[1] * K
     out = torch.empty(B, H, P, dtype=torch.float32)
     weights = torch.empty(B * (Hq + FOUR * H) * 2 * D, dtype=torch.float32)  # on a cache line
     bound(
         B * P * Hq * 2 * D, place(query), place(digest), ELEMENT[digest.dtype], place(page_table),
         pages.data_ptr(), weights.data_ptr(), out.data_ptr(), B, H, Hq // H, D, P,
-        levels or 0,
+        K, levels or 0,
     )  # fmt: skip
     return out

@@ -5,14 +5,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PAGES = 32  # digests read at once
+CHANNELS = 4096  # of the digests read at once; more spill
 
 
 @triton.jit
 def page_bound_kernel(
     query, digest, page_table, pages, out, P, query_b, query_h,
-    digest_n, digest_h, digest_x, table_b, out_b, out_h,
-    G: tl.constexpr, D: tl.constexpr, LEVELS: tl.constexpr,
+    digest_n, digest_k, digest_h, digest_x, table_b, out_b, out_h,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, LEVELS: tl.constexpr,
     BG: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
@@ -24,10 +24,11 @@ def page_bound_kernel(
         tl.store(out + b * out_b + h * out_h + p, float("-inf"), mask=p < P)
         return
     valid = p < count
-    page = tl.load(page_table + b * table_b + p, mask=valid, other=0).to(tl.int64)
+    block = tl.load(page_table + b * table_b + p // K, mask=valid, other=0).to(tl.int64)
     d = tl.arange(0, BD)
     inside = (d < D)[:, None] & valid[None, :]
-    low = digest + page[None, :] * digest_n + h * digest_h + d[:, None]
+    page = digest + block * digest_n + p % K * digest_k + h * digest_h
+    low = page[None, :] + d[:, None]
     lo = tl.load(low, mask=inside, other=0.0)  # [BD, BP]
     hi = tl.load(low + digest_x, mask=inside, other=0.0)  # [BD, BP]
     g = tl.arange(0, BG)
@@ -46,20 +47,23 @@ def page_bound_kernel(
 
 def blocks(G: int, D: int) -> dict[str, int]:
     BG = max(16, triton.next_power_of_2(G))  # tl.dot takes no fewer than 16 rows
-    return {"BG": BG, "BP": PAGES, "BD": triton.next_power_of_2(D)}
+    BD = triton.next_power_of_2(D)
+    return {"BG": BG, "BP": min(32, max(16, CHANNELS // BD)), "BD": BD}
 
 
 def page_bound(
     query: Tensor, digest: Tensor, page_table: Tensor, pages: Tensor, levels: int | None
 ) -> Tensor:
     B, Hq, D = query.shape
-    H, P = digest.shape[1], page_table.shape[1]
+    K, H = digest.shape[1:3]
+    P = page_table.shape[1] * K
     out = torch.empty(B, H, P, dtype=torch.float32, device=query.device)
     if not out.numel():
         return out
-    page_bound_kernel[(B, H, triton.cdiv(P, PAGES))](
-        query, digest, page_table, pages, out, P, *query.stride()[:2], *digest.stride()[:3],
-        page_table.stride(0), *out.stride()[:2], G=Hq // H, D=D, LEVELS=levels or 0,
-        **blocks(Hq // H, D),
+    sizes = blocks(Hq // H, D)
+    page_bound_kernel[(B, H, triton.cdiv(P, sizes["BP"]))](
+        query, digest, page_table, pages, out, P, *query.stride()[:2], *digest.stride()[:4],
+        page_table.stride(0), *out.stride()[:2], K=K, G=Hq // H, D=D, LEVELS=levels or 0,
+        **sizes,
     )  # fmt: skip
     return out

@@ -4,7 +4,7 @@ from torch import Tensor, int64
 
 from kvplug_kernels.dispatch import wants_compiled, wants_kernel
 from kvplug_kernels.page_digest import reference
-from kvplug_kernels.shapes import FLOATS, Shapes, check_page_size
+from kvplug_kernels.shapes import FLOATS, Shapes, by_page, check_page_size
 
 
 def update_page_digest(digest: Tensor, keys: Tensor, slots: Tensor, page_size: int) -> None:
@@ -12,11 +12,12 @@ def update_page_digest(digest: Tensor, keys: Tensor, slots: Tensor, page_size: i
 
     A slot is page * page_size + offset; negative ones are padding, and keys past the last slot are
     ignored. A page whose offset 0 arrives starts anew: what its digest held does not count. The
-    tokens of one page stand side by side and ascend, as engines send them. Raises ValueError on
+    tokens of one page stand side by side and ascend, as engines send them. Where blocks are K
+    pages, digest is [N, K, H, 2, D], and page p is p % K of block p // K. Raises ValueError on
     shapes.
     """
-    shapes = Shapes(digest.device)
-    shapes.check("digest", digest, "N H 2 D", FLOATS)
+    digest, shapes = by_page(digest), Shapes(digest.device)
+    shapes.check("digest", digest, "N K H 2 D", FLOATS)
     shapes.check("slots", slots, "T", (int64,))
     shapes.check("keys", keys[: slots.shape[0]], "T H D", (digest.dtype,))
     check_page_size(page_size)

@@ -10,8 +10,8 @@ COLUMNS = 256  # channels of neighbouring heads that a program takes
 
 @triton.jit
 def update_page_digest_kernel(
-    digest, keys, slots, tokens, digest_n, digest_h, digest_x, keys_t, keys_h,
-    H: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
+    digest, keys, slots, tokens, digest_n, digest_k, digest_h, digest_x, keys_t, keys_h,
+    K: tl.constexpr, H: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
     BT: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
@@ -24,7 +24,7 @@ def update_page_digest_kernel(
         h = (tl.program_id(1) * BH + column // BD).to(tl.int64)
         d = column % BD
         inside = (h < H) & (d < D)
-        low = digest + page * digest_n + h * digest_h + d
+        low = digest + page // K * digest_n + page % K * digest_k + h * digest_h + d
         known = inside & (d < tl.where(offset > 0, D, 0))  # a page begun now holds nothing yet
         lo = tl.load(low, mask=known, other=float("inf")).to(tl.float32)
         hi = tl.load(low + digest_x, mask=known, other=float("-inf")).to(tl.float32)
@@ -48,12 +48,12 @@ def blocks(D: int) -> dict[str, int]:
 
 
 def update_page_digest(digest: Tensor, keys: Tensor, slots: Tensor, page_size: int) -> None:
-    _, H, _, D = digest.shape
+    _, K, H, _, D = digest.shape
     tokens = slots.shape[0]
     if not tokens:
         return
     sizes = blocks(D)
     update_page_digest_kernel[(tokens, triton.cdiv(H, sizes["BH"]))](
-        digest, keys, slots, tokens, *digest.stride()[:3], *keys.stride()[:2],
-        H=H, D=D, S=page_size, **sizes,
+        digest, keys, slots, tokens, *digest.stride()[:4], *keys.stride()[:2],
+        K=K, H=H, D=D, S=page_size, **sizes,
     )  # fmt: skip
