@@ -49,10 +49,6 @@ class PlannedBackend:
         return (KVCacheLayout.LBHNC,)  # head-major pages: a head's keys lie together
 
     @classmethod
-    def supports_sink(cls) -> bool:
-        return False
-
-    @classmethod
     def customize_spec(cls, spec: Any) -> Any:
         return customize_spec(super().customize_spec(spec), cls.layer_class)  # type: ignore[misc]
 
@@ -93,6 +89,7 @@ class PlannedImpl:
     attn_type: str
     logits_soft_cap: Any
     kv_sharing_target_layer_name: str | None
+    sinks: Tensor | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -122,8 +119,9 @@ class PlannedImpl:
         self._viewed: Any = None
 
     def reads_units(self, tokens: int, block_size: int) -> bool:
-        """Whether the stock kernel reads pages of so many tokens, in blocks of so many."""
-        return tokens == block_size
+        """Whether the stock kernel reads pages of so many tokens, in blocks of so many, for KV
+        heads apart: sinks belong to query heads."""
+        return tokens == block_size and self.sinks is None
 
     def reads_itself(self, block_size: int) -> list[str]:
         """The policies on offer whose units our own kernel reads where they lie."""
@@ -202,7 +200,8 @@ class PlannedImpl:
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        if attn_metadata is None and self.planned and not kv_cache.numel():
+        owns = self.kv_sharing_target_layer_name is None
+        if attn_metadata is None and self.planned and owns and not kv_cache.numel():
             self.rehearse(layer, key)
         plan: StepPlan | None = getattr(attn_metadata, "kvplug", None) if self.planned else None
         reads = None
@@ -321,7 +320,7 @@ class PlannedImpl:
         if step.metadata is None:
             out = sparse_decode(
                 picked, views.keys, views.values, step.page_table, chosen, counts, step.lengths,
-                self.scale, step.unit,
+                self.scale, step.unit, self.sinks,
             )  # fmt: skip
             self._put(step, out, output)
             return

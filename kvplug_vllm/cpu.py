@@ -60,6 +60,10 @@ class KVPlugBuilder(PlannedBuilder, CPUAttentionMetadataBuilder):
 
 
 class KVPlugBackend(PlannedBackend, CPUAttentionBackend):
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True  # the stock kernel does, and nobody asks the stock backend
+
     @staticmethod
     def get_impl_cls() -> type[KVPlugImpl]:
         return KVPlugImpl

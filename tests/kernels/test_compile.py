@@ -41,7 +41,8 @@ TARGETS = {
 POINTERS = {
     "page_table": "*i32", "pages": "*i32", "keep": "*i32", "chosen": "*i32", "counts": "*i32",
     "lengths": "*i32", "table": "*i32", "tokens": "*i32", "slots": "*i64", "scores": "*fp32",
-    "partial": "*fp32", "weight": "*fp32", "bounds": "*i32", "spread": "*u8", "wanted": "*u8",
+    "partial": "*fp32", "weight": "*fp32", "bounds": "*i32", "sinks": "*bf16", "spread": "*u8",
+    "wanted": "*u8",
 }  # fmt: skip
 SCALARS = {"scale": "fp32", "top_p": "fp32"}
 OPTIONS = {"num_warps", "num_stages"}
@@ -71,7 +72,7 @@ def variants(hip: bool) -> list[Variant]:
             {**attend, "U": unit, "num_stages": sparse_decode.stages(hip, unit < S, sizes["BD"])}
             for unit in (S, 1)
         )
-        merge = {"D": D, "PARTS": 64, "BD": sizes["BD"]}
+        merge = {"SINKS": S == 32, "D": D, "PARTS": 64, "BD": sizes["BD"]}
         K = 4 if S == 32 else 1  # pages of a block
         bound = {"K": K, "G": G, "D": D, "LEVELS": 3 * (S == 32), **page_bound.blocks(G, D)}
         digest = {"K": K, "H": 8, "D": D, "S": S, **page_digest.blocks(D)}

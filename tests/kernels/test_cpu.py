@@ -162,13 +162,14 @@ def test_codes_logits_and_attention(threads, lengths, H, G, D, S, bits, dtype, a
     for unit, choice in ((2, (last // 2, some)), (S, (last // S, some)), (1, tokens)):
         if unit == 1:
             poison_unread(cache, *choice)
-        inputs = (query, *pools, *choice, cache.lengths, 0.2, unit)
-        torch.testing.assert_close(
-            attention.sparse_decode(*inputs),
-            attention_reference.sparse_decode(*inputs),
-            atol=1e-2,
-            rtol=1e-2,
-        )
+        for sinks in (None, torch.linspace(-9, 9, query.shape[1]).to(dtype)):
+            inputs = (query, *pools, *choice, cache.lengths, 0.2, unit, sinks)
+            torch.testing.assert_close(
+                attention.sparse_decode(*inputs),
+                attention_reference.sparse_decode(*inputs),
+                atol=1e-2,
+                rtol=1e-2,
+            )
 
 
 @pytest.mark.parametrize("top_p", [None, 0.3137, 0.9031])

@@ -97,12 +97,29 @@ def test_kernel_equals_reference(lengths, H, G, D, S, dtype, device, poisoned_ou
     cache.keys[unread], cache.values[unread] = float("nan"), float("nan")
     query = random_query(cache, G)
     inputs = (query, cache.keys, cache.values, cache.page_table, chosen, counts, cache.lengths)
-    torch.testing.assert_close(
-        sparse_decode(*inputs, 0.2),
-        reference.sparse_decode(*inputs, 0.2),
-        rtol=TOLERANCE[dtype],
-        atol=TOLERANCE[dtype],
-    )
+    sinks = torch.linspace(-30, 90, H * G, device=device).to(dtype)  # of no weight, and of all
+    for beside in (None, sinks):
+        torch.testing.assert_close(
+            sparse_decode(*inputs, 0.2, sinks=beside),
+            reference.sparse_decode(*inputs, 0.2, sinks=beside),
+            rtol=TOLERANCE[dtype],
+            atol=TOLERANCE[dtype],
+        )
+
+
+def test_a_sink_is_a_token_without_a_value():
+    cache = paged_cache([70, 0, 16], H=2, D=32, S=16)
+    query, sinks = random_query(cache, G=3), torch.randn(6) * 3
+    inputs = (query, cache.keys, cache.values, cache.page_table, *every_page(cache))
+    out = reference.sparse_decode(*inputs, cache.lengths, 0.2, sinks=sinks)
+    plain = dense(cache, query, 0.2)
+    for b, length in enumerate(cache.lengths.tolist()):
+        ids = cache.page_table[b, : -(-length // 16)].long()
+        keys = cache.keys[ids].flatten(0, 1)[:length]
+        logits = torch.einsum("hgd,thd->hgt", query[b].view(2, 3, 32), keys).flatten(0, 1) * 0.2
+        mass = logits.exp().sum(1)
+        kept = mass / (mass + sinks.exp())
+        torch.testing.assert_close(out[b], plain[b] * kept[:, None])
 
 
 def as_units(cache, chosen, counts, unit):

@@ -82,10 +82,11 @@ class Flash:
         cls, *, q: Tensor, k: Tensor, v: Tensor, out: Tensor, cu_seqlens_q: Tensor,
         max_seqlen_q: int, seqused_k: Tensor, max_seqlen_k: int, softmax_scale: float,
         causal: bool, block_table: Tensor, scheduler_metadata: Tensor | None = None,
-        window_size: Any = None, num_splits: int = 0, **_: Any,
+        window_size: Any = None, num_splits: int = 0, s_aux: Tensor | None = None, **_: Any,
     ) -> None:  # fmt: skip
         cls.check(q, k, cu_seqlens_q, max_seqlen_q, seqused_k, max_seqlen_k, block_table,
                   scheduler_metadata, num_splits)  # fmt: skip
+        assert s_aux is None or cls.version == 3, "version 2 knows no sinks"
         cls.calls += 1
         size, group = k.shape[1], q.shape[1] // k.shape[2]
         bounds = cu_seqlens_q.tolist()
@@ -108,7 +109,11 @@ class Flash:
                 if window_size is not None and window_size[0] >= 0:
                     hidden |= torch.arange(length)[None] < last - window_size[0]
                 scores.masked_fill_(hidden, float("-inf"))
-            out[a:b] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
+            if s_aux is not None:
+                sinks = s_aux.float()[:, None, None].expand(-1, b - a, 1)
+                scores = torch.cat([scores, sinks], 2)
+            weights = scores.softmax(-1)[..., :length]
+            out[a:b] = torch.einsum("hqk,khd->qhd", weights, values)
 
 
 def reshape_and_cache_flash(

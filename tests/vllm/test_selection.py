@@ -124,8 +124,11 @@ class Shadow:
                     assert worth[free].min() >= worth[others].max() - slack, "the best are read"
                 spans = [torch.arange(u * unit, min((u + 1) * unit, length)) for u in read]
                 seen = torch.cat(spans)
-                mass = (queries @ keys[seen, head].T * impl.scale).softmax(-1)
-                expected = mass @ values[seen, head]
+                logits = queries @ keys[seen, head].T * impl.scale
+                if impl.sinks is not None:
+                    own = impl.sinks[head * group : (head + 1) * group].float()
+                    logits = torch.cat([logits, own[:, None]], 1)
+                expected = logits.softmax(-1)[:, : len(seen)] @ values[seen, head]
                 got = output[token, head * group : (head + 1) * group].float()
                 torch.testing.assert_close(got, expected, atol=loose * 3, rtol=loose)
                 self.checked += 1

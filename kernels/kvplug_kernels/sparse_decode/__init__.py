@@ -17,12 +17,14 @@ def sparse_decode(
     lengths: Tensor,
     scale: float,
     unit: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """query [B, Hq, D], keys and values [N, S, H, D], chosen [B, H, K] -> [B, Hq, D] as query.
 
     chosen holds counts [B, H] ascending units of so many tokens, pages unless said (1: tokens),
     the last of which is the request's last, filled as far as lengths [B] says. Pages may lie by
-    any strides. Zeros where counts is 0. Raises ValueError on shapes and unit.
+    any strides. sinks [Hq] are logits beside the tokens' scaled ones, of which nothing is read.
+    Zeros where counts is 0. Raises ValueError on shapes and unit.
     """
     shapes = Shapes(query.device)
     shapes.check("query", query, "B Hq D", FLOATS)
@@ -34,7 +36,9 @@ def sparse_decode(
     shapes.check("lengths", lengths, "B", INDICES)
     shapes.check_groups()
     unit = check_unit(unit, shapes["S"])
-    arguments = (query, keys, values, page_table, chosen, counts, lengths, scale, unit)
+    if sinks is not None:
+        shapes.check("sinks", sinks, "Hq", FLOATS)
+    arguments = (query, keys, values, page_table, chosen, counts, lengths, scale, unit, sinks)
     if not wants_kernel(query):
         if wants_compiled(query):
             from kvplug_kernels.sparse_decode import cpu

@@ -157,8 +157,9 @@ def attend_part(
 
 
 @numba.njit(fastmath=FAST_MATH, nogil=True)
-def merge(partial, out, sequences, parts, G, heads, D):
-    """partial [sequences, parts, heads, D and more] -> out [sequences * G, D]"""
+def merge(partial, out, sinks, sequences, parts, G, heads, Hq, D):
+    """partial [sequences, parts, heads, D and more] -> out [sequences * G, D]; sinks: an address,
+    or 0"""
     each = heads * (D + 2)
     for n in range(sequences):
         for g in range(G):
@@ -169,6 +170,10 @@ def merge(partial, out, sequences, parts, G, heads, D):
                 top = max(
                     top, span(partial, (n * parts + part) * each + heads * D + g, 1, FP32)[0]
                 )
+            if sinks:
+                sink = span(sinks, (n * G + g) % Hq, 1, FP32)[0] * LOG2_E
+                top = max(top, sink)
+                total = power_of_two(sink - top)
             for part in range(parts):
                 begin = (n * parts + part) * each
                 sums = span(partial, begin + heads * D + heads + g, 1, FP32)[0]
@@ -208,6 +213,7 @@ def sparse_decode(
     lengths: Tensor,
     scale: float,
     unit: int,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     (B, Hq, D), (S, H) = query.shape, keys.shape[1:3]
     heads, tokens, threads = (
@@ -226,5 +232,9 @@ def sparse_decode(
         partial.data_ptr(), room, B, H, parts, Hq // H, heads, D, S, unit,
         np.float32(scale) * LOG2_E,
     )  # fmt: skip
-    merge(partial.data_ptr(), out.data_ptr(), B * H, parts, Hq // H, heads, D)
+    beside = sinks if sinks is None else sinks.float()
+    merge(
+        partial.data_ptr(), out.data_ptr(), 0 if beside is None else beside.data_ptr(), B * H,
+        parts, Hq // H, heads, Hq, D,
+    )  # fmt: skip
     return out.to(query.dtype)

@@ -79,17 +79,23 @@ def attend_kernel(
 
 @triton.jit
 def merge_kernel(
-    partial, weight, out, D: tl.constexpr, PARTS: tl.constexpr, BD: tl.constexpr
+    partial, weight, sinks, out, Hq,
+    SINKS: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PARTS)
     d = tl.arange(0, BD)
     w = tl.load(weight + row * PARTS + part)  # log2 of each part's sum of exponentials
     top = tl.max(w, axis=0)
+    if SINKS:
+        sink = tl.load(sinks + row % Hq).to(tl.float32) * 1.4426950408889634
+        top = tl.maximum(top, sink)
     w = tl.exp2(w - tl.where(top > float("-inf"), top, 0.0))
     some = (w > 0)[:, None] & (d < D)[None, :]
     acc = tl.load(partial + (row * PARTS + part[:, None]) * D + d[None, :], mask=some, other=0.0)
     total = tl.sum(w, axis=0)
+    if SINKS:
+        total += tl.exp2(sink - top)
     mixed = tl.sum(acc * w[:, None], axis=0) / tl.where(total > 0, total, 1.0)
     tl.store(out + row * D + d, mixed.to(out.dtype.element_ty), mask=d < D)
 
@@ -124,6 +130,7 @@ def sparse_decode(
     lengths: Tensor,
     scale: float,
     unit: int,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     B, Hq, D = query.shape
     S, H = keys.shape[1:3]
@@ -141,5 +148,8 @@ def sparse_decode(
         H=H, G=Hq // H, D=D, S=S, U=unit, PARTS=PARTS, **sizes,
         num_stages=stages(torch.version.hip is not None, unit < S, sizes["BD"]),
     )  # fmt: skip
-    merge_kernel[(B * Hq,)](partial, weight, out, D=D, PARTS=PARTS, BD=sizes["BD"])
+    merge_kernel[(B * Hq,)](
+        partial, weight, weight if sinks is None else sinks, out, Hq,
+        SINKS=sinks is not None, D=D, PARTS=PARTS, BD=sizes["BD"],
+    )  # fmt: skip
     return out

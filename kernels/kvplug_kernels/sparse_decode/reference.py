@@ -14,6 +14,7 @@ def sparse_decode(
     lengths: Tensor,
     scale: float,
     unit: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     B, Hq, D = query.shape
     S, H = keys.shape[1:3]
@@ -32,5 +33,8 @@ def sparse_decode(
 
     q = query.float().view(B, H, Hq // H, D)
     logits = (q @ k.transpose(2, 3) * scale).masked_fill(~read[:, :, None], float("-inf"))
-    weights = logits.softmax(-1).nan_to_num(0.0)  # a row of -inf is an empty request
+    if sinks is not None:
+        beside = sinks.float().view(H, Hq // H, 1).expand(B, -1, -1, 1)
+        logits = torch.cat([logits, beside], 3)
+    weights = logits.softmax(-1)[..., : K * U].nan_to_num(0.0)  # a row of -inf is an empty request
     return (weights @ v).view(B, Hq, D).to(query.dtype)
