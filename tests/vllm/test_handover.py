@@ -38,6 +38,7 @@ def test_pages_that_are_packed_in_place_say_what_they_hold():
     cache = memory.as_strided((pages, heads, size, 2 * dim), stride)
     impl = object.__new__(attention.PlannedImpl)
     impl.digest, impl.head_size, impl._views, impl._viewed = KeyExtremes(), dim, None, None
+    impl.offer, impl.sinks = read_offer({"policy": "quest"}, environ={}), None
     tail = impl.views(None, cache).tail
     tail.fill_(handover.STALE)
 

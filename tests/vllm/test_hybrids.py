@@ -83,3 +83,32 @@ def test_blocks_return_to_the_pool(engine, hybrid, prompts):
     dense, streaming, snapkv = held.values()
     assert streaming <= dense - 4
     assert snapkv <= dense - 5
+
+
+def test_a_prefix_is_hit_as_far_as_the_engine_has_it(engine, hybrid, prompts):
+    """And the answer over it is a fresh cache's, also where the turn before was compressed."""
+    first, options = prompts(1100, 630, 33), {**BLOCK, "enable_prefix_caching": True}
+
+    def turns(planned):
+        found, batch = [], first
+        for _ in range(2):
+            outputs = planned.run(batch, 8)
+            answers = [list(each.outputs[0].token_ids) for each in outputs]
+            found.append((answers, [each.num_cached_tokens for each in outputs]))
+            batch = [a + b + first[2] for a, b in zip(batch, answers, strict=True)]
+        return found, batch
+
+    with engine(hybrid, **options) as stock:
+        expected, _ = turns(stock)
+    assert expected[1][1][:2] == [1024, 512]
+    for kvplug in APART:
+        with engine(hybrid, kvplug, **options) as planned:
+            found, _ = turns(planned)
+            assert [answers for answers, _ in found] == [answers for answers, _ in expected]
+    for line in ("snapkv(budget=256)", "quest(budget=96, dense_layers=0)"):
+        with engine(hybrid, {"policy": line}, **options) as planned:
+            found, batch = turns(planned)
+            assert found[1][1][:2] == [1024, 512]
+            again = planned.generate(batch, 8)
+            planned.forget()
+            assert again == planned.generate(batch, 8)
