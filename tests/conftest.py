@@ -20,6 +20,7 @@ DASHBOARD = Path(__file__).parents[1] / "dashboards/kvplug.json"
 
 LONGEST = (
     "test_eval", "test_models", "test_metrics", "test_replay", "test_serving", "test_server",
+    "test_architectures", "test_hybrids",
     "test_admission", "test_demo", "test_eviction", "test_both_engines", "test_full_budget",
     "test_recall", "test_compile", "test_cpu", "test_lm", "test_bench_serve", "test_twin",
 )  # fmt: skip
