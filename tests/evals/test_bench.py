@@ -95,6 +95,15 @@ def test_a_cell_of_twilight_names_its_own_parts(bench):
     assert "twilight(budget=128)" in table
 
 
+@pytest.mark.parametrize("policy", [Policy.QUEST, Policy.TWILIGHT])
+def test_a_block_of_several_pages_is_read_in_parts(bench, policy):
+    written, _ = bench(policy=policy, dtype=[Dtype.FP32], block_size=128)
+    (cell,) = written["cells"]
+    assert 0 <= cell["checked"]["output"] < 1e-2
+    rows = {Policy.QUEST: 2, Policy.TWILIGHT: 4}[policy]
+    assert cell["best_ratio"] == pytest.approx(1 / (rows / 64 + 128 / 500))
+
+
 def test_candidates_read_less_and_are_those_of_the_bounds(bench):
     written, table = bench(policy=Policy.TWILIGHT, dtype=[Dtype.FP32], candidates=0.5)
     (cell,) = written["cells"]

@@ -124,7 +124,8 @@ class Cell:
         selector = parse(policy).selector
         assert selector is not None and selector.digest is not None, policy
         self.selector = selector
-        self.digest_rows = selector.digest.rows(shape.S, shape.dtype.itemsize)
+        self.page = selector.page(shape.S)
+        self.digest_rows = selector.digest.rows(self.page, shape.dtype.itemsize)
         self.stock, self.ours = Layer(shape), Layer(shape, policy)
         self.table = page_table(shape, shuffled, self.random)
         last = shape.T - 1
@@ -150,7 +151,8 @@ class Cell:
         which one left out outbid one that was read. Raises WrongOutput.
         """
         shape = self.shape
-        B, P, S = shape.B, shape.pages, shape.S
+        B, S = shape.B, self.page
+        P = -(-shape.T // S)
         step, last = self.step(), content.keys.shape[1] - 1
         step = replace(step, key=content.keys[:, last], value=content.values[:, last])
         out = torch.full_like(step.query, float("nan"))
@@ -203,7 +205,7 @@ class Cell:
         table [B, P] -> [B, H, units]"""
         (N, S, H, D), selector, T = keys.shape, self.selector, self.shape.T
         if not isinstance(selector, Twilight):
-            pages = torch.full((len(table),), self.shape.pages, dtype=torch.int32)
+            pages = torch.full_like(table[:, 0], table.shape[1])
             kept = keys.view(len(table), -1, H, D)[:, :T]
             digests = torch.stack(extremes(kept, S), 3).view(N, H, 2, D)
             bounds = page_bound_plain(query, digests, table, pages)
@@ -239,7 +241,7 @@ class Cell:
         with Stopwatch(PARTS[self.selector.name], self.clock) as watch:
             self._pairs(repeats, watch)
         shape = self.shape
-        share = byte_share(shape.T, self.selector.budget, shape.S, self._rows_read())
+        share = byte_share(shape.T, self.selector.budget, self.page, self._rows_read())
         return Result(
             shape=shape,
             isa=self.stock.attention.isa,
