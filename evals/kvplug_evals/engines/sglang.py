@@ -55,11 +55,11 @@ class SGLangEngine:
                 "SGLang's server runs in processes of its own; drop --in-process (multiprocess)"
             )
         try:
-            digest = read_offer({"policy": policy}, environ={}).digest
+            offer = read_offer({"policy": policy}, environ={})
             model = Path(options.model)
             dtype = served_dtype(model, options.dtype)
             of_token = token_bytes(model, dtype)
-            rows = digest.rows(options.block_size, getattr(torch, dtype).itemsize) if digest else 0
+            pages, rows = offer.digest_rows(options.block_size, getattr(torch, dtype).itemsize)
         except ValueError as error:
             raise EngineError(f"SGLang cannot serve {policy!r}: {error}") from None
         self.options = options
@@ -77,7 +77,7 @@ class SGLangEngine:
         except BaseException:
             self.close()
             raise
-        beside = rows * of_token // 2  # a row is a key, half a token
+        beside = pages * rows * of_token // 2  # a row is a key, half a token
         self.block_bytes = round(pool / (self.blocks + 1)) + beside  # one page takes the padding
         self.requests = 0
 

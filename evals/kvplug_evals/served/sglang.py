@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from prometheus_client.samples import Sample
 
-from kvplug import digest_bytes, parse
+from kvplug import digest_bytes, read_offer
 from kvplug_evals.models.folder import served_dtype
 from kvplug_evals.served.engine import NAME, Engine, MiB
 
@@ -58,10 +58,9 @@ class SGLang(Engine):
         model = AutoConfig.from_pretrained(self.model)
         heads = model.num_key_value_heads
         dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
-        selector = parse(policy).selector
-        digest = selector.digest if selector else None
         item = 4 if served_dtype(self.model, self.dtype) == "float32" else 2
-        rows = 2 * self.block_size + (digest.rows(self.block_size, item) if digest else 0)
+        pages, each = read_offer({"policy": policy}, environ={}).digest_rows(self.block_size, item)
+        rows = 2 * self.block_size + pages * each
         page = model.num_hidden_layers * digest_bytes(rows, heads, dim, item)
         return (self.kv_cache_mib * MiB // page - 1) * self.block_size
 
