@@ -125,7 +125,12 @@ def variants(hip: bool) -> list[Variant]:
         found += [
             Variant(f"sum T{T}", token_select.sum_kernel, parts, floats),
             Variant(f"weigh T{T}", token_select.weigh_kernel, weigh, floats),
-            Variant(f"choose T{T} {top_p}", token_select.choose_kernel, choose, floats),
+            Variant(
+                f"choose T{T} {top_p}",
+                token_select.choose_kernel,
+                choose,
+                floats | {"sinks": "i32"},
+            ),
         ]
     for P, top_p in ((512, False), (16384, True)):
         select = {"TOP_P": top_p, **page_select.blocks(P)}
