@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
@@ -12,6 +12,22 @@ from kvplug_vllm import compat
 from kvplug_vllm.packing import PackingSpec
 from kvplug_vllm.settings import Engine, EvictionSettings
 from kvplug_vllm.streaming import EvictingSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigestedSpec(FullAttentionSpec):
+    """Full attention whose pages end in digests. They are content, not padding: a connector moves
+    what is not padding, and a page that comes back without its digest is chosen by another's."""
+
+    digest_bytes: int = 0
+
+    @property
+    def unpadded_page_size_bytes(self) -> int:
+        return super().unpadded_page_size_bytes + self.digest_bytes
+
+    @classmethod
+    def merge(cls, specs: list[Any]) -> Any:
+        return replace(super().merge(specs), digest_bytes=specs[0].digest_bytes)
 
 
 def customize_spec(spec: Any, layer_class: int = 0) -> Any:
@@ -26,6 +42,7 @@ def customize_spec(spec: Any, layer_class: int = 0) -> Any:
     if engine is None or type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
         return spec
     offer, policy = engine.offer, engine.settings.policy
+    digest = 0
     if offer.digest is not None:
         item = spec.dtype.itemsize
         pages, rows = offer.digest_rows(spec.block_size, item)
@@ -39,7 +56,7 @@ def customize_spec(spec: Any, layer_class: int = 0) -> Any:
             settings=EvictionSettings.of(offer),
             in_flight=engine.vllm_config.max_in_flight_tokens,
         )
-    if policy.scored is not None or offer.mixed:
+    elif policy.scored is not None or offer.mixed:
         budget = layer_classes(engine)[layer_class] if not policy.uniform else None
         tokens = offer.max_tokens if budget is None else budget
         spec = replace_as(
@@ -49,6 +66,8 @@ def customize_spec(spec: Any, layer_class: int = 0) -> Any:
             private_blocks=-(-tokens // spec.block_size),
             budget=budget,
         )
+    elif digest:
+        spec = replace_as(spec, DigestedSpec, digest_bytes=digest)
     return spec
 
 

@@ -63,12 +63,7 @@ def refusals(vllm_config: Any) -> Iterator[str]:
             "and --ubatch-size, or use the policy 'dense'"
         )
     if vllm_config.kv_transfer_config is not None:
-        offloads = vllm_config.cache_config.kv_offloading_size is not None
-        yield (
-            "a KV connector moves pages without knowing their digests or holes; drop "
-            f"{'--kv-offloading-size' if offloads else '--kv-transfer-config'}, or use the policy "
-            "'dense'"
-        )
+        yield from _with_connector(offer, vllm_config)
     cache_dtype = vllm_config.cache_config.cache_dtype
     if cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
         yield (
@@ -102,6 +97,35 @@ def refusals(vllm_config: Any) -> Iterator[str]:
                 f"{policy.eviction.name} beside the model's own windowed layers needs the hybrid "
                 "KV cache manager; drop --disable-hybrid-kv-cache-manager"
             )
+
+
+def _with_connector(offer: Offer, vllm_config: Any) -> Iterator[str]:
+    """Where pages leave the pool and come back."""
+    transfer, policy = vllm_config.kv_transfer_config, offer.settings.policy
+    offloads = vllm_config.cache_config.kv_offloading_size is not None
+    flag = "--kv-offloading-size" if offloads else "--kv-transfer-config"
+    instead = f"drop {flag}, or use the policy 'dense'"
+    tier = transfer.kv_connector_extra_config.get("spec_name", "CPUOffloadingSpec")
+    if transfer.kv_connector != "OffloadingConnector":
+        yield (
+            f"the KV connector {transfer.kv_connector} is not known to move whole pages with "
+            f"their digests; use OffloadingConnector, {instead}"
+        )
+    elif tier == "TieringOffloadingSpec":
+        yield (
+            f"the tiers of {tier} serve other engines too, which know neither this one's policy "
+            f"nor its digests; use CPUOffloadingSpec, {instead}"
+        )
+    if offer.mixed:
+        yield (
+            "requests choose their policies, and a KV connector would serve one's answer to "
+            f"another of another policy; {instead}"
+        )
+    elif policy.eviction is not None or policy.scored is not None:
+        yield (
+            f"a KV connector moves a request's pages in the order of its tokens, and {policy} "
+            f"leaves holes among them or packs them; use twilight or quest, {instead}"
+        )
 
 
 def _with_shared_caches(offer: Offer, cache_config: Any) -> Iterator[str]:

@@ -41,8 +41,8 @@ REFUSED = [
     ),
     (
         {"kv_offloading_size": 1},
-        {"policy": "quest"},
-        ["KV connector", "drop --kv-offloading-size, or"],
+        {"policy": "snapkv"},
+        ["leaves holes among them or packs them", "drop --kv-offloading-size, or"],
     ),
     (
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
@@ -57,7 +57,22 @@ REFUSED = [
     (
         {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
         {"policy": "quest"},
-        ["KV connector", "drop --kv-transfer-config"],
+        ["the KV connector ExampleConnector is not known", "drop --kv-transfer-config"],
+    ),
+    (
+        {
+            "kv_offloading_size": 1,
+            "kv_transfer_config": {
+                "kv_connector_extra_config": {"spec_name": "TieringOffloadingSpec"}
+            },
+        },
+        {"policy": "quest"},
+        ["serve other engines too", "use CPUOffloadingSpec, drop --kv-offloading-size"],
+    ),
+    (
+        {"kv_offloading_size": 1},
+        {"policy": "dense", "allow": ["quest"]},
+        ["one's answer to another of another policy"],
     ),
     ({"kv_cache_dtype": "fp8"}, {"policy": "quest"}, ["quantised KV cache (fp8)"]),
     ({"enable_prompt_embeds": True}, {"policy": "quest"}, ["prompt embeddings"]),
