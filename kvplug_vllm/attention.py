@@ -121,7 +121,11 @@ class PlannedImpl:
     def reads_units(self, tokens: int, block_size: int) -> bool:
         """Whether the stock kernel reads pages of so many tokens, in blocks of so many, for KV
         heads apart: sinks belong to query heads."""
-        return tokens == block_size and self.sinks is None
+        return self.sinks is None and self.reads_pages(tokens, block_size)
+
+    def reads_pages(self, tokens: int, block_size: int) -> bool:
+        """Whether it reads such pages at all."""
+        return tokens == block_size
 
     def reads_itself(self, block_size: int) -> list[str]:
         """The policies on offer whose units our own kernel reads where they lie."""

@@ -39,10 +39,9 @@ def most_replayed(vllm_config: Any) -> int:
 class KVPlugImpl(PlannedImpl, FlashAttentionImpl):
     stock = FlashAttentionImpl
 
-    def reads_units(self, tokens: int, block_size: int) -> bool:
+    def reads_pages(self, tokens: int, block_size: int) -> bool:
         """FlashAttention 3 gathers row by row at any page size, 2 wants multiples of 16."""
-        paged = self.vllm_flash_attn_version == 3 or tokens % 16 == 0
-        return bool(paged) and self.sinks is None
+        return self.vllm_flash_attn_version == 3 or tokens % 16 == 0
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """With the model's weights, so that the engine's memory profile counts it."""
