@@ -54,7 +54,7 @@ def prepared(rows, heads, group, pages, size, channels=16):
     pool = torch.randn(rows * pages * size, heads, channels)
     table = torch.randperm(rows * pages).int().view(rows, pages)
     lengths = torch.full((rows,), pages * size, dtype=torch.int32)
-    step = Selected(None, None, table, lengths // size, {}, lengths, size, pages)
+    step = Selected(None, None, table, lengths // size, {}, lengths, size, size, pages)
     chosen = torch.arange(pages).int().expand(rows, heads, pages).contiguous()
     counts = torch.full((rows, heads), pages, dtype=torch.int32)
     backend = KVPlugBackend.__new__(KVPlugBackend)

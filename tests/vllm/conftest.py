@@ -168,13 +168,12 @@ class Engine:
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
     """vLLM collects garbage a dozen times while an engine starts, and again when it ends: a second
-    each among all that a test's process has loaded."""
-    collect = gc.collect
-    gc.collect = lambda *_: 0
-    try:
+    each among all that a test's process has loaded. It freezes what is there then, which here is
+    an engine among others."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("collect", "freeze", "unfreeze"):
+            patch.setattr(gc, name, lambda *_: 0)
         yield
-    finally:
-        gc.collect = collect
 
 
 @contextlib.contextmanager
@@ -185,11 +184,12 @@ def start(model: Path, kvplug: dict[str, Any] | None = None, **options: Any) -> 
     try:
         yield engine
     finally:
-        engine.llm.llm_engine.engine_core.shutdown()
-        del engine.llm, engine
         with uncollected():
+            engine.llm.llm_engine.engine_core.shutdown()
+            del engine.llm, engine
             cleanup_dist_env_and_memory()
         gc.collect()
+        gc.freeze()  # what outlives an engine stays: the next one's end need not look at it again
 
 
 @pytest.fixture(scope="session")

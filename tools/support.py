@@ -1,0 +1,293 @@
+"""docs/support.md: what each engine serves under each policy, and what it refuses and why.
+
+    python tools/support.py vllm        # in the environment of vLLM: writes its part
+    python tools/support.py sglang      # in SGLang's
+
+A cell is asked of the adapter's own refusals, for arguments as a user gives them. It is *tested*
+where a test runs it through the engine; tests/vllm/test_support.py and its sibling in tests/sglang
+fail where the page is stale or a test that it names is gone.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from kvplug import read_offer
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/support.md"
+INTRODUCTION = """# What is served
+
+**tested**: a test runs it through the engine on a CPU (vLLM also over Model Runner V2 with replayed
+graphs, see the README); served: not refused, and no test of its own; a number: refused at start, with
+the reason below. `snapkv` stands for what scores tokens (`keydiff`, `knorm`, `random`) too, *chosen* for
+a server whose requests choose their policies (`allow`). Nothing here has run on a GPU unless
+`kvplug doctor` says so. Written by `python tools/support.py`.
+"""
+POLICIES: Mapping[str, dict[str, Any]] = {
+    "dense": {"policy": "dense"},
+    "twilight": {"policy": "twilight"},
+    "quest": {"policy": "quest"},
+    "streaming_llm": {"policy": "streaming_llm"},
+    "snapkv": {"policy": "snapkv"},
+    "keydiff": {"policy": "keydiff"},
+    "pyramid": {"policy": "pyramid(snapkv)"},
+    "chosen": {"policy": "dense", "allow": ["quest", "snapkv"], "max_budget": 1024},
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    what: str
+    model: str = "llama"
+    """Whose builder is ``build_random_…``, or a configuration of ``CONFIGS``."""
+    options: dict[str, Any] = field(default_factory=dict)
+    tests: dict[str, str] = field(default_factory=dict)
+    """A test -> the policies that it runs."""
+
+
+MODULES = {
+    "llama": "random_llama", "gemma3": "random_llama", "granite4": "random_hybrid",
+    "gemma4": "random_shared", "gpt_oss": "random_gpt_oss",
+}  # fmt: skip
+SMALL: dict[str, Any] = {
+    "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "vocab_size": 128,
+}  # fmt: skip
+CONFIGS: dict[str, dict[str, Any]] = {
+    "DeepseekV2": {
+        "moe_intermediate_size": 32, "kv_lora_rank": 32, "q_lora_rank": None,
+        "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
+    },
+    "Lfm2": {"full_attn_idxs": [1]},
+}  # fmt: skip
+VLLM = {
+    "Models": [
+        Row("full attention, any group (Llama, Qwen 3, …)", tests={
+            "vllm/test_full_budget.py::test_full_budget_equals_stock": "dense twilight quest "
+            "streaming_llm",
+            "vllm/test_eviction.py::test_full_budget_equals_stock": "snapkv keydiff pyramid",
+            "vllm/test_requests.py::test_a_batch_of_policies_answers_as_each_alone": "chosen",
+        }),
+        Row("windows between (Gemma 2 and 3)", "gemma3", tests={
+            "vllm/test_models.py::test_small_budgets_beside_windowed_layers_answer_as_alone":
+            "quest streaming_llm snapkv pyramid",
+        }),
+        Row("recurrent layers (Granite 4, Falcon-H1, Qwen3-Next)", "granite4", tests={
+            "vllm/test_architectures.py::"
+            "test_policies_answer_as_stock_at_full_budget_and_in_a_batch_as_alone":
+            "twilight quest streaming_llm keydiff",
+        }),
+        Row("layers that share a cache (Gemma 3n and 4)", "gemma4", tests={
+            "vllm/test_architectures.py::"
+            "test_policies_answer_as_stock_at_full_budget_and_in_a_batch_as_alone":
+            "twilight quest streaming_llm keydiff",
+        }),
+        Row("attention sinks (gpt-oss)", "gpt_oss", tests={
+            "vllm/test_architectures.py::"
+            "test_policies_answer_as_stock_at_full_budget_and_in_a_batch_as_alone":
+            "twilight quest streaming_llm keydiff",
+        }),
+        Row("attention in chunks (Llama 4)", options={"hf_overrides": {"attention_chunk_size": 128}}),
+        Row("latent attention (DeepSeek)", "DeepseekV2"),
+        Row("pooling", options={"runner": "pooling"}),
+    ],
+    "Settings": [
+        Row("prefix cache, preemption", tests={
+            "vllm/test_lifecycle.py::test_preempted_requests_answer_as_alone":
+            "quest twilight streaming_llm keydiff",
+            "vllm/test_requests.py::test_preempted_requests_keep_their_policies": "chosen",
+        }),
+        Row("CUDA graphs (recorded on a CPU)", tests={
+            "vllm/test_twin.py::test_replayed_steps_answer_as_eager_ones":
+            "dense quest twilight snapkv streaming_llm keydiff pyramid",
+        }),
+        Row("tensor parallelism", options={"tensor_parallel_size": 2}, tests={
+            "vllm/test_models.py::test_two_ranks_answer_as_one": "quest snapkv",
+        }),
+        Row("pipeline parallelism", options={"pipeline_parallel_size": 2}),
+        Row("micro-batches", options={"ubatch_size": 2, "all2all_backend": "deepep_low_latency"}),
+        Row("fp8 cache", options={"kv_cache_dtype": "fp8"}),
+        Row("`--kv-offloading-size`", options={"kv_offloading_size": 1}, tests={
+            "vllm/test_offloading.py::test_a_prefix_from_host_memory_is_chosen_from_as_it_was":
+            "quest twilight",
+        }),
+        Row("other KV connectors", options={
+            "kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"},
+        }),
+        Row("n-gram drafts", options={
+            "speculative_config": {"method": "ngram", "num_speculative_tokens": 2},
+        }),
+        Row("LoRA", options={"enable_lora": True}),
+        Row("prompt embeddings", options={"enable_prompt_embeds": True}),
+        Row("`--disable-hybrid-kv-cache-manager`", options={"disable_hybrid_kv_cache_manager": True}),
+    ],
+}  # fmt: skip
+SGLANG = {
+    "Models": [
+        Row("full attention, any group (Llama, Qwen 3, …)", tests={
+            "sglang/test_full_budget.py::test_full_budget_equals_stock":
+            "dense twilight quest streaming_llm snapkv keydiff pyramid",
+            "sglang/test_requests.py::test_mixed_requests_answer_as_alone": "chosen",
+        }),
+        Row("windows between (Gemma 2 and 3)", "gemma3"),
+        Row("recurrent layers (Granite 4, Falcon-H1, Qwen3-Next)", "Lfm2"),
+        Row("attention sinks (gpt-oss)", "gpt_oss"),
+        Row("latent attention (DeepSeek)", "DeepseekV2"),
+        Row("pooling", options={"is_embedding": True}),
+    ],
+    "Settings": [
+        Row("prefix cache", tests={
+            "sglang/test_eviction.py::"
+            "test_the_next_turn_hits_the_whole_prompt_and_answers_as_if_fresh": "snapkv keydiff",
+        }),
+        Row("retraction", tests={
+            "sglang/test_eviction.py::"
+            "test_a_retracted_request_is_compressed_again_and_goes_on_as_it_was":
+            "snapkv keydiff quest",
+        }),
+        Row("CUDA graphs (recorded on a CPU)", tests={
+            "sglang/test_replay.py::test_replayed_steps_answer_as_eager_ones":
+            "quest twilight snapkv streaming_llm",
+        }),
+        Row("tensor parallelism", options={"tp_size": 2}, tests={
+            "sglang/test_full_budget.py::test_two_ranks_equal_stock": "quest snapkv",
+            "sglang/test_server.py::test_tensor_parallel_mixed_policies_answer_as_alone": "chosen",
+        }),
+        Row("pipeline parallelism", options={"pp_size": 2}),
+        Row("data-parallel attention", options={
+            "enable_dp_attention": True, "dp_size": 2, "tp_size": 2,
+        }),
+        Row("prefill and decode apart", options={"disaggregation_mode": "prefill"}),
+        Row("fp8 cache", options={"kv_cache_dtype": "fp8_e4m3"}),
+        Row("HiCache", options={"enable_hierarchical_cache": True}),
+        Row("LMCache", options={"enable_lmcache": True}),
+        Row("n-gram drafts", options={"speculative_algorithm": "NGRAM"}),
+        Row("sessions", options={"enable_streaming_session": True}),
+        Row("two-batch overlap", options={"enable_two_batch_overlap": True}),
+    ],
+}  # fmt: skip
+TABLES = {"vllm": VLLM, "sglang": SGLANG}
+
+
+def build(name: str, folder: Path) -> Path:
+    """A tiny model of random weights, or where nothing loads them its configuration."""
+    if folder.exists():
+        return folder
+    if name in CONFIGS:
+        import transformers
+
+        own = {**SMALL, **CONFIGS[name], "architectures": [f"{name}ForCausalLM"]}
+        getattr(transformers, f"{name}Config")(**own).save_pretrained(folder)
+    else:
+        module = import_module(f"kvplug_evals.models.{MODULES[name]}")
+        getattr(module, f"build_random_{name}")(folder)
+    return folder
+
+
+def refused_by_vllm(model: Path, options: dict[str, Any]) -> list[list[str]]:
+    """The reasons, for each of POLICIES."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from kvplug_vllm.refusals import refusals
+
+    given: dict[str, Any] = {"max_model_len": 1024, "skip_tokenizer_init": True}
+    config = EngineArgs(model=str(model), **{**given, **options}).create_engine_config()
+    found = []
+    for policy in POLICIES.values():
+        config.additional_config = {"kvplug": policy}
+        found.append(list(refusals(config)))
+    return found
+
+
+def refused_by_sglang(model: Path, options: dict[str, Any]) -> list[list[str]]:
+    """The reasons, for each of POLICIES."""
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import ServerArgs
+
+    load_plugins()
+    found = []
+    for policy in POLICIES.values():
+        os.environ["KVPLUG_POLICY"] = json.dumps(policy)
+        server = ServerArgs(
+            model_path=str(model), device="cpu", attention_backend="kvplug", **options
+        )
+        try:
+            server.resolve_once()
+        except (ValueError, AssertionError) as error:
+            said = str(error)
+            ours = said.startswith("kvplug")
+            found.append(said.split("\n- ")[1:] if ours else [f"SGLang itself: {said.split(chr(10))[0]}"])
+        else:
+            found.append([])
+    return found
+
+
+REFUSED = {"vllm": refused_by_vllm, "sglang": refused_by_sglang}
+
+
+def check_tests(engine: str) -> None:
+    """Raises ValueError where a test that the page names is not there, or does not say the name
+    of a policy that it is to run."""
+    for row in (row for rows in TABLES[engine].values() for row in rows):
+        for test, policies in row.tests.items():
+            file, _, name = test.partition("::")
+            text = (ROOT / "tests" / file).read_text()
+            known = {n.name for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)}
+            lost = [each for each in policies.split() if each not in text and each != "chosen"]
+            if name not in known or lost:
+                raise ValueError(f"{row.what}: {test} shows nothing of {lost or name}")
+
+
+def part(engine: str) -> str:
+    """The page's part of one engine."""
+    lines = [f"## {'vLLM' if engine == 'vllm' else 'SGLang'}", ""]
+    reasons: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for title, rows in TABLES[engine].items():
+            lines += [f"| {title} | {' | '.join(POLICIES)} |", "|---" * (len(POLICIES) + 1) + "|"]
+            for row in rows:
+                shown = " ".join(row.tests.values()).split()
+                refused = REFUSED[engine](build(row.model, Path(folder) / row.model), row.options)
+                cells = []
+                for policy, said in zip(POLICIES, refused, strict=True):
+                    line = str(read_offer(POLICIES[policy], environ={}).settings.policy)
+                    why = said if line == "dense" else [s.replace(line, "POLICY") for s in said]
+                    reasons += [each for each in why if each not in reasons]
+                    if why:
+                        if policy in shown:
+                            raise ValueError(f"{row.what}: {policy} is tested and refused: {why}")
+                        cells.append(", ".join(str(reasons.index(each) + 1) for each in why))
+                    else:
+                        cells.append("**tested**" if policy in shown else "served")
+                lines.append(f"| {row.what} | {' | '.join(cells)} |")
+            lines.append("")
+    lines += [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
+    return "\n".join(lines) + "\n"
+
+
+def written(engine: str) -> str:
+    """That part as the page has it."""
+    parts = PAGE.read_text().split("\n## ")[1:] if PAGE.exists() else []
+    found = [f"## {each}" for each in parts if each.lower().startswith(engine)]
+    return found[0].rstrip("\n") + "\n" if found else ""
+
+
+def main(engine: str) -> None:
+    check_tests(engine)
+    parts = {each: part(each) if each == engine else written(each) for each in TABLES}
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text("\n".join([INTRODUCTION, *(text for text in parts.values() if text)]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
