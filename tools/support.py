@@ -1,7 +1,7 @@
 """docs/support.md: what each engine serves under each policy, and what it refuses and why.
 
     python tools/support.py vllm        # in the environment of vLLM: writes its part
-    python tools/support.py sglang      # in SGLang's
+    PYTHONPATH=tests/sglang/shims SGLANG_USE_CPU_ENGINE=1 python tools/support.py sglang
 
 A cell is asked of the adapter's own refusals, for arguments as a user gives them. It is *tested*
 where a test runs it through the engine; tests/vllm/test_support.py and its sibling in tests/sglang
@@ -27,11 +27,11 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/support.md"
 INTRODUCTION = """# What is served
 
-**tested**: a test runs it through the engine on a CPU (vLLM also over Model Runner V2 with replayed
-graphs, see the README); served: not refused, and no test of its own; a number: refused at start, with
-the reason below. `snapkv` stands for what scores tokens (`keydiff`, `knorm`, `random`) too, *chosen* for
-a server whose requests choose their policies (`allow`). Nothing here has run on a GPU unless
-`kvplug doctor` says so. Written by `python tools/support.py`.
+**tested**: a test runs it through the engine on a CPU (vLLM also over Model Runner V2 with
+replayed graphs, see the README); served: not refused, and no test of its own; a number: refused at
+start, with the reason below. `snapkv` stands for what scores tokens by queries, `keydiff` by keys
+(`knorm`, `random` too), *chosen* for a server whose requests choose their policies (`allow`).
+Nothing here has run on a GPU unless `kvplug doctor` says so. Written by `tools/support.py`.
 """
 POLICIES: Mapping[str, dict[str, Any]] = {
     "dense": {"policy": "dense"},
@@ -97,7 +97,9 @@ VLLM = {
             "test_policies_answer_as_stock_at_full_budget_and_in_a_batch_as_alone":
             "twilight quest streaming_llm keydiff",
         }),
-        Row("attention in chunks (Llama 4)", options={"hf_overrides": {"attention_chunk_size": 128}}),
+        Row("attention in chunks (Llama 4)", options={
+            "hf_overrides": {"attention_chunk_size": 128},
+        }),
         Row("latent attention (DeepSeek)", "DeepseekV2"),
         Row("pooling", options={"runner": "pooling"}),
     ],
@@ -129,7 +131,9 @@ VLLM = {
         }),
         Row("LoRA", options={"enable_lora": True}),
         Row("prompt embeddings", options={"enable_prompt_embeds": True}),
-        Row("`--disable-hybrid-kv-cache-manager`", options={"disable_hybrid_kv_cache_manager": True}),
+        Row("`--disable-hybrid-kv-cache-manager`", options={
+            "disable_hybrid_kv_cache_manager": True,
+        }),
     ],
 }  # fmt: skip
 SGLANG = {
@@ -224,9 +228,9 @@ def refused_by_sglang(model: Path, options: dict[str, Any]) -> list[list[str]]:
         try:
             server.resolve_once()
         except (ValueError, AssertionError) as error:
-            said = str(error)
-            ours = said.startswith("kvplug")
-            found.append(said.split("\n- ")[1:] if ours else [f"SGLang itself: {said.split(chr(10))[0]}"])
+            first, *reasons = str(error).split("\n- ")
+            ours = first.startswith("kvplug")
+            found.append(reasons if ours else [f"SGLang itself: {first.splitlines()[0]}"])
         else:
             found.append([])
     return found
