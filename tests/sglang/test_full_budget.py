@@ -25,9 +25,10 @@ POLICIES = [
     "keydiff(budget=4096) + quest(budget=4096, dense_layers=0)",
     "streaming_llm(window=4096) + quest(budget=4096, dense_layers=1)",
     "twilight(budget=1.0, dense_layers=0)",
+    "twilight(budget=1.0, candidates=1.0, dense_layers=0)",
 ]
-SIZES = {"twilight(budget=1.0, dense_layers=0)": [16]}
-"""Of a page, where not 1 and 16: four keys in two bits share a byte."""
+SIZES = {POLICIES[-2]: [16, 128], POLICIES[-1]: [16]}
+"""Of a page, where not 1 and 16: four keys in two bits share a byte; 128 are four pages of ours."""
 PYRAMID = "pyramid(snapkv(budget=4096), beta=2)"
 """Its last layers keep half of that, which is enough."""
 CASES = [(line, size) for line in [*POLICIES, PYRAMID] for size in SIZES.get(line, [1, 16])]
