@@ -28,7 +28,7 @@ POLICIES = [
     "twilight(budget=1.0, candidates=1.0, dense_layers=0)",
 ]
 SIZES = {POLICIES[-2]: [16, 128], POLICIES[-1]: [16]}
-"""Of a page, where not 1 and 16: four keys in two bits share a byte; 128 are four pages of ours."""
+"""Of a page, where not 1 and 16: four keys in two bits share a byte; 128 are four of ours."""
 PYRAMID = "pyramid(snapkv(budget=4096), beta=2)"
 """Its last layers keep half of that, which is enough."""
 CASES = [(line, size) for line in [*POLICIES, PYRAMID] for size in SIZES.get(line, [1, 16])]
