@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.nn.functional import pad
 
 from kvplug.batch import Observed
 from kvplug.policy import PromptKV, ScoredEviction
+from kvplug_kernels.fp8 import widened
 
 INFINITY = 0x7F800000  # the bits of an fp32: no score stands above them
 RECENT, PROTECTED, SINK = INFINITY + 1, INFINITY + 2, INFINITY + 3
@@ -35,7 +37,8 @@ def keep_tokens(
     Raises ValueError if the policy's score has another shape or dtype than it should.
     """
     B, T, H, _ = prompt.keys.shape
-    score = policy.score(prompt)
+    keys, values = widened(prompt.keys), widened(prompt.values)
+    score = policy.score(replace(prompt, keys=keys, values=values))
     if score.shape != (B, H, T) or score.dtype is not torch.float32:
         raise ValueError(
             f"{policy.name}.score must return torch.float32 {[B, H, T]} (requests, KV heads, "

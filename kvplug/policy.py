@@ -309,7 +309,8 @@ class TokenSelector(Selector):
 class PromptKV:
     """One layer of a few prompts whose prefill has ended, copied out of the cache.
 
-    What stands beyond a prompt's length is garbage, NaN included.
+    In the cache's dtype; a score is asked of bfloat16 where that has eight bits. What stands
+    beyond a prompt's length is garbage, NaN included.
     """
 
     keys: Tensor

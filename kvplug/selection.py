@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvplug.policy import Selector, TokenSelector
+from kvplug_kernels.fp8 import FP8
 from kvplug_kernels.page_select import page_select
 from kvplug_kernels.token_select import token_select
 
@@ -40,7 +41,7 @@ def choose_units(
     counts [B, H] int32. The newest page is always among them. Nothing synchronises, so a CUDA
     graph may capture it.
     """
-    if digest is not None:
+    if digest is not None and digest.dtype not in FP8:
         query = query.to(digest.dtype)  # of the cache, which need not be the model's
     if isinstance(selector, TokenSelector):
         tokens = page_table.shape[1] * page_size

@@ -27,7 +27,13 @@ from torch import Tensor
 numba.config.THREADING_LAYER = "omp"  # torch's own threads; two pools would fight for the cores
 WORTH_WAKING = 1 << 18
 FAST_MATH = {"contract", "reassoc", "nsz"}  # sums may be reordered; NaN and infinity stay
-ELEMENT = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0), torch.float16: np.int16(0)}
+ELEMENT = {
+    torch.float32: np.float32(0),
+    torch.bfloat16: np.uint16(0),
+    torch.float16: np.int16(0),
+    torch.float8_e4m3fn: np.uint8(0),
+    torch.float8_e5m2: np.int8(0),
+}
 """What stands for an element of a dtype where ``widen`` is to know it."""
 INT32, INT64 = np.int32(0), np.int64(0)
 FP32, UINT8 = np.float32(0), np.uint8(0)
@@ -86,7 +92,12 @@ def widen(value: Any) -> Any:
 
 @overload(widen, inline="always")
 def compile_widen(value: Any) -> Any:
-    return {types.uint16: bfloat16_as_fp32, types.int16: float16_as_fp32}.get(value, fp32_as_is)
+    return {
+        types.uint16: bfloat16_as_fp32,
+        types.int16: float16_as_fp32,
+        types.uint8: e4m3_as_fp32,
+        types.int8: e5m2_as_fp32,
+    }.get(value, fp32_as_is)
 
 
 def fp32_as_is(value: Any) -> Any:
@@ -103,6 +114,24 @@ def float16_as_fp32(value: Any) -> Any:
     small = np.uint32((bits & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32)
     size = np.float32(small * np.float32(2.0**112))  # exponents of 5 bits, then of 8
     sign = (bits & np.uint32(0x8000)) << np.uint32(16)
+    return np.uint32(size.view(np.uint32) | sign).view(np.float32)
+
+
+def e4m3_as_fp32(value: Any) -> Any:
+    """As ``float16_as_fp32``: exponents of 4 bits, mantissas of 3."""
+    bits = np.uint32(value)
+    small = np.uint32((bits & np.uint32(0x7F)) << np.uint32(20)).view(np.float32)
+    size = np.float32(small * np.float32(2.0**120))
+    sign = (bits & np.uint32(0x80)) << np.uint32(24)
+    return np.uint32(size.view(np.uint32) | sign).view(np.float32)
+
+
+def e5m2_as_fp32(value: Any) -> Any:
+    """The upper byte of a float16."""
+    bits = np.uint32(value)
+    small = np.uint32((bits & np.uint32(0x7F)) << np.uint32(21)).view(np.float32)
+    size = np.float32(small * np.float32(2.0**112))
+    sign = (bits & np.uint32(0x80)) << np.uint32(24)
     return np.uint32(size.view(np.uint32) | sign).view(np.float32)
 
 

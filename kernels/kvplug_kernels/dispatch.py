@@ -5,7 +5,9 @@ import os
 import torch
 from torch import Tensor
 
-COMPILED = (torch.float32, torch.bfloat16, torch.float16, torch.int32)
+from kvplug_kernels.fp8 import FP8
+
+COMPILED = (torch.float32, torch.bfloat16, torch.float16, torch.int32, *FP8)
 
 
 def interpreted() -> bool:

@@ -159,6 +159,15 @@ def test_a_score_is_its_definition_on_a_ragged_batch(policy, slow, dtype, monkey
             torch.testing.assert_close(score[b, h, :length], wanted, atol=2e-6, rtol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("policy", [KNorm(), KeyDiff(), SnapKV(window=6), Echo()], ids=str)
+def test_a_cache_of_eight_bits_keeps_what_its_numbers_say(policy, dtype):
+    small = prompts([70, 33], dtype=dtype)
+    small = replace(small, queries=small.queries.float())
+    same = replace(small, keys=small.keys.float(), values=small.values.float())
+    assert kept(policy, small, [20, 17]) == kept(policy, same, [20, 17])
+
+
 def test_blocks_of_keys_change_no_score(monkeypatch):
     prompt, policy = prompts([50, 9, 33]), SnapKV(window=6)
     whole = policy.score(prompt)

@@ -175,6 +175,17 @@ def test_a_selection_narrower_than_the_least_reads_what_there_is(width):
     assert choose(selector, cache, query, keep=3, width=width) == [[list(range(width))] * 2]
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_a_digest_of_eight_bits_chooses_what_its_numbers_say(dtype):
+    selector = quest(dense_layers=0)
+    cache = cache_of([9 * S + 3, 70], selector.digest)
+    query = torch.randn(2, 2, 3, 8)
+    cache.digest = cache.digest.to(dtype)
+    small = choose(selector, cache, query, keep=4)
+    cache.digest = cache.digest.float()
+    assert small == choose(selector, cache, query, keep=4)
+
+
 def test_heads_choose_for_themselves_and_their_group_together():
     selector = quest()
     cache = cache_of([12 * S], selector.digest, H=2, D=8)

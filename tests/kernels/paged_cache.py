@@ -41,7 +41,8 @@ def paged_cache(
             table[b, p] = n
             for row in (0, S):  # keys, then values
                 rows[n, row : row + filled] = torch.randn(filled, H, D, generator=generator)
-            extremes = torch.stack([rows[n, :filled].amin(0), rows[n, :filled].amax(0)], 1)
+            written = rows[n, :filled].float()
+            extremes = torch.stack([written.amin(0), written.amax(0)], 1)
             rows[n, 2 * S :] = extremes.view(2, H, D)
     rows = memory.to(device)[:, :-PADDING].view(N, 2 * S + 2, H, D)
     return PagedCache(
@@ -53,8 +54,8 @@ def paged_cache(
     )
 
 
-def random_query(cache: PagedCache, G: int) -> Tensor:
-    """[B, G * H, D] in the cache's dtype, a strided slice as engines pass it."""
+def random_query(cache: PagedCache, G: int, dtype: torch.dtype | None = None) -> Tensor:
+    """[B, G * H, D] in the cache's dtype unless said, a strided slice as engines pass it."""
     B, H, D = len(cache.lengths), *cache.keys.shape[2:]
     query = torch.randn(B, G * H + 3, D, generator=torch.Generator().manual_seed(B * G))
-    return query.to(cache.keys)[:, : G * H]
+    return query.to(cache.keys.device, dtype or cache.keys.dtype)[:, : G * H]

@@ -61,11 +61,14 @@ def variants(hip: bool) -> list[Variant]:
     found = []
     for dtype, G, D, S in (
         ("bf16", 4, 128, 16), ("fp16", 4, 128, 64), ("bf16", 3, 64, 32), ("fp16", 1, 96, 16),
-        ("bf16", 8, 256, 32),
+        ("bf16", 8, 256, 32), ("u8", 4, 128, 16), ("i8", 3, 64, 32),
     ):  # fmt: skip
         name = f"{dtype} G{G} D{D} S{S}"
-        tensors = dict.fromkeys(("query", "keys", "values", "digest", "codes"), f"*{dtype}")
-        sizes = sparse_decode.blocks(G, D, 2)
+        tensors = dict.fromkeys(("keys", "values", "digest", "codes"), f"*{dtype}")
+        item = 4 if dtype in ("u8", "i8") else 2
+        dtype = "bf16" if dtype in ("u8", "i8") else dtype  # of queries over eight bits
+        tensors["query"] = f"*{dtype}"
+        sizes = sparse_decode.blocks(G, D, item)
         attend = {"H": 8, "G": G, "D": D, "S": S, "PARTS": 16, **sizes}
         attend |= {"keys_d": 1, "values_d": 1}
         pages, singles = (
@@ -95,7 +98,7 @@ def variants(hip: bool) -> list[Variant]:
                 f"pack_tokens {name}",
                 pack_tokens.pack_tokens_kernel,
                 pack,
-                {"cache": f"*{dtype}"}
+                {"cache": tensors["keys"]}
                 | dict.fromkeys(("pages", "tokens", "keep", "targets"), "*i64"),
             ),
         ]
@@ -113,7 +116,7 @@ def variants(hip: bool) -> list[Variant]:
             Variant(
                 f"key_codes {bits} bits {name}",
                 key_codes.update_key_codes_kernel,
-                {"TINY": 2.0**-14, "keys_d": 1, **of, **key_codes.blocks(D, J)},
+                {"TINY": 2.0**-14, "MOST": 65504.0, "keys_d": 1, **of, **key_codes.blocks(D, J)},
                 tensors,
             ),
         ]

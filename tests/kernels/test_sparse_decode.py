@@ -209,7 +209,7 @@ def test_kernel_over_all_pages_is_dense_attention_at_size():
 def test_wrong_dtype_says_what_it_wanted():
     cache = paged_cache([5], 1, 16, 4)
     query = torch.zeros(1, 2, 16, dtype=torch.float16)
-    with pytest.raises(ValueError, match="keys must be float16, got float32"):
+    with pytest.raises(ValueError, match=r"keys must be float16 or float8_.*, got float32"):
         sparse_decode(
             query, cache.keys, cache.values, cache.page_table, *every_page(cache), cache.lengths, 1
         )

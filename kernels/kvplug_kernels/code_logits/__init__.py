@@ -5,6 +5,7 @@ from torch import Tensor, bool
 from kvplug_kernels.code_layout import check_rows
 from kvplug_kernels.code_logits import reference
 from kvplug_kernels.dispatch import wants_compiled, wants_kernel
+from kvplug_kernels.fp8 import FP8
 from kvplug_kernels.shapes import FLOATS, INDICES, Shapes, by_page
 
 
@@ -22,12 +23,12 @@ def code_logits(
     sum_d q_d * (lo_d + step_d * code_d) for each token of the first pages of a row, which are full
     and coded (``update_key_codes``); -inf behind them, and in pages that are not wanted [B, H, P]
     bool by their KV head, of which lo and step alone may be read. Not scaled. Where a block of the
-    table is K pages, codes are [N, K, H, R, D] and P counts K pages for each. Raises ValueError on
-    shapes, bits and page_size.
+    table is K pages, codes are [N, K, H, R, D] and P counts K pages for each. The codes' lo and
+    step have the query's dtype or eight bits. Raises ValueError on shapes, bits and page_size.
     """
     codes, shapes = by_page(codes), Shapes(query.device)
     shapes.check("query", query, "B Hq D", FLOATS)
-    shapes.check("codes", codes, "N K H R D", (query.dtype,))
+    shapes.check("codes", codes, "N K H R D", (query.dtype, *FP8))
     shapes.check("page_table", page_table, "B T", INDICES)
     shapes.check("pages", pages, "B", INDICES)
     if wanted is not None:

@@ -113,11 +113,11 @@ def widen_all(query, element, queries, B, H, G, heads, D):
 
 @Parallel
 def logits(
-    query, codes, element, table, pages, wanted, queries, out, B, H, G, D, P, K, S, J, bits, W,
-    threads,
+    query, asked, codes, element, table, pages, wanted, queries, out, B, H, G, D, P, K, S, J, bits,
+    W, threads,
 ):  # fmt: skip
     heads = (G + FOUR - 1) // FOUR * FOUR
-    widen_all(query, element, queries, B, H, G, heads, D)
+    widen_all(query, asked, queries, B, H, G, heads, D)
     columns = (P + TILE - 1) // TILE
     for thread in numba.prange(threads):
         scratch = queries + 4 * (B * H * heads * D + thread * (heads + 2) * (D + 16))
@@ -145,9 +145,9 @@ def code_logits(
     room = B * H * heads * D + torch.get_num_threads() * (heads + 2) * (D + 16)
     queries = torch.empty(room, dtype=torch.float32)
     logits(
-        B * P * page_size * Hq * D, place(query), place(codes), ELEMENT[codes.dtype],
-        place(page_table), pages.data_ptr(), 0 if wanted is None else wanted.data_ptr(),
-        queries.data_ptr(), out.data_ptr(), B, H, Hq // H, D, P, K, page_size,
-        code_bytes(page_size, bits), bits, codes.shape[3] * D,
+        B * P * page_size * Hq * D, place(query), ELEMENT[query.dtype], place(codes),
+        ELEMENT[codes.dtype], place(page_table), pages.data_ptr(),
+        0 if wanted is None else wanted.data_ptr(), queries.data_ptr(), out.data_ptr(),
+        B, H, Hq // H, D, P, K, page_size, code_bytes(page_size, bits), bits, codes.shape[3] * D,
     )  # fmt: skip
     return out

@@ -10,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kvplug_kernels.code_layout import code_bytes, packed
+from kvplug_kernels.fp8 import bits as bits_of
+from kvplug_kernels.fp8.kernel import widened
 
 BYTES = 32  # of a channel; each holds the codes of 8 / bits tokens
 CHANNELS = 128  # at once; more spill
@@ -50,11 +52,11 @@ def code_logits_kernel(
             d = start + tl.arange(0, BD)
             q = tl.load(head[:, None] + d[None, :], mask=heads & (d < D)[None, :], other=0.0)
             inside = (d < D)[:, None] & valid[None, :]
-            lo = tl.load(low[None, :] + d[:, None], mask=inside, other=0.0).to(tl.float32)
-            step = tl.load(low[None, :] + (D + d)[:, None], mask=inside, other=0.0)
+            lo = widened(tl.load(low[None, :] + d[:, None], mask=inside, other=0.0))
+            step = widened(tl.load(low[None, :] + (D + d)[:, None], mask=inside, other=0.0))
             joined = tl.load(byte[None, :] + d[:, None], mask=inside, other=0)
             code = ((joined >> (place * BITS)) & ((1 << BITS) - 1)).to(tl.float32)
-            key = (lo + step.to(tl.float32) * code).to(q.dtype)  # [BD, BJ]
+            key = (lo.to(tl.float32) + step.to(tl.float32) * code).to(q.dtype)  # [BD, BJ]
             logits = tl.dot(q, key, logits, input_precision="ieee")
         logits = tl.where(valid[None, :], logits, float("-inf"))
         tl.store(row + place * J, logits, mask=written)
@@ -81,6 +83,7 @@ def code_logits(
     if not out.numel():
         return out
     spread = packed(codes, page_size, bits)
+    codes = bits_of(codes)
     mask = pages if wanted is None else wanted.view(torch.uint8)  # without one, nothing is read
     code_logits_kernel[(B, H, triton.cdiv(P * J, BYTES))](
         query, codes, spread, page_table, pages, mask, out, P, *query.stride()[:2],

@@ -6,6 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kvplug_kernels.code_layout import code_bytes, packed
+from kvplug_kernels.fp8 import bits as bits_of
+from kvplug_kernels.fp8.kernel import narrowed, widened
 
 KEYS = 4096  # elements of keys read at once
 
@@ -20,22 +22,31 @@ def load_keys(
     d = tl.arange(0, BD)
     key = keys + (place * J + j)[:, None] * keys_s + d[None, :] * keys_d
     inside = (j < J)[:, None] & (d < D)[None, :]
-    return tl.load(key, mask=inside, other=absent).to(tl.float32)
+    loaded = widened(tl.load(key, mask=inside, other=0.0)).to(tl.float32)
+    return tl.where(inside, loaded, absent)
 
 
 @triton.jit
-def step_of(span, LEVELS: tl.constexpr, TINY: tl.constexpr, element: tl.constexpr):
-    """The least normal number that covers span in LEVELS steps."""
-    near = tl.maximum(tl.div_rn(span, 1.0 * LEVELS), TINY).to(element)
-    number: tl.constexpr = tl.int32 if element == tl.float32 else tl.int16
-    above = (near.to(number, bitcast=True) + 1).to(element, bitcast=True)
-    return tl.where(near.to(tl.float32) * LEVELS < span, above, near)
+def step_of(
+    span, LEVELS: tl.constexpr, TINY: tl.constexpr, MOST: tl.constexpr, element: tl.constexpr
+):  # fmt: skip
+    """The least normal number that covers span in LEVELS steps, or the greatest."""
+    near = tl.minimum(tl.maximum(tl.div_rn(span, 1.0 * LEVELS), TINY), MOST)
+    if element == tl.uint8 or element == tl.int8:
+        near = narrowed(near, element)  # towards 0
+        above = near + 1
+    else:
+        near = near.to(element)
+        number: tl.constexpr = tl.int32 if element == tl.float32 else tl.int16
+        above = (near.to(number, bitcast=True) + 1).to(element, bitcast=True)
+    found = widened(near).to(tl.float32)
+    return tl.where((found * LEVELS < span) & (found < MOST), above, near)
 
 
 @triton.jit
 def update_key_codes_kernel(
     codes, spread, keys, slots, codes_n, codes_k, codes_h, spread_n, spread_k, spread_h,
-    keys_n, keys_s, keys_h, keys_d, TINY: tl.constexpr,
+    keys_n, keys_s, keys_h, keys_d, TINY: tl.constexpr, MOST: tl.constexpr,
     K: tl.constexpr, D: tl.constexpr, S: tl.constexpr, J: tl.constexpr, BITS: tl.constexpr,
     BJ: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -56,11 +67,11 @@ def update_key_codes_kernel(
         row = codes + page // K * codes_n + page % K * codes_k + h * codes_h + d
         LEVELS: tl.constexpr = (1 << BITS) - 1
         lo, hi = tl.where(d < D, lo, 0.0), tl.where(d < D, hi, 0.0)
-        step = step_of(hi - lo, LEVELS, TINY, codes.dtype.element_ty)
-        tl.store(row, lo.to(codes.dtype.element_ty), mask=d < D)
+        step = step_of(hi - lo, LEVELS, TINY, MOST, codes.dtype.element_ty)
+        tl.store(row, narrowed(lo, codes.dtype.element_ty), mask=d < D)
         tl.store(row + D, step, mask=d < D)
 
-        step = step.to(tl.float32)
+        step = widened(step).to(tl.float32)
         byte = spread + page // K * spread_n + page % K * spread_k + h * spread_h + d
         for start in range(0, J, BJ):
             j = start + tl.arange(0, BJ)
@@ -85,7 +96,8 @@ def update_key_codes(codes: Tensor, keys: Tensor, slots: Tensor, bits: int) -> N
     if not tokens:
         return
     spread, J = packed(codes, S, bits), code_bytes(S, bits)
+    limits, codes, keys = torch.finfo(codes.dtype), bits_of(codes), bits_of(keys)
     update_key_codes_kernel[(tokens, H)](
         codes, spread, keys, slots, *codes.stride()[:3], *spread.stride()[:3], *keys.stride(),
-        TINY=torch.finfo(codes.dtype).tiny, K=K, D=D, S=S, J=J, BITS=bits, **blocks(D, J),
+        TINY=limits.tiny, MOST=limits.max, K=K, D=D, S=S, J=J, BITS=bits, **blocks(D, J),
     )  # fmt: skip

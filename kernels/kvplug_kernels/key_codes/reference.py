@@ -6,6 +6,8 @@ from torch import Tensor
 from kvplug_kernels.code_layout import packed
 from kvplug_kernels.shapes import by_page
 
+INTEGERS = {4: torch.int32, 2: torch.int16, 1: torch.int8}
+
 
 def update_key_codes(codes: Tensor, keys: Tensor, slots: Tensor, bits: int) -> None:
     codes = by_page(codes)
@@ -26,7 +28,10 @@ def update_key_codes(codes: Tensor, keys: Tensor, slots: Tensor, bits: int) -> N
 
 
 def steps(span: Tensor, levels: int, dtype: torch.dtype) -> Tensor:
-    """The smallest normal numbers of dtype that cover span [...] fp32 in so many steps."""
-    near = (span / levels).to(dtype).clamp(min=torch.finfo(dtype).tiny)
-    above = near.view(torch.int32 if dtype == torch.float32 else torch.int16) + 1
-    return torch.where(near.float() * levels < span, above.view(dtype), near)
+    """The smallest normal numbers of dtype that cover span [...] fp32 in so many steps; its
+    greatest where none does."""
+    limits = torch.finfo(dtype)
+    near = (span / levels).clamp(limits.tiny, limits.max).to(dtype)
+    above = (near.view(INTEGERS[dtype.itemsize]) + 1).view(dtype)
+    short = (near.float() * levels < span) & (near.float() < limits.max)
+    return torch.where(short, above, near)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kvplug_kernels.dispatch import wants_kernel
+from kvplug_kernels.fp8 import FP8
 from kvplug_kernels.pack_tokens import reference
 from kvplug_kernels.shapes import FLOATS, Shapes
 
@@ -23,7 +24,7 @@ def pack_tokens(
     shapes.
     """
     shapes = Shapes(cache.device)
-    shapes.check("cache", cache, "N H S C", FLOATS)
+    shapes.check("cache", cache, "N H S C", (*FLOATS, *FP8))
     shapes.check("pages", pages, "J P", INTEGERS)
     shapes.check("tokens", tokens, "J H K", INTEGERS)
     shapes.check("keep", keep, "J", INTEGERS)

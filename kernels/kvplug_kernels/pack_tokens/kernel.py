@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvplug_kernels.fp8 import bits
+
 ELEMENTS = 4096  # of the cache that a program copies
 
 
@@ -39,7 +41,7 @@ def pack_tokens(
     J, H, K = tokens.shape
     if not tokens.numel():
         return
-    sizes = blocks(C)
+    sizes, cache = blocks(C), bits(cache)
     pack_tokens_kernel[(J * H, triton.cdiv(K, sizes["BK"]))](
         cache, pages, tokens, keep, targets, H, K, *cache.stride()[:3],
         pages.stride(0), *tokens.stride()[:2], targets.stride(0),

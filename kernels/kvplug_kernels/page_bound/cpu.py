@@ -100,9 +100,11 @@ def sign_all(query, element, weights, B, H, G, heads, D, levels):
 
 
 @Parallel
-def bound(query, digest, element, table, pages, weights, out, B, H, G, D, P, K, levels, threads):
+def bound(
+    query, asked, digest, element, table, pages, weights, out, B, H, G, D, P, K, levels, threads
+):  # fmt: skip
     heads = (G + FOUR - 1) // FOUR * FOUR
-    sign_all(query, element, weights, B, H, G, heads, D, levels)
+    sign_all(query, asked, weights, B, H, G, heads, D, levels)
     columns = (P + TILE - 1) // TILE
     for thread in numba.prange(threads):
         for tile in range(thread, B * columns, threads):
@@ -121,8 +123,8 @@ def page_bound(
     out = torch.empty(B, H, P, dtype=torch.float32)
     weights = torch.empty(B * (Hq + FOUR * H) * 2 * D, dtype=torch.float32)  # on a cache line
     bound(
-        B * P * Hq * 2 * D, place(query), place(digest), ELEMENT[digest.dtype], place(page_table),
-        pages.data_ptr(), weights.data_ptr(), out.data_ptr(), B, H, Hq // H, D, P,
-        K, levels or 0,
+        B * P * Hq * 2 * D, place(query), ELEMENT[query.dtype], place(digest),
+        ELEMENT[digest.dtype], place(page_table), pages.data_ptr(), weights.data_ptr(),
+        out.data_ptr(), B, H, Hq // H, D, P, K, levels or 0,
     )  # fmt: skip
     return out

@@ -5,6 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvplug_kernels.fp8 import bits
+from kvplug_kernels.fp8.kernel import widened
+
 CHANNELS = 4096  # of the digests read at once; more spill
 
 
@@ -34,6 +37,7 @@ def page_bound_kernel(
     g = tl.arange(0, BG)
     head = query + b * query_b + (h * G + g[:, None]) * query_h + d[None, :]
     q = tl.load(head, mask=(g < G)[:, None] & (d < D)[None, :], other=0.0)  # [BG, BD]
+    lo, hi = widened(lo).to(q.dtype), widened(hi).to(q.dtype)
     zero = tl.zeros_like(q)
     below, above = tl.where(q < 0, q, zero), tl.where(q > 0, q, zero)
     if LEVELS:  # the second row is a step
@@ -60,7 +64,7 @@ def page_bound(
     out = torch.empty(B, H, P, dtype=torch.float32, device=query.device)
     if not out.numel():
         return out
-    sizes = blocks(Hq // H, D)
+    sizes, digest = blocks(Hq // H, D), bits(digest)
     page_bound_kernel[(B, H, triton.cdiv(P, sizes["BP"]))](
         query, digest, page_table, pages, out, P, *query.stride()[:2], *digest.stride()[:4],
         page_table.stride(0), *out.stride()[:2], K=K, G=Hq // H, D=D, LEVELS=levels or 0,

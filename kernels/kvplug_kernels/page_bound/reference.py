@@ -31,7 +31,7 @@ def page_bound(
             stop = min(start + step, count)
             rows = rows_of(digest, page_table[b], start, stop)  # [p, H, 2, D]
             rows = rows.reshape(stop - start, products, -1).transpose(0, 1)
-            bounds[b, :, start:stop] = torch.bmm(rows, weights[b])
+            bounds[b, :, start:stop] = torch.bmm(rows.to(weights.dtype), weights[b])
     best = bounds.view(B, products, P, H // products, Hq // H).amax(4)
     out = torch.empty(B, H, P, device=query.device, dtype=torch.float32)
     out.view(B, products, -1, P).copy_(best.transpose(2, 3))

@@ -3,6 +3,7 @@
 from torch import Tensor, int64
 
 from kvplug_kernels.dispatch import wants_compiled, wants_kernel
+from kvplug_kernels.fp8 import FP8
 from kvplug_kernels.page_digest import reference
 from kvplug_kernels.shapes import FLOATS, Shapes, by_page, check_page_size
 
@@ -17,7 +18,7 @@ def update_page_digest(digest: Tensor, keys: Tensor, slots: Tensor, page_size: i
     shapes.
     """
     digest, shapes = by_page(digest), Shapes(digest.device)
-    shapes.check("digest", digest, "N K H 2 D", FLOATS)
+    shapes.check("digest", digest, "N K H 2 D", (*FLOATS, *FP8))
     shapes.check("slots", slots, "T", (int64,))
     shapes.check("keys", keys[: slots.shape[0]], "T H D", (digest.dtype,))
     check_page_size(page_size)

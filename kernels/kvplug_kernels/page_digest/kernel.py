@@ -4,6 +4,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvplug_kernels.fp8 import bits
+from kvplug_kernels.fp8.kernel import narrowed, widened
+
 TOKENS = 16  # keys read at once
 COLUMNS = 256  # channels of neighbouring heads that a program takes
 
@@ -26,8 +29,9 @@ def update_page_digest_kernel(
         inside = (h < H) & (d < D)
         low = digest + page // K * digest_n + page % K * digest_k + h * digest_h + d
         known = inside & (d < tl.where(offset > 0, D, 0))  # a page begun now holds nothing yet
-        lo = tl.load(low, mask=known, other=float("inf")).to(tl.float32)
-        hi = tl.load(low + digest_x, mask=known, other=float("-inf")).to(tl.float32)
+        lo = widened(tl.load(low, mask=known, other=0.0)).to(tl.float32)
+        hi = widened(tl.load(low + digest_x, mask=known, other=0.0)).to(tl.float32)
+        lo, hi = tl.where(known, lo, float("inf")), tl.where(known, hi, float("-inf"))
         for start in range(0, S - offset, BT):
             near = t + start + tl.arange(0, BT)
             there = tl.load(slots + near, mask=near < tokens, other=-1)
@@ -35,11 +39,11 @@ def update_page_digest_kernel(
                 None, :
             ]  # [BT, BH * BD]
             key = keys + near[:, None] * keys_t + (h * keys_h + d)[None, :]
-            k = tl.load(key, mask=ours, other=float("inf")).to(tl.float32)
-            lo = tl.minimum(lo, tl.min(k, axis=0))
+            k = widened(tl.load(key, mask=ours, other=0.0)).to(tl.float32)
+            lo = tl.minimum(lo, tl.min(tl.where(ours, k, float("inf")), axis=0))
             hi = tl.maximum(hi, tl.max(tl.where(ours, k, float("-inf")), axis=0))
-        tl.store(low, lo.to(digest.dtype.element_ty), mask=inside)
-        tl.store(low + digest_x, hi.to(digest.dtype.element_ty), mask=inside)
+        tl.store(low, narrowed(lo, digest.dtype.element_ty), mask=inside)
+        tl.store(low + digest_x, narrowed(hi, digest.dtype.element_ty), mask=inside)
 
 
 def blocks(D: int) -> dict[str, int]:
@@ -52,7 +56,7 @@ def update_page_digest(digest: Tensor, keys: Tensor, slots: Tensor, page_size: i
     tokens = slots.shape[0]
     if not tokens:
         return
-    sizes = blocks(D)
+    sizes, digest, keys = blocks(D), bits(digest), bits(keys)
     update_page_digest_kernel[(tokens, triton.cdiv(H, sizes["BH"]))](
         digest, keys, slots, tokens, *digest.stride()[:4], *keys.stride()[:2],
         K=K, H=H, D=D, S=page_size, **sizes,

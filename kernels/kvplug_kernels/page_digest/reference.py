@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
+from kvplug_kernels.fp8 import widened
 from kvplug_kernels.shapes import by_page
 
 
 def update_page_digest(digest: Tensor, keys: Tensor, slots: Tensor, page_size: int) -> None:
     digest, written = by_page(digest), slots >= 0
     K = digest.shape[1]
-    keys = keys[: slots.shape[0]]
+    keys = widened(keys[: slots.shape[0]])
     if not written.all():
         keys, slots = keys[written], slots[written]
     if not slots.numel():
@@ -17,24 +18,25 @@ def update_page_digest(digest: Tensor, keys: Tensor, slots: Tensor, page_size: i
     pages, offsets = slots // page_size, slots % page_size
     if len(set(pages.tolist())) == len(slots):  # decoding: half the time of the general way
         begins = (offsets == 0)[:, None, None, None]
-        new = torch.where(begins, keys[:, :, None], digest[pages // K, pages % K])
+        new = torch.where(begins, keys[:, :, None], widened(digest[pages // K, pages % K]))
         new[:, :, 0].clamp_(max=keys)
         new[:, :, 1].clamp_(min=keys)
-        digest[pages // K, pages % K] = new
+        digest[pages // K, pages % K] = new.to(digest.dtype)
         return
     pages, owner = torch.unique(pages, return_inverse=True)
     started = torch.zeros(len(pages), dtype=torch.bool, device=digest.device)
     started[owner[offsets == 0]] = True
     low, high = extremes(keys, owner, offsets, len(pages), page_size)
-    old = digest[pages // K, pages % K]
+    old = widened(digest[pages // K, pages % K])
     started = started[:, None, None]
-    digest[pages // K, pages % K] = torch.stack(
+    new = torch.stack(
         [
             torch.where(started, low, torch.minimum(low, old[:, :, 0])),
             torch.where(started, high, torch.maximum(high, old[:, :, 1])),
         ],
         dim=2,
     )
+    digest[pages // K, pages % K] = new.to(digest.dtype)
 
 
 def extremes(

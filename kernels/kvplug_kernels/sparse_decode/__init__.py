@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from kvplug_kernels.dispatch import wants_compiled, wants_kernel
+from kvplug_kernels.fp8 import FP8
 from kvplug_kernels.shapes import FLOATS, INDICES, Shapes, check_unit
 from kvplug_kernels.sparse_decode import reference
 
@@ -23,13 +24,15 @@ def sparse_decode(
 
     chosen holds counts [B, H] ascending units of so many tokens, pages unless said (1: tokens),
     the last of which is the request's last, filled as far as lengths [B] says. Pages may lie by
-    any strides. sinks [Hq] are logits beside the tokens' scaled ones, of which nothing is read.
-    Zeros where counts is 0. Raises ValueError on shapes and unit.
+    any strides, in the query's dtype or in eight bits; what those are to be multiplied by is the
+    caller's, keys in scale and values in what returns. sinks [Hq] are logits beside the tokens'
+    scaled ones, of which nothing is read. Zeros where counts is 0. Raises ValueError on shapes
+    and unit.
     """
     shapes = Shapes(query.device)
     shapes.check("query", query, "B Hq D", FLOATS)
-    shapes.check("keys", keys, "N S H D", (query.dtype,), strided=True)
-    shapes.check("values", values, "N S H D", (query.dtype,), strided=True)
+    shapes.check("keys", keys, "N S H D", (query.dtype, *FP8), strided=True)
+    shapes.check("values", values, "N S H D", (keys.dtype,), strided=True)
     shapes.check("page_table", page_table, "B P", INDICES)
     shapes.check("chosen", chosen, "B H K", INDICES)
     shapes.check("counts", counts, "B H", INDICES)

@@ -121,7 +121,7 @@ def mix_values(values, element, places, count, powers, heads, mixed, wide, D):
 
 @numba.njit(fastmath=FAST_MATH, nogil=True)
 def attend_part(
-    b, h, part, parts, query, keys, values, element, table, chosen, counts, lengths,
+    b, h, part, parts, query, asked, keys, values, element, table, chosen, counts, lengths,
     scratch, out, G, heads, D, size, unit, scale,
 ):  # fmt: skip
     """Of one part of a head's selection: mixed values, largest logit and sum of each query head,
@@ -142,7 +142,7 @@ def attend_part(
     q = span(queries, 0, heads * D, FP32).reshape((heads, D))
     for g in range(heads):  # the group's last head fills up its last four
         begin = b * query[1] + (h * G + min(g, G - 1)) * query[2]
-        head = span(query[0], begin, D, element)
+        head = span(query[0], begin, D, asked)
         for d in range(D):
             q[g, d] = widen(head[d]) * scale
     row = table[0] + 4 * b * table[1]
@@ -190,15 +190,15 @@ def merge(partial, out, sinks, sequences, parts, G, heads, Hq, D):
 
 @Parallel
 def attend(
-    query, keys, values, element, table, chosen, counts, lengths, scratch, partial, room,
+    query, asked, keys, values, element, table, chosen, counts, lengths, scratch, partial, room,
     B, H, parts, G, heads, D, size, unit, scale, threads,
 ):  # fmt: skip
     for thread in numba.prange(threads):
         for item in range(thread, B * H * parts, threads):
             sequence = item // parts
             attend_part(
-                sequence // H, sequence % H, item % parts, parts, query, keys, values, element,
-                table, chosen, counts, lengths, scratch + 4 * thread * room,
+                sequence // H, sequence % H, item % parts, parts, query, asked, keys, values,
+                element, table, chosen, counts, lengths, scratch + 4 * thread * room,
                 partial + 4 * item * heads * (D + 2), G, heads, D, size, unit, scale,
             )  # fmt: skip
 
@@ -227,9 +227,9 @@ def sparse_decode(
     room = (heads + 1) * D + (heads + 2) * -(-tokens // parts)
     scratch = torch.empty(threads * room, dtype=torch.float32)
     attend(
-        2 * B * Hq * tokens * D, place(query), place(keys), place(values), ELEMENT[query.dtype],
-        place(page_table), place(chosen), place(counts), lengths.data_ptr(), scratch.data_ptr(),
-        partial.data_ptr(), room, B, H, parts, Hq // H, heads, D, S, unit,
+        2 * B * Hq * tokens * D, place(query), ELEMENT[query.dtype], place(keys), place(values),
+        ELEMENT[keys.dtype], place(page_table), place(chosen), place(counts), lengths.data_ptr(),
+        scratch.data_ptr(), partial.data_ptr(), room, B, H, parts, Hq // H, heads, D, S, unit,
         np.float32(scale) * LOG2_E,
     )  # fmt: skip
     beside = sinks if sinks is None else sinks.float()

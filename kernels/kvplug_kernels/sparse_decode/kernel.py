@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvplug_kernels.fp8 import bits
+from kvplug_kernels.fp8.kernel import widened
+
 KEY_BYTES = (
     16 << 10
 )  # keys read at once, and as many values; more spills or overflows 64 KiB of LDS
@@ -53,6 +56,7 @@ def attend_kernel(
         k = tl.load(
             key[None, :] + d[:, None] * keys_d, mask=channels[:, None] & inside[None, :], other=0.0
         )  # [BD, BT]
+        k = widened(k).to(q.dtype)
         logits = tl.dot(q, k, input_precision="ieee") * scale
         logits = tl.where(inside[None, :], logits, float("-inf"))  # [BG, BT]
         above = tl.maximum(top, tl.max(logits, axis=1))
@@ -65,6 +69,7 @@ def attend_kernel(
             mask=inside[:, None] & channels[None, :],
             other=0.0,
         )  # [BT, BD]
+        v = widened(v).to(q.dtype)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         top = above
 
@@ -98,6 +103,11 @@ def merge_kernel(
         total += tl.exp2(sink - top)
     mixed = tl.sum(acc * w[:, None], axis=0) / tl.where(total > 0, total, 1.0)
     tl.store(out + row * D + d, mixed.to(out.dtype.element_ty), mask=d < D)
+
+
+def read_as(keys: Tensor) -> int:
+    """Bytes of a key's element in registers: eight bits are fp32 for a while."""
+    return 4 if keys.element_size() == 1 else keys.element_size()
 
 
 def blocks(G: int, D: int, itemsize: int) -> dict[str, int]:
@@ -137,7 +147,8 @@ def sparse_decode(
     out = torch.empty(B, Hq, D, dtype=query.dtype, device=query.device)
     if not out.numel():
         return out
-    sizes = blocks(Hq // H, D, keys.element_size())
+    sizes = blocks(Hq // H, D, read_as(keys))
+    keys, values = bits(keys), bits(values)
     PARTS = parts_for(B * H, chosen.shape[2] * unit, sizes["BT"], query.device)
     partial = torch.empty(B * Hq, PARTS, D, dtype=torch.float32, device=query.device)
     weight = torch.empty(B * Hq, PARTS, dtype=torch.float32, device=query.device)
