@@ -56,6 +56,20 @@ def reserve_graphs(original: Any, server_args: Any) -> float:
     return reserved
 
 
+def name_backend(original: Any, server_args: Any) -> None:
+    """Around what SGLang decides by the model's name, some of whose models it serves over
+    attention backends that it knows by name alone."""
+    try:
+        original(server_args)
+    except AssertionError as error:
+        if not compat.selected(server_args) or "attention backend" not in str(error):
+            raise
+        raise ValueError(
+            f"kvplug cannot serve this configuration:\n- {compat.BY_NAME} ({error}); serve it "
+            "without --attention-backend kvplug"
+        ) from error
+
+
 def settle(result: None, server_args: Any) -> None:
     """While SGLang resolves its arguments: refuse what would be wrong, choose what is open."""
     if compat.selected(server_args):
@@ -98,6 +112,12 @@ HOOKS = (
     compat.Hook("sglang.srt.server_args.ServerArgs.add_cli_args", "after", add_flag, ("parser",)),
     compat.Hook(
         "sglang.srt.server_args.ServerArgs.from_cli_args", "around", read_flag, ("cls", "args")
+    ),
+    compat.Hook(
+        "sglang.srt.arg_groups.model_hook.handle_model_specific_adjustments",
+        "around",
+        name_backend,
+        ("server_args",),
     ),
     compat.Hook(
         "sglang.srt.arg_groups.memory_hook.handle_gpu_memory_settings",

@@ -23,6 +23,12 @@ from kvplug_sglang.settings import NAME, Engine
 FIRST, END = (0, 5, 23), (0, 6)
 """SGLang versions [first, end) that kvplug was tested with."""
 
+BY_NAME = (
+    "SGLang 0.5.23 serves this model over attention backends that it knows by name, and kvplug is "
+    "none of them"
+)
+"""Of models with attention sinks (gpt-oss), Gemma 4 and EXAONE 4; asserted in ``model_hook``."""
+
 log = logging.getLogger("sglang.kvplug")
 
 
@@ -314,6 +320,11 @@ def uses_mla(model: Any) -> bool:
 def windowed(model: Any) -> bool:
     """Whether some layers see a window, or chunks, of the context."""
     return bool(model.is_hybrid_swa or model.sliding_window_size or model.attention_chunk_size)
+
+
+def attention_sinks(model: Any) -> bool:
+    """Whether each query head has a learned logit beside those of the tokens."""
+    return bool(model.has_attention_sinks)
 
 
 def special_layers(model: Any) -> Iterator[str]:

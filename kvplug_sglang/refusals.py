@@ -122,8 +122,8 @@ def refusals(view: Any, model: Any, given: object) -> Iterator[str]:
         )
     if view.kv_cache_dtype not in ("auto", "bf16", "bfloat16", "float16", "float32"):
         yield (
-            f"a quantised KV cache ({view.kv_cache_dtype}) has no digests yet; use "
-            "--kv-cache-dtype auto, or the policy 'dense'"
+            f"a quantised KV cache ({view.kv_cache_dtype}) was never run: on a CPU SGLang keeps "
+            "one for its own AMX backend alone; use --kv-cache-dtype auto, or the policy 'dense'"
         )
     if compat.breaks_decode_graphs(view):
         yield (
@@ -137,6 +137,11 @@ def refusals(view: Any, model: Any, given: object) -> Iterator[str]:
         )
     if compat.head_major_cache():
         yield "the cache's layout is head-major; unset SGLANG_USE_HND_KVCACHE"
+    if compat.attention_sinks(model):
+        yield (
+            "the model has attention sinks, which SGLang's torch_native attention does not take "
+            "and kvplug was never run with here; use the policy 'dense'"
+        )
     for what in compat.special_layers(model):
         yield f"{what}, which was never run; use the policy 'dense'"
     if compat.windowed(model):

@@ -85,7 +85,7 @@ BACKUP = {"disaggregation_mode": "decode", "disaggregation_decode_retraction_bac
         ({"disaggregation_mode": "decode"}, "drop --disaggregation-mode"),
         (BACKUP, "drop --disaggregation-mode"),
         ({"enable_dp_attention": True, "dp_size": 2, "tp_size": 2}, "data-parallel attention"),
-        ({"kv_cache_dtype": "fp8_e4m3"}, "use --kv-cache-dtype auto"),
+        ({"kv_cache_dtype": "fp8_e4m3"}, "for its own AMX backend alone; use --kv-cache-dtype auto"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "use --kv-cache-dtype auto"),
         ({"is_embedding": True}, "the model does not generate"),
         (
@@ -188,6 +188,28 @@ def test_windowed_layers(resolve, tmp_path, policy):
     build_random_gemma3(tmp_path / "gemma")
     with pytest.raises(ValueError, match="the model has windowed layers"):
         resolve(policy, model=tmp_path / "gemma")
+
+
+def test_a_model_that_wants_backends_by_name(resolve, tmp_path):
+    """gpt-oss: SGLang asks for backends that take attention sinks."""
+    from kvplug_evals.models.random_gpt_oss import build_random_gpt_oss
+
+    build_random_gpt_oss(tmp_path / "gpt-oss")
+    with pytest.raises(ValueError, match="backends that it knows by name") as refused:
+        resolve("dense", model=tmp_path / "gpt-oss")
+    assert "GptOssForCausalLM requires one of" in str(refused.value)
+    assert "serve it without --attention-backend kvplug" in str(refused.value)
+    with pytest.raises(AssertionError, match="torch_native"):
+        resolve("dense", model=tmp_path / "gpt-oss", attention_backend="torch_native")
+
+
+def test_attention_sinks(resolve, tmp_path):
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(**SMALL, architectures=["LlamaForCausalLM"], learnable_sink=True)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the model has attention sinks.*policy 'dense'"):
+        resolve("quest(budget=64)", model=tmp_path)
 
 
 FOREIGN = """
