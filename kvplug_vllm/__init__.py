@@ -43,9 +43,11 @@ def _configured(vllm_config: Any) -> None:
     if selected(vllm_config):
         from kvplug_vllm.admission import judge_requests, judge_sessions_and_beams
         from kvplug_vllm.refusals import refuse
+        from kvplug_vllm.router import follow_drafts
 
         refuse(vllm_config)
         resolve(vllm_config)
+        follow_drafts()
         judge_requests()
         judge_sessions_and_beams()
 
@@ -63,10 +65,12 @@ def restore(counters: str) -> Any:
 
     from kvplug_vllm.admission import judge_requests
     from kvplug_vllm.counters import Meeting
+    from kvplug_vllm.router import follow_drafts
     from kvplug_vllm.settings import NAME
 
     register()
     Meeting.join(counters)
+    follow_drafts()
     judge_requests()
     return AttentionBackendEnum[NAME]
 

@@ -163,6 +163,12 @@ class PlannedImpl:
         assert self.digest is not None and views.tail is not None
         self.digest.update(views.tail, keys, slots, views.keys)
 
+    def resume(self, layer: Any, kv_cache: Tensor, blocks: Tensor, slots: Tensor) -> None:
+        """Take in anew all that pages hold: a digest cannot let go of a draft's key, but begins
+        anew with its page's first. blocks [n], slots [n, S]; -1 for what is not taken in"""
+        keys, _ = self.read_pages(layer, kv_cache, blocks[:, None])  # [n, S, H, D]
+        self._take_in(layer, kv_cache, keys.flatten(0, 1), slots.flatten())
+
     def keys_and_values(self, layer: Any, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """As they lie. [N, S, H, D] twice"""
         keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
@@ -210,6 +216,8 @@ class PlannedImpl:
         plan: StepPlan | None = getattr(attn_metadata, "kvplug", None) if self.planned else None
         reads = None
         if plan is not None:
+            if plan.resumed is not None and owns:
+                self.resume(layer, kv_cache, *plan.resumed)
             self.observe(query, plan.observations)
             if plan.replayed and self.recent is not None:
                 self.recent[: len(query)].copy_(query)

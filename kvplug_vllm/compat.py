@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -167,6 +168,35 @@ def ensure_builtin_specs() -> None:
     KVCacheSpecRegistry._ensure_registered()
 
 
+def show_rows_beside_drafts(seen_by: Callable[..., Any]) -> None:
+    """Let Model Runner V1 show its rows to ``seen_by(vllm_config, device, is_pin_memory)``, a
+    logits processor, also where it speculates.
+
+    Until its ``build_logitsprocs`` loads the entry points beside a speculative_config (0.33 loads
+    none there; V2 loads them all).
+    """
+    from vllm.v1.sample import logits_processor as package
+
+    stock = package.build_logitsprocs
+    if getattr(stock, "_kvplug", False):
+        return
+
+    @functools.wraps(stock)
+    def build_logitsprocs(
+        vllm_config: Any, device: Any, is_pin_memory: bool, *args: Any, **kwargs: Any
+    ) -> Any:
+        built = stock(vllm_config, device, is_pin_memory, *args, **kwargs)
+        if vllm_config.speculative_config is None:
+            return built
+        return type(built)([*built.all, seen_by(vllm_config, device, is_pin_memory)])
+
+    build_logitsprocs._kvplug = True  # type: ignore[attr-defined]
+    package.build_logitsprocs = build_logitsprocs
+    runner = sys.modules.get("vllm.v1.worker.gpu_model_runner")
+    if runner is not None:  # it has taken the name already
+        runner.build_logitsprocs = build_logitsprocs  # type: ignore[attr-defined]
+
+
 def name_requests() -> None:
     """Let Model Runner V2 name each row's slot for models with recurrent layers too.
 
@@ -214,8 +244,8 @@ def request_rows(common: Any, slots: bool) -> NDArray[np.int64]:
 
 
 def host_lengths(common: Any) -> NDArray[np.int64]:
-    """Cached tokens of each row after this step, on the host: exact without speculative
-    decoding, which is refused. -> [B]
+    """Cached tokens of each row after this step, drafts included, on the host: exact where each
+    step is scheduled after the one before has ended, as it is beside drafts. -> [B]
     """
     lengths = common.seq_lens_cpu_upper_bound
     assert lengths is not None, "this model runner sends no host copy of the sequence lengths"

@@ -6,7 +6,7 @@ The private blocks that hold what a prompt keeps come from the scheduler (``kvpl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,20 @@ class Compression:
     vllm_config: Any
     layer_names: Sequence[str]
     metrics: Metrics | None
+    passed: set[int] = field(default_factory=set)
+    """Stays whose last step passed their prompt's end before it was cached."""
+
+    def ended(self, passing: Positions, rows: Rows, prompt: Positions) -> Positions:
+        """Those of the rows that pass their prompt's end whose prompt is to be packed; prompt [B].
+
+        What passed it ahead of the prompt's last token may have been drafts alone, padding of the
+        engine's, and rejected: the step that decodes the first token then passes it again.
+        """
+        again = np.isin(rows.stay, list(self.passed)) & (rows.computed == prompt)
+        self.passed.difference_update(rows.stay.tolist())
+        early = passing[rows.computed[passing] < prompt[passing]]
+        self.passed.update(rows.stay[early].tolist())
+        return passing[~again[passing]]
 
     def observations(self, rows: Rows, seen: Sequence[Observed]) -> list[tuple[int, Observed]]:
         """By the stay of their request. What is kept of requests that have left is let go."""

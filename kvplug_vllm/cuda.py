@@ -33,6 +33,8 @@ def most_replayed(vllm_config: Any) -> int:
         return 0
     if not compilation.cudagraph_mode.has_full_cudagraphs():
         return 0
+    if vllm_config.speculative_config is not None:  # decode steps have several queries a request
+        return 0
     return compilation.max_cudagraph_capture_size or 0
 
 

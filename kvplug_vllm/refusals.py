@@ -12,6 +12,8 @@ from kvplug import (
     PositionalEviction,
     ScoredEviction,
     Selector,
+    Settings,
+    TokenSelector,
     policy_class,
 )
 from kvplug_vllm.settings import offer_of
@@ -41,11 +43,7 @@ def refusals(vllm_config: Any) -> Iterator[str]:
     if policy.is_dense and not offer.mixed:
         return
     yield from unsupported(offer)
-    if vllm_config.speculative_config is not None:
-        yield (
-            f"speculative decoding with {policy}: rejected drafts would have been evicted or "
-            "selected for; drop --speculative-config, or use the policy 'dense'"
-        )
+    yield from _with_drafts(offer, vllm_config)
     for name, flag in (
         ("decode_context_parallel_size", "--decode-context-parallel-size"),
         ("prefill_context_parallel_size", "--prefill-context-parallel-size"),
@@ -125,6 +123,41 @@ def _with_connector(offer: Offer, vllm_config: Any) -> Iterator[str]:
         yield (
             f"a KV connector moves a request's pages in the order of its tokens, and {policy} "
             f"leaves holes among them or packs them; use twilight or quest, {instead}"
+        )
+
+
+def _with_drafts(offer: Offer, vllm_config: Any) -> Iterator[str]:
+    """Where several queries of a request are verified in a step."""
+    speculative = vllm_config.speculative_config
+    if speculative is None:
+        return
+    if speculative.method != "ngram":
+        yield (
+            f"speculative decoding by {speculative.method!r} with {offer.settings.policy}: no "
+            "policy has been taught what becomes of a drafter's own layers, or of drafts that "
+            "only the device knows; use --speculative-config "
+            '\'{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}\', or the '
+            "policy 'dense'"
+        )
+    elif vllm_config.scheduler_config.async_scheduling:
+        yield (
+            f"speculative decoding with {offer.settings.policy} and asynchronous scheduling: a "
+            "step is planned before it is known how many drafts of the last one were accepted; "
+            "add --no-async-scheduling"
+        )
+    yield from beside_drafts(offer.settings, vllm_config)
+
+
+def beside_drafts(settings: Settings, vllm_config: Any) -> Iterator[str]:
+    """What speculative decoding keeps from the server's own settings, or from a request's."""
+    selector = settings.policy.selector
+    if vllm_config.speculative_config is None or selector is None:
+        return
+    if selector.mass is not None and not isinstance(selector, TokenSelector):
+        yield (
+            f"speculative decoding with {selector}: the mass of the newest page, of which its "
+            "digest speaks, would count drafts that a query does not see; leave top_p out, or use "
+            "twilight, which weighs the pages before it"
         )
 
 

@@ -209,5 +209,10 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
         return logits
 
 
+def follow_drafts() -> None:
+    """From now on the router sees the rows of every engine of this process."""
+    compat.show_rows_beside_drafts(Router)
+
+
 def _nobody(common: Any) -> NDArray[np.int64]:
     return np.full(common.num_reqs, UNKNOWN, np.int64)

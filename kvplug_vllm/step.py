@@ -72,6 +72,9 @@ class StepPlan:
     packings: Sequence[Packing] = ()
     observations: Sequence[tuple[int, Observed]] = ()
     """By the stay of their request."""
+    resumed: tuple[Tensor, Tensor] | None = None
+    """Pages that decoding goes on in, whose digests may know drafts that were rejected: their
+    blocks [n], and slots [n, S], in order, of all that is theirs now; -1 for the rest. int64"""
     replayed: bool = False
     """No Python of the step runs: what it computes for later ones must be left in memory."""
 
@@ -112,6 +115,8 @@ class PlannedBuilder:
         self.fixed = False
         """Whether the step that is planned may be replayed: it must keep its shapes."""
         self.capturing = False
+        self.drafts = vllm_config.speculative_config is not None
+        """Whether a step's queries may be drafts, whose tokens the next step writes over."""
         self.unseen: list[tuple[int, Observed]] = []
         """Of a step that may have been replayed: the next one takes them from memory."""
         self.selected_queries = dict.fromkeys(self.layers, 0)
@@ -120,6 +125,10 @@ class PlannedBuilder:
         if planned:
             self.impl: Any = context[planned[0]].impl
             self.impl.check_units(kv_cache_spec.block_size)
+            item = kv_cache_spec.dtype.itemsize
+            parts, _ = self.offer.digest_rows(kv_cache_spec.block_size, item)
+            self.digested = kv_cache_spec.block_size // max(parts, 1)
+            """Tokens of what a digest describes."""
             self.single = compat.single_head_builder(self, self.impl.num_queries_per_kv)
             share = len(planned) / len(planned_layers(vllm_config))
             self.metrics = Metrics.of(engine, share, len(planned), kv_cache_spec)
@@ -163,15 +172,17 @@ class PlannedBuilder:
         self.unseen = []
         self.fixed = common.max_query_len == 1 and common.num_reqs <= self.most_replayed
         observations = self.compression.observations(rows, planner.observed(*batch))
+        ended = self.compression.ended(planner.compresses(*batch), rows, prompt)
         if self.fixed:
             self.unseen, observations = observations, []
         elif segments.untouched and planner.planners[OWN].settings.shortcut:
-            if not observations:
+            resumed = self._resumed(common, rows)
+            if not observations and resumed is None:
                 return None
-            return StepPlan(dict.fromkeys(self.layers), observations=observations)
+            return StepPlan(dict.fromkeys(self.layers), (), observations, resumed)
         if self.packs:
             self.compression.redirect(common, segments)
-        packings = self.compression.packings(common, planner.compresses(*batch), rows, prompt)
+        packings = self.compression.packings(common, ended, rows, prompt)
         if self.fixed:
             self.compression.pack_now(packings)
             packings = []
@@ -179,7 +190,27 @@ class PlannedBuilder:
         selected = partial(self._selected, common)
         fixed = common.num_reqs if self.fixed else None
         layers = planner.by_layer(segments, self.layers, whole, selected, fixed)
-        return StepPlan(layers, packings, observations, self.fixed)
+        return StepPlan(layers, packings, observations, self._resumed(common, rows), self.fixed)
+
+    def _resumed(self, common: Any, rows: Rows) -> tuple[Tensor, Tensor] | None:
+        """Where this step decodes into pages that earlier ones may have written drafts to."""
+        if not self.drafts or self.impl.digest is None:
+            return None
+        size, page = self.planner.page_size, self.digested
+        begun = rows.known & (rows.computed >= rows.prompt) & (rows.computed % page > 0)
+        again = np.flatnonzero(begun & (rows.total > rows.computed))
+        if not len(again):
+            return None
+        first = (np.cumsum(rows.total - rows.computed) - rows.total + rows.computed)[again]
+        slots = common.slot_mapping[self._tensor(first, torch.int64)].long()
+        held = np.minimum(rows.computed % page + rows.total - rows.computed, page)[again]
+        offset = torch.arange(size, device=slots.device)
+        begin = slots % size // page * page
+        inside = (offset >= begin[:, None]) & (
+            offset < (begin + self._tensor(held, torch.int64))[:, None]
+        )
+        blocks = slots // size
+        return blocks, torch.where(inside, blocks[:, None] * size + offset, -1)
 
     def _count(self, segments: Segments, rows: Rows) -> None:
         if self.capturing:
@@ -199,10 +230,10 @@ class PlannedBuilder:
         if self.metrics is None or self.capturing:
             return
         rows = Router.rows(self.vllm_config, common)
-        behind = rows.total[
-            rows.known & (rows.computed >= rows.prompt) & (rows.computed < rows.total)
-        ]
-        reads = StepReads(queries=len(behind), cached=int(behind.sum()), read=float(behind.sum()))
+        total, begin = rows.total[rows.known], np.maximum(rows.computed, rows.prompt)[rows.known]
+        queries = np.maximum(total - begin, 0)
+        behind = float((total * queries - queries * (queries - 1) / 2).sum())
+        reads = StepReads(queries=int(queries.sum()), cached=behind, read=behind)
         self.metrics.count(reads, rows.settings[OWN])
 
     def _tensor(self, values: NDArray[Any], dtype: torch.dtype = torch.int32) -> Tensor:

@@ -200,8 +200,10 @@ def _install_graphs(platform: Any) -> None:
     available = worker.CPUWorker.determine_available_memory
 
     def __post_init__(self: Any) -> None:
+        asked, drafts = self.scheduler_config.async_scheduling, self.speculative_config
         complete(self)
-        self.scheduler_config.async_scheduling = True
+        by_host = drafts is not None and drafts.method == "ngram"  # as vLLM decides on a GPU
+        self.scheduler_config.async_scheduling = asked is not False and not by_host
         if not Capturing.enabled:
             return
         compilation = self.compilation_config

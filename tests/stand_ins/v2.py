@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -85,16 +86,24 @@ def replace_kernels() -> None:
     import vllm.v1.sample.ops.topk_topp_sampler as sampler
     import vllm.v1.worker.gpu.input_batch as inputs
     import vllm.v1.worker.gpu.sample.gumbel as gumbel
+    import vllm.v1.worker.gpu.spec_decode.rejection_sampler as rejection
     from vllm.v1.worker.gpu import buffer_utils
     from vllm.v1.worker.gpu.block_table import BlockTables
 
+    modules = {
+        "inputs": inputs,
+        "gumbel": gumbel,
+        "buffers": buffer_utils,
+        "rejection": rejection,
+    }
     for module, name in KERNELS:
-        module = {"inputs": inputs, "gumbel": gumbel, "buffers": buffer_utils}[module]
+        module = modules[module]
         kernel, plain = f"_{name}_kernel", globals()[name]
         setattr(module, kernel, Plain(getattr(module, kernel), plain))
     sampler.apply_top_k_top_p_triton = partial(
         sampler.apply_top_k_top_p_pytorch, allow_cpu_sync=True
     )  # the interpreter stumbles over its kernel, whose numbers are Python's there
+    rejection.rejection_sample = _reject(rejection.rejection_sample)
     BlockTables.gather_block_tables = _gather(BlockTables.gather_block_tables)
     BlockTables.compute_slot_mappings = _slots(BlockTables.compute_slot_mappings)
 
@@ -108,6 +117,7 @@ KERNELS = (
     ("inputs", "expand_idx_mapping"),
     ("gumbel", "gumbel_sample"),
     ("buffers", "apply_write"),
+    ("rejection", "gather_draft_sampled"),
 )
 
 
@@ -144,14 +154,16 @@ def combine_sampled_and_draft_tokens(
     prefill: Tensor, drafts: Tensor, drafts_stride: int, logits: Tensor, indices: Tensor,
     NUM_NEW_SAMPLED_TOKENS: int = 1, **_: Any,
 ) -> None:  # fmt: skip
-    assert NUM_NEW_SAMPLED_TOKENS == 1, "drafts are not replaced: run without this stand-in"
+    assert NUM_NEW_SAMPLED_TOKENS == 1, "a sampled token a step: run without this stand-in"
     for row, slot in enumerate(slots[: grid[0]].tolist()):
         first, last = logits[row : row + 2].tolist()
-        assert last - first <= 1, "drafts are not replaced: run without this stand-in"
-        end, length = int(starts[row + 1]), int(lengths[row])
-        indices[first:last] = torch.arange(end - (last - first), end)
-        if length > prefill[slot] and length - (last - first) >= prefill[slot]:
-            input_ids[end - (last - first)] = sampled.view(-1)[slot]
+        end, length, asked = int(starts[row + 1]), int(lengths[row]), last - first
+        indices[first:last] = torch.arange(end - asked, end)
+        if length <= prefill[slot]:
+            continue
+        if length - asked >= prefill[slot]:
+            input_ids[end - asked] = sampled.view(-1)[slot]
+        input_ids[end - asked + 1 : end] = drafts[slot, : asked - 1]
 
 
 def get_num_sampled_and_rejected(
@@ -232,6 +244,46 @@ def apply_write(
         flat = output.view(-1)[row * stride + start :]
         flat[: end - begin] = contents[begin:end]
         begin = end
+
+
+def gather_draft_sampled(
+    grid: Any, drafts: Tensor, at: Tensor, input_ids: Tensor, positions: Tensor, indices: Tensor,
+    slots: Tensor, places: Tensor, prefill: Tensor, count: int, **_: Any,
+) -> None:  # fmt: skip
+    rows = indices[:count].long()
+    at[:count] = positions[rows]
+    early = (places > 0) & (at[:count] - places < prefill[slots.long()])
+    drafts[:count] = torch.where(early, -1, input_ids[rows])
+
+
+def _reject(kernel: Any) -> Any:
+    def rejection_sample(
+        logits: Tensor, draft_logits: Any, drafts: Tensor, bounds: Tensor, at: Tensor,
+        slots: Tensor, *rest: Any, **more: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Greedy rows; others through the interpreter."""
+        temperature, steps = rest[2], rest[4]
+        if draft_logits is not None or bool((temperature[slots] != 0).any()):
+            return kernel(logits, draft_logits, drafts, bounds, at, slots, *rest, **more)
+        best, edges = logits.argmax(-1).tolist(), bounds.tolist()
+        wanted = drafts.tolist()
+        sampled = drafts.new_zeros(len(slots), steps + 1, dtype=torch.int64)
+        counts = drafts.new_zeros(len(slots), dtype=torch.int32)
+        for row, (first, last) in enumerate(pairwise(edges)):
+            for place in range(first, last):
+                sampled[row, counts[row]] = best[place]
+                counts[row] += 1
+                if place + 1 < last and best[place] != wanted[place + 1]:
+                    break
+        if Plain.checked is not None:
+            theirs = kernel(logits, draft_logits, drafts, bounds, at, slots, *rest, **more)
+            inside = torch.arange(steps + 1) < counts[:, None]
+            assert torch.equal(counts, theirs[1]), "rejection_sample"
+            assert torch.equal(sampled * inside, theirs[0] * inside), "rejection_sample"
+            Plain.checked["rejection_sample"] += 1
+        return sampled, counts
+
+    return rejection_sample
 
 
 def _gather(kernel: Any) -> Any:

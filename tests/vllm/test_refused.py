@@ -10,6 +10,12 @@ import sys
 
 import pytest
 
+from kvplug import Refused
+from kvplug_vllm.admission import settings_for
+from kvplug_vllm.refusals import refusals
+
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2}
+
 # (engine arguments, kvplug's settings, what the error must say)
 REFUSED = [
     ({}, {"policy": "qest"}, ["unknown policy 'qest'", "Did you mean 'quest'"]),
@@ -45,14 +51,14 @@ REFUSED = [
         ["leaves holes among them or packs them", "drop --kv-offloading-size, or"],
     ),
     (
-        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+        {"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2}},
         {"policy": "streaming_llm"},
-        ["speculative decoding with streaming_llm", "drop --speculative-config"],
+        ["speculative decoding by 'ngram_gpu' with streaming_llm", '{"method": "ngram", '],
     ),
     (
-        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-        {"policy": "quest"},
-        ["speculative decoding with quest", "policy 'dense'"],
+        {"speculative_config": NGRAM},
+        {"policy": "quest(budget=512, top_p=0.9)"},
+        ["speculative decoding with quest", "leave top_p out, or use twilight"],
     ),
     (
         {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
@@ -147,8 +153,34 @@ def test_refused_with_what_to_do_instead(random_llama, arguments, kvplug, parts)
 
 
 def test_the_same_options_pass_without_a_policy(random_llama):
-    speculative = {"method": "ngram", "num_speculative_tokens": 2}
+    speculative = {"method": "ngram_gpu", "num_speculative_tokens": 2}
     configure(random_llama(), {"policy": "dense"}, speculative_config=speculative)
+
+
+def test_a_drafter_with_a_cache_of_its_own_is_refused(random_llama):
+    drafter = {"method": "draft_model", "model": str(random_llama()), "num_speculative_tokens": 2}
+    configure(random_llama(), {"policy": "dense"}, speculative_config=drafter)
+    with pytest.raises(ValueError, match="by 'draft_model' with snapkv"):
+        configure(random_llama(), {"policy": "snapkv"}, speculative_config=drafter)
+
+
+def test_drafts_are_refused_where_a_step_does_not_wait_for_the_last_one(random_llama):
+    """On a CPU vLLM always waits."""
+    config = configure(random_llama(), {"policy": "quest"}, speculative_config=NGRAM)
+    assert list(refusals(config)) == []
+    config.scheduler_config.async_scheduling = True
+    (reason,) = refusals(config)
+    assert "add --no-async-scheduling" in reason
+
+
+def test_a_request_is_refused_what_a_server_with_drafts_cannot_serve(random_llama):
+    offer = {"policy": "dense", "allow": ["quest"]}
+    config = configure(random_llama(), offer, speculative_config=NGRAM)
+    assert str(settings_for(config, "quest(budget=64)").policy).startswith("quest(budget=64")
+    with pytest.raises(Refused, match="leave top_p out") as caught:
+        settings_for(config, "quest(budget=64, top_p=0.9)")
+    assert caught.value.reason == "drafts"
+    settings_for(configure(random_llama(), offer), "quest(budget=64, top_p=0.9)")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ import pytest
 import torch
 import twin
 
+from tests.vllm.drafts import SPECULATIVE
+
 pytestmark = [
     pytest.mark.engine,
     pytest.mark.timeout(900),
@@ -293,7 +295,16 @@ def test_stand_ins_do_what_vllms_kernels_do(engine, random_llama, prompts):
     ):
         planned.generate(prompts(300, 33, 1), 5)
         planned.generate(prompts(600, 64, 257, 90, seed=1), 3)
-    names = {name for _, name in v2.KERNELS} | {"gather_block_tables", "compute_slot_mappings"}
+    with (
+        engine(
+            random_llama(), {"policy": "dense"}, max_model_len=512, speculative_config=SPECULATIVE
+        ) as planned,
+        v2.checked() as drafted,
+    ):
+        planned.generate([[7, 8, 9] * 30, *prompts(33)], 4)
+    launches += drafted
+    names = {name for _, name in v2.KERNELS}
+    names |= {"gather_block_tables", "compute_slot_mappings", "rejection_sample"}
     assert names - {"expand_idx_mapping"} <= set(launches), (
         f"never launched: {names - set(launches)}"
     )

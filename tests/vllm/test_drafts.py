@@ -1,0 +1,123 @@
+"""Speculative decoding: drafts change how many steps an answer takes, and nothing else.
+
+The drafter knows the answers and is wrong on purpose, so that steps accept all, some or none of
+their drafts, before, on and behind the borders of pages.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import twin
+
+from tests.vllm.drafts import SPECULATIVE, Oracle, verified
+from tests.vllm.test_eviction import add
+from tests.vllm.test_lifecycle import preemptions
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900), pytest.mark.both]
+
+OPTIONS = {"max_model_len": 1024, "num_gpu_blocks_override": 110, "max_num_batched_tokens": 256}
+ONLY_CPU = pytest.mark.skipif(bool(twin.MODE), reason="a composition says as much there")
+
+
+@pytest.fixture
+def oracle(monkeypatch) -> Oracle:
+    drafter = Oracle()
+    drafter.install(monkeypatch)
+    return drafter
+
+
+def later(engine, first, answers, tokens):
+    """A turn over the prefix cache, and a prompt whose last token alone is new there, which the
+    engine pads with drafts of nothing. -> prompts, answers, prompts packed in each layer"""
+    before = [impl.packed_prompts for impl in engine.impls]
+    again = [prompt + answer + first[1] for prompt, answer in zip(first, answers, strict=True)][:3]
+    said = engine.generate(again, tokens)
+    again.append(first[0][:225])
+    said += engine.generate(again[3:], tokens)
+    counts = [impl.packed_prompts for impl in engine.impls]
+    return again, said, [now - then for now, then in zip(counts, before, strict=True)]
+
+
+def full_pages(engine, request):
+    """Blocks of a request that hold nothing but accepted tokens, all that they have room for."""
+    (manager,) = engine.scheduler.kv_cache_manager.coordinator.single_type_managers
+    held = getattr(manager, "held", {}).get(request.request_id)
+    private, prompt = held.private if held else 0, request.num_prompt_tokens
+    for column, block in enumerate(manager.req_to_blocks[request.request_id]):
+        behind = private if column >= -(-prompt // 32) + private else 0
+        inside = private and -(-prompt // 32) <= column < -(-prompt // 32) + private
+        last = prompt if inside else (column - behind + 1) * 32 - 1
+        if not block.is_null and last < request.num_computed_tokens:
+            yield block.block_id
+
+
+def check_digests(engine) -> int:
+    """Pages of accepted tokens: whoever wrote them, drafts before them or not, their digests are
+    those of the keys that lie in them."""
+    if not engine.impls[0].digest:
+        return 0
+    pages = sorted({page for r in engine.scheduler.running for page in full_pages(engine, r)})
+    blocks = torch.tensor(pages, dtype=torch.int64)
+    for layer in engine.layers.values() if pages else ():
+        impl, cache = layer.impl, layer.kv_cache
+        keys, _ = impl.read_pages(layer, cache, blocks[:, None])  # [n, S, H, D]
+        tail = impl.views(layer, cache).tail
+        wanted = torch.zeros_like(tail)
+        slots = (blocks[:, None] * 32 + torch.arange(32)).flatten()
+        impl.digest.update(wanted, keys.flatten(0, 1), slots, impl.views(layer, cache).keys)
+        assert torch.equal(*(each[blocks].view(torch.int32) for each in (tail, wanted)))
+    return len(pages)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        pytest.param("quest(budget=64, dense_layers=0)", marks=ONLY_CPU),
+        "twilight(budget=0.15, top_p=0.9, dense_layers=0)",
+        pytest.param("streaming_llm(sinks=32, window=96)", marks=ONLY_CPU),
+        "streaming_llm(sinks=40, window=150) + quest(budget=96, dense_layers=1)",
+        pytest.param("snapkv(budget=128)", marks=ONLY_CPU),
+        pytest.param("pyramid(snapkv(budget=128, window=32), beta=4)", marks=ONLY_CPU),
+        "keydiff(budget=160) + quest(budget=96, dense_layers=0)",
+    ],
+)
+def test_drafts_change_no_answer(engine, random_llama, prompts, oracle, policy):
+    model, first, tokens = random_llama(), prompts(300, 33, 500, 1, 257), 40
+    with engine(model, {"policy": policy}, **OPTIONS) as plain:
+        answers = plain.generate(first, tokens)
+        expected = later(plain, first, answers, tokens)
+    oracle.knows(first, answers)
+    oracle.knows(*expected[:2])
+    drafts = {"speculative_config": SPECULATIVE}
+    with engine(model, {"policy": policy}, **OPTIONS, **drafts) as planned:
+        planned.poison(freed=False)
+        free = planned.free_blocks
+        assert pressed(planned, first, tokens) == answers
+        assert later(planned, first, answers, tokens) == expected
+        accepted, rejected = verified(planned)
+        assert accepted > 150
+        assert rejected > 100
+        assert planned.free_blocks == free
+
+
+def pressed(engine, batch, tokens) -> list[list[int]]:
+    """Answers of requests that run together until the pool has nothing left for one of them."""
+    core, seen, hostages, found = engine.llm.llm_engine, preemptions(engine), [], {}
+    checked = 0
+    for index, prompt in enumerate(batch):
+        add(engine, f"r{index}", prompt, tokens)
+    while core.has_unfinished_requests():
+        for output in core.step():
+            if output.finished:
+                found[output.request_id] = list(output.outputs[0].token_ids)
+        decoding = [r for r in engine.scheduler.running if r.num_output_tokens > 8]
+        if not seen and not hostages and len(decoding) == len(batch):
+            hostages = engine.pool.get_new_blocks(engine.free_blocks)
+        elif seen and hostages:
+            engine.pool.free_blocks(hostages)
+            hostages = []
+        checked += check_digests(engine)
+    assert seen, "the pool was meant to be too small"
+    assert checked or not engine.impls[0].digest
+    return [found[f"r{index}"] for index in range(len(batch))]
