@@ -128,6 +128,9 @@ VLLM = {
         }),
         Row("n-gram drafts", options={
             "speculative_config": {"method": "ngram", "num_speculative_tokens": 2},
+        }, tests={
+            "vllm/test_drafts.py::test_drafts_change_no_answer":
+            "twilight quest streaming_llm snapkv keydiff pyramid",
         }),
         Row("LoRA", options={"enable_lora": True}),
         Row("prompt embeddings", options={"enable_prompt_embeds": True}),

@@ -85,7 +85,7 @@ BACKUP = {"disaggregation_mode": "decode", "disaggregation_decode_retraction_bac
         ({"disaggregation_mode": "decode"}, "drop --disaggregation-mode"),
         (BACKUP, "drop --disaggregation-mode"),
         ({"enable_dp_attention": True, "dp_size": 2, "tp_size": 2}, "data-parallel attention"),
-        ({"kv_cache_dtype": "fp8_e4m3"}, "for its own AMX backend alone; use --kv-cache-dtype auto"),
+        ({"kv_cache_dtype": "fp8_e4m3"}, "its own AMX backend alone; use --kv-cache-dtype auto"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "use --kv-cache-dtype auto"),
         ({"is_embedding": True}, "the model does not generate"),
         (
@@ -208,7 +208,7 @@ def test_attention_sinks(resolve, tmp_path):
 
     config = LlamaConfig(**SMALL, architectures=["LlamaForCausalLM"], learnable_sink=True)
     config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="the model has attention sinks.*policy 'dense'"):
+    with pytest.raises(ValueError, match=r"the model has attention sinks.*policy 'dense'"):
         resolve("quest(budget=64)", model=tmp_path)
 
 
