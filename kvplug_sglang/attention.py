@@ -41,14 +41,20 @@ class PlannedAttention:
         self.needs_cpu_seq_lens = True  # the stock backend may have set its own
         self.engine = Engine.of(runner)
         pool = self.token_to_kv_pool
-        self.layers = range(pool.start_layer, pool.start_layer + pool.layer_num)
+        self.windows = compat.windows(runner)
+        """Of the layers that see no more, in tokens: they stay on the stock path."""
+        every = range(pool.start_layer, pool.start_layer + pool.layer_num)
+        self.layers = [layer for layer in every if layer not in self.windows]
+        """Those that the policy plans."""
+        window = max(self.windows.values(), default=0)
         table = self.req_to_token_pool.req_to_token
         self.steps = [
             StepPlanner(self.engine, planners, table, layers, len(layers) / len(self.layers))
             for planners, layers in self.engine.serve(self.layers, len(table), table.device)
         ]
+        self.engine.see(window, runner.model_config.context_len)
         self.step_of = {layer: n for n, each in enumerate(self.steps) for layer in each.layers}
-        self.digests = Digests.of(self.engine, pool)
+        self.digests = Digests.of(self.engine, pool, self.layers)
         self.engine.layer_bytes = layer_bytes(pool, self.digests, self.engine.page_size)
         if not self.engine.dense:
             self.engine.page_bytes = page_bytes(pool, self.digests, self.engine.page_size)
@@ -111,7 +117,10 @@ class PlannedAttention:
         forward_batch: Any, save: bool, more: dict[str, Any],
     ) -> Tensor:  # fmt: skip
         if not _planned(layer):
-            return stock(q, k, v, layer, forward_batch, save, **more)
+            output = stock(q, k, v, layer, forward_batch, save, **more)
+            if layer.layer_id in self.windows:
+                self._keep_window(layer)
+            return output
         plan = self.plans[self.step_of[layer.layer_id]]
         query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         reads = None if plan is None else plan.layers[layer.layer_id]
@@ -168,6 +177,15 @@ class PlannedAttention:
         self.token_to_kv_pool.set_kv_buffer(layer, where, keys, values)
         self._written(layer, packing.targets)
 
+    def _keep_window(self, layer: Any) -> None:
+        """The private slots will stand in the request's row, which a windowed layer reads as it
+        is: they take what has stood there."""
+        widest = self.plans[0]
+        for packing in () if widest is None else widest.packings:
+            keys, values = self._kv(layer.layer_id)
+            slots, where = packing.replaced(self.engine.page_size), KVWriteLoc(packing.targets)
+            self.token_to_kv_pool.set_kv_buffer(layer, where, keys[slots], values[slots])
+
     def _whole(self, layer: Any, query: Tensor, whole: Whole, output: Tensor) -> None:
         if whole.tokens is None:
             self.attend(layer, query, whole, output)
@@ -199,10 +217,8 @@ class PlannedAttention:
 
 def _planned(layer: Any) -> bool:
     """Windowed and cross-attention layers stay on the stock path."""
-    windowed = layer.sliding_window_size is not None and layer.sliding_window_size > -1
-    return not (
-        windowed or layer.is_cross_attention or layer.attn_type is not AttentionType.DECODER
-    )
+    decoder = layer.attn_type is AttentionType.DECODER and not layer.is_cross_attention
+    return decoder and not compat.window(layer)
 
 
 def _refuse_extras(layer: Any, more: dict[str, Any]) -> None:

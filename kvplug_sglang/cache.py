@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvplug import Offer, digest_bytes
+from kvplug_sglang import compat
 from kvplug_sglang.settings import Engine
 
 
 class Digests:
-    """What each page says of its keys, for every layer; page for page beside SGLang's pool."""
+    """What each page says of its keys, for every planned layer; page for page beside SGLang's
+    pool."""
 
-    def __init__(self, offer: Offer, pool: Any, page_size: int) -> None:
+    def __init__(self, offer: Offer, pool: Any, page_size: int, layers: Sequence[int]) -> None:
         assert offer.digest is not None
         self.digest = offer.digest
         self.page_size = page_size
-        self.first_layer = pool.start_layer
+        self.place = {layer: place for place, layer in enumerate(layers)}
         pages = (pool.size + page_size) // page_size  # page 0 takes what padding writes
         parts, rows = offer.digest_rows(page_size, pool.dtype.itemsize)
-        shape = (pool.layer_num, pages, parts, pool.head_num, rows, pool.head_dim)
+        shape = (len(layers), pages, parts, pool.head_num, rows, pool.head_dim)
         every = torch.zeros(shape, dtype=pool.dtype, device=pool.device)
         self.rows = every if parts > 1 else every[:, :, 0]
 
     @classmethod
-    def of(cls, engine: Engine, pool: Any) -> Digests | None:
-        """None where no request may ask for a selection that reads digests."""
-        return None if engine.offer.digest is None else cls(engine.offer, pool, engine.page_size)
+    def of(cls, engine: Engine, pool: Any, layers: Sequence[int]) -> Digests | None:
+        """Of the planned layers; None where no request may ask for a selection that reads them."""
+        if engine.offer.digest is None:
+            return None
+        return cls(engine.offer, pool, engine.page_size, layers)
 
     def of_layer(self, layer: int) -> Tensor:
         """[N, H, rows, D], or [N, K, H, rows, D] of pages that are K to a policy."""
-        return self.rows[layer - self.first_layer]
+        return self.rows[self.place[layer]]
 
     def update(self, layer: int, keys: Tensor, slots: Tensor) -> None:
         """keys [slots, H, D] of the pool, of which those at slots [tokens] were written."""
@@ -68,4 +73,5 @@ def token_bytes(original: Any, self: Any, kvc: Any, num_layers: int) -> int:
     item = torch.empty(0, dtype=kvc.kv_cache_dtype).element_size()
     parts, rows = engine.offer.digest_rows(engine.page_size, item)
     page = digest_bytes(parts * rows, heads, model.head_dim, item)
-    return size + -(-page * num_layers // engine.page_size)
+    planned = num_layers - len(compat.windows(kvc))
+    return size + -(-page * planned // engine.page_size)

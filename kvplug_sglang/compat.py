@@ -317,9 +317,36 @@ def uses_mla(model: Any) -> bool:
     return model.attention_arch is AttentionArch.MLA
 
 
-def windowed(model: Any) -> bool:
-    """Whether some layers see a window, or chunks, of the context."""
-    return bool(model.is_hybrid_swa or model.sliding_window_size or model.attention_chunk_size)
+def window(layer: Any) -> int:
+    """Tokens that a query of a layer sees, its own included; 0 where it sees all."""
+    before = layer.sliding_window_size
+    return 0 if before is None or before < 0 else int(before) + 1
+
+
+def windows(runner: Any) -> dict[int, int]:
+    """Of the layers of a runner's model that see no more, by their number."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    model = getattr(runner, "model", None)  # SGLang's test kit runs layers without one
+    layers = [] if model is None else model.modules()
+    found = {each.layer_id: window(each) for each in layers if isinstance(each, RadixAttention)}
+    return {layer: seen for layer, seen in found.items() if seen}
+
+
+def declared_window(model: Any) -> int:
+    """Tokens that a model's windowed layers will see, by its configuration; 0 where it names no
+    such layer."""
+    kinds = getattr(model.hf_text_config, "layer_types", None) or ()
+    return int(model.sliding_window_size or 0) if "sliding_attention" in kinds else 0
+
+
+def windows_apart(model: Any) -> bool:
+    """Whether the tokens of windowed layers lie in a pool of their own."""
+    return bool(model.is_hybrid_swa)
+
+
+def attends_in_chunks(model: Any) -> bool:
+    return bool(model.attention_chunk_size)
 
 
 def attention_sinks(model: Any) -> bool:
@@ -337,6 +364,8 @@ def special_layers(model: Any) -> Iterator[str]:
         yield "the model has an encoder, whose keys stand before the prompt's"
     if mambaish_config(model) is not None:
         yield "the model mixes attention with recurrent (Mamba-like) layers"
+    if getattr(model.hf_text_config, "num_kv_shared_layers", 0):
+        yield "some of the model's layers read another layer's cache"
     if not model.is_generation:
         yield "the model does not generate"
 

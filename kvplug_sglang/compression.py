@@ -31,6 +31,11 @@ class Packing:
     targets: Tensor
     """Where those that stay go, in order. [n] int64"""
 
+    def replaced(self, page_size: int) -> Tensor:
+        """Slots of the last tokens of the prompt's whole pages, as many as stay. [n] int64"""
+        end = len(self.slots) // page_size * page_size
+        return self.slots[end - len(self.targets) : end]
+
     def kept(
         self, keys: Tensor, values: Tensor, window: Tensor | None, *, scale: float,
         first_head: int, page_size: int,

@@ -9,12 +9,15 @@ from kvplug import (
     Composition,
     LayerBudgets,
     Offer,
+    Planner,
     PositionalEviction,
+    Refused,
     ScoredEviction,
     Selector,
+    Settings,
     read_offer,
 )
-from kvplug_sglang import compat
+from kvplug_sglang import compat, windows
 from kvplug_sglang.settings import NAME
 
 PAGE_SIZE = 32
@@ -144,11 +147,29 @@ def refusals(view: Any, model: Any, given: object) -> Iterator[str]:
         )
     for what in compat.special_layers(model):
         yield f"{what}, which was never run; use the policy 'dense'"
-    if compat.windowed(model):
+    if compat.windows_apart(model):
         yield (
-            "the model has windowed layers, which would read a compressed request's row as it was "
-            "before, and beside which no selection was ever run; use the policy 'dense'"
+            "the model's windowed layers have a pool of their own, which knows nothing of a row "
+            "that a policy rewrites; add --disable-hybrid-swa-memory, or use the policy 'dense'"
         )
+    elif (window := compat.declared_window(model)) > 0:
+        yield from too_narrow(offer.settings, model, window, view.page_size or 1)
+    if compat.attends_in_chunks(model):
+        yield (
+            "some of the model's layers attend within chunks of the context, which was never run; "
+            "use the policy 'dense'"
+        )
+
+
+def too_narrow(settings: Settings, model: Any, window: int, page_size: int) -> Iterator[str]:
+    """A policy that would take from the model's windowed layers what they still see."""
+    policy, budget = settings.policy, None
+    if not policy.uniform:
+        budget = max(policy.layer_budgets(model.num_hidden_layers))
+    try:
+        windows.check(Planner(settings, page_size, budget), window, model.context_len)
+    except Refused as error:
+        yield str(error)
 
 
 def unsupported(offer: Offer) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,6 +13,7 @@ import torch
 
 from kvplug import BatchPlanner, Choices, Offer, Planner, Refused, Settings, read_offer
 from kvplug.config import ENVIRONMENT
+from kvplug_sglang import windows
 from kvplug_sglang.router import Router
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ class Engine:
         self.layer_bytes = 0.0, 0.0
         """Of a token in a layer on this rank, and of its share of its page's digest."""
         self.router = Router()
+        self.window, self.longest = 0, 0
+        """Tokens that the model's widest windowed layer sees, and that a request may have."""
         self.scheduler: Any = None
         self.choices = Choices(offer.settings)
         self.planners = BatchPlanner(page_size)
@@ -95,7 +98,18 @@ class Engine:
         assert cls.current is not None
         return cls.current
 
-    def serve(self, layers: range, rows: int, device: torch.device) -> list[LayerClass]:
+    def see(self, window: int, longest: int) -> None:
+        """Once a model is loaded: what its windowed layers see, in requests up to ``longest``.
+        Raises ValueError where the server's own policy does not leave it to them."""
+        self.window, self.longest = window, longest
+        self._leaves_windows(self.offer.settings)
+
+    def _leaves_windows(self, settings: Settings) -> Settings:
+        if self.window:
+            windows.check(self.planners.planner(settings), self.window, self.longest)
+        return settings
+
+    def serve(self, layers: Sequence[int], rows: int, device: torch.device) -> list[LayerClass]:
         """Once a model is loaded: its layers, together with those that keep as much, most first.
         rows: of the pool.
         """
@@ -140,7 +154,7 @@ class Engine:
             )
         custom = sampling_params.custom_params
         asked = custom.get(NAME) if isinstance(custom, dict) else None
-        return self.offer.settings_for(asked)
+        return self._leaves_windows(self.offer.settings_for(asked))
 
     def policy(self, choice: int) -> str:
         """The line that a choice is counted by."""

@@ -318,7 +318,7 @@ def test_a_killed_evaluation_leaves_no_server() -> None:
         ({"model": "nowhere"}, "dense", "no model in nowhere; run make models"),
         ({"multiprocess": False}, "dense", "drop --in-process"),
         ({}, "qest", "Did you mean 'quest'"),
-        ({"model": "{windowed}"}, "knorm", "(?s)the model has windowed layers.*another --policy"),
+        ({"model": "{windowed}"}, "knorm(budget=64)", "(?s)windowed layers.*another --policy"),
     ],
 )
 def test_what_cannot_run_says_what_to_do(

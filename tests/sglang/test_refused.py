@@ -85,7 +85,7 @@ BACKUP = {"disaggregation_mode": "decode", "disaggregation_decode_retraction_bac
         ({"disaggregation_mode": "decode"}, "drop --disaggregation-mode"),
         (BACKUP, "drop --disaggregation-mode"),
         ({"enable_dp_attention": True, "dp_size": 2, "tp_size": 2}, "data-parallel attention"),
-        ({"kv_cache_dtype": "fp8_e4m3"}, "its own AMX backend alone; use --kv-cache-dtype auto"),
+        ({"kv_cache_dtype": "fp8_e4m3"}, "AMX backend alone; use --kv-cache-dtype auto"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "use --kv-cache-dtype auto"),
         ({"is_embedding": True}, "the model does not generate"),
         (
@@ -181,13 +181,26 @@ def test_models_that_were_never_run(resolve, tmp_path, kind, architecture, shape
     assert message in str(refused.value)
 
 
-@pytest.mark.parametrize("policy", ["knorm(budget=64)", "quest(budget=64)"])
-def test_windowed_layers(resolve, tmp_path, policy):
-    from kvplug_evals.models.random_llama import build_random_gemma3
+APART = {"is_hybrid_swa": True, "hybrid_layer_pattern": [0, 1], "sliding_window": 64}
+SPECIAL = {
+    "the model has attention sinks": {"learnable_sink": True},
+    "add --disable-hybrid-swa-memory": APART,
+    "attend within chunks": {"attention_chunk_size": 64},
+    "layers read another layer's cache": {"num_kv_shared_layers": 1},
+}
 
-    build_random_gemma3(tmp_path / "gemma")
-    with pytest.raises(ValueError, match="the model has windowed layers"):
-        resolve(policy, model=tmp_path / "gemma")
+
+@pytest.mark.parametrize("message", SPECIAL)
+def test_layers_that_no_policy_was_run_beside(resolve, tmp_path, message):
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(**SMALL, architectures=["LlamaForCausalLM"], **SPECIAL[message])
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{message}.*use the policy 'dense'"):
+        resolve("quest(budget=64)", model=tmp_path)
+    resolve("dense", model=tmp_path)
+    if message == "add --disable-hybrid-swa-memory":
+        resolve("quest(budget=64)", model=tmp_path, disable_hybrid_swa_memory=True)
 
 
 def test_a_model_that_wants_backends_by_name(resolve, tmp_path):
@@ -203,13 +216,23 @@ def test_a_model_that_wants_backends_by_name(resolve, tmp_path):
         resolve("dense", model=tmp_path / "gpt-oss", attention_backend="torch_native")
 
 
-def test_attention_sinks(resolve, tmp_path):
-    from transformers import LlamaConfig
+@pytest.mark.parametrize(
+    "policy, message",
+    [
+        ("snapkv(budget=96)", "keeps 96 tokens of a prompt.*write budget=127 or more"),
+        ("pyramid(snapkv(budget=64, window=16), beta=2)", "write budget=127 or more"),
+        ("streaming_llm(window=100)", "evicts tokens.*write window=128 or more"),
+    ],
+)
+def test_policies_narrower_than_a_window(resolve, tmp_path, policy, message):
+    """As the configuration names it; ``test_windows`` has what a loaded model says."""
+    from kvplug_evals.models.random_llama import build_random_gemma3
 
-    config = LlamaConfig(**SMALL, architectures=["LlamaForCausalLM"], learnable_sink=True)
-    config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"the model has attention sinks.*policy 'dense'"):
-        resolve("quest(budget=64)", model=tmp_path)
+    build_random_gemma3(tmp_path / "gemma3")
+    with pytest.raises(ValueError, match=message):
+        resolve(policy, model=tmp_path / "gemma3")
+    for served in ("quest(budget=64)", "snapkv(budget=127)", "streaming_llm(window=128)"):
+        resolve(served, model=tmp_path / "gemma3")
 
 
 FOREIGN = """
