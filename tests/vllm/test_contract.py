@@ -49,7 +49,9 @@ import kvplug_vllm.cache
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 shape = dict(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32)
 manager = kv_cache_spec_registry.KVCacheSpecRegistry.get_manager_class
+from vllm.v1.sample.logits_processor import build_logitsprocs
 found = dict(
+    rows_beside_drafts=str(hasattr(build_logitsprocs, "_kvplug")),
     name=member.name,
     path=member.get_path(),
     specs_before=str(before),
@@ -209,6 +211,10 @@ def test_registering_twice_changes_nothing_more():
 
 def test_the_backends_name_unpickles_in_a_process_that_has_not_loaded_plugins(fresh):
     assert (fresh["name"], fresh["path"]) == ("KVPLUG", "kvplug_vllm.backend.KVPlugBackend")
+
+
+def test_a_spawned_worker_shows_its_rows_beside_drafts(fresh):
+    assert fresh["rows_beside_drafts"] == "True"
 
 
 def test_the_backends_name_survives_copies_as_itself():
@@ -570,6 +576,38 @@ def test_the_router_is_a_logits_processor_of_both_model_runners():
         assert router.apply(logits) is router.apply(logits, SimpleNamespace()) is logits
         assert not router.add_request(0, SimpleNamespace())
         router.apply_staged_writes()
+
+
+def test_model_runner_v1_loads_the_router_beside_drafts_once_we_ask(
+    monkeypatch,
+):
+    import torch
+    from vllm.v1.sample import logits_processor as package
+
+    from kvplug_vllm import compat
+    from kvplug_vllm.router import Router
+
+    source = Path(find_spec("vllm.v1.worker.gpu_model_runner").origin).read_text()
+    assert "logits_processor import LogitsProcessors, build_logitsprocs" in source, MOVED
+    stock = inspect.unwrap(package.build_logitsprocs)
+    given = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=4),
+        attention_config=SimpleNamespace(backend=None),
+        speculative_config=SimpleNamespace(),
+    )
+    loaded = [type(each) for each in stock(given, torch.device("cpu"), False, False).all]
+    assert loaded
+    assert Router not in loaded, f"{MOVED}: see compat.show_rows_beside_drafts"
+
+    monkeypatch.setattr(package, "build_logitsprocs", stock)
+    compat.show_rows_beside_drafts(Router)
+    compat.show_rows_beside_drafts(Router)
+    shown = package.build_logitsprocs(given, torch.device("cpu"), False, False, ()).all
+    assert sorted(map(repr, map(type, shown))) == sorted(map(repr, [*loaded, Router]))
+    plain = SimpleNamespace(**{**vars(given), "speculative_config": None})
+    monkeypatch.setattr(package, "_load_custom_logitsprocs", lambda _: [])
+    others = package.build_logitsprocs(plain, torch.device("cpu"), False, False).all
+    assert Router not in map(type, others)
 
 
 def test_model_runner_v2_takes_the_router_from_its_entry_point():

@@ -13,6 +13,7 @@ import twin
 from tests.vllm.drafts import SPECULATIVE, Oracle, verified
 from tests.vllm.test_eviction import add
 from tests.vllm.test_lifecycle import preemptions
+from tests.vllm.test_selection import Shadow
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900), pytest.mark.both]
 
@@ -73,9 +74,7 @@ def check_digests(engine) -> int:
 @pytest.mark.parametrize(
     "policy",
     [
-        pytest.param("quest(budget=64, dense_layers=0)", marks=ONLY_CPU),
         "twilight(budget=0.15, top_p=0.9, dense_layers=0)",
-        pytest.param("streaming_llm(sinks=32, window=96)", marks=ONLY_CPU),
         "streaming_llm(sinks=40, window=150) + quest(budget=96, dense_layers=1)",
         pytest.param("snapkv(budget=128)", marks=ONLY_CPU),
         pytest.param("pyramid(snapkv(budget=128, window=32), beta=4)", marks=ONLY_CPU),
@@ -121,3 +120,67 @@ def pressed(engine, batch, tokens) -> list[list[int]]:
     assert seen, "the pool was meant to be too small"
     assert checked or not engine.impls[0].digest
     return [found[f"r{index}"] for index in range(len(batch))]
+
+
+UNIT = {"quest": 32, "twilight": 1}
+"""Tokens that are chosen as one, of blocks of 128."""
+
+
+class Asked:
+    """Decode queries of an engine's steps and the tokens behind them, by what it schedules and by
+    what is counted."""
+
+    def __init__(self, engine, monkeypatch) -> None:
+        from kvplug_vllm.metrics import Metrics
+
+        self.queries = self.cached = 0
+        self.counted = []
+        schedule = engine.scheduler.schedule
+
+        def scheduled(*args, **kwargs):
+            output = schedule(*args, **kwargs)
+            for name, queries in output.num_scheduled_tokens.items():
+                request = engine.scheduler.requests[name]
+                last = request.num_computed_tokens  # the step's included
+                decoded = range(max(last - queries, request.num_prompt_tokens), last)
+                self.queries += len(decoded)
+                self.cached += sum(position + 1 for position in decoded)
+            return output
+
+        monkeypatch.setattr(engine.scheduler, "schedule", scheduled)
+        count = Metrics.count
+
+        def counted(metrics, reads, settings):
+            self.counted.append(reads)
+            count(metrics, reads, settings)
+
+        monkeypatch.setattr(Metrics, "count", counted)
+
+
+@pytest.mark.parametrize(
+    "policy", ["dense", "quest(budget=96, dense_layers=0)", "twilight(budget=0.3, dense_layers=0)"]
+)
+def test_each_draft_selects_and_is_counted_like_a_decode_step(
+    engine, random_llama, prompts, monkeypatch, oracle, policy
+):
+    batch, options = prompts(250, 33, 420), {"max_model_len": 512, "block_size": 128}
+    with engine(random_llama(), {"policy": policy}, **options) as plain:
+        expected = plain.generate(batch, 14)
+    oracle.knows(batch, expected)
+    shadow = Shadow(monkeypatch)
+    with engine(
+        random_llama(), {"policy": policy}, speculative_config=SPECULATIVE, **options
+    ) as planned:
+        asked = Asked(planned, monkeypatch)
+        assert planned.generate(batch, 14) == expected
+        assert all(verified(planned))
+        selected = planned.selected[0]
+    assert sum(reads.queries for reads in asked.counted) == asked.queries > 3 * 13
+    assert sum(reads.cached for reads in asked.counted) == asked.cached
+    if policy == "dense":
+        assert sum(reads.read for reads in asked.counted) == asked.cached
+        return
+    assert shadow.spared
+    assert shadow.checked == 2 * 2 * selected > 2 * 2 * 26, "layers, KV heads"
+    spared = asked.cached - sum(reads.read for reads in asked.counted)
+    assert spared == UNIT[policy.split("(")[0]] * shadow.spared / (2 * 2)
