@@ -64,8 +64,9 @@ def name_backend(original: Any, server_args: Any) -> None:
     except AssertionError as error:
         if not compat.selected(server_args) or "attention backend" not in str(error):
             raise
+        said = " ".join(str(error).split())
         raise ValueError(
-            f"kvplug cannot serve this configuration:\n- {compat.BY_NAME} ({error}); serve it "
+            f"kvplug cannot serve this configuration:\n- {compat.BY_NAME} ({said}); serve it "
             "without --attention-backend kvplug"
         ) from error
 
