@@ -146,13 +146,12 @@ SGLANG = {
             "dense twilight quest streaming_llm snapkv keydiff pyramid",
             "sglang/test_requests.py::test_mixed_requests_answer_as_alone": "chosen",
         }),
-        Row("windows between (Gemma 2 and 3)", "gemma3", {"disable_hybrid_swa_memory": True}, {
+        Row("windows between (Gemma 2 and 3)", "gemma3", tests={
             "sglang/test_windows.py::test_the_long_way_round_with_full_budget_equals_stock":
             "quest twilight streaming_llm keydiff",
             "sglang/test_windows.py::test_policies_of_their_own_in_a_batch_answer_as_alone":
             "chosen",
         }),
-        Row("their windows in a pool of their own", "gemma3"),
         Row("recurrent layers (Granite 4, Falcon-H1, Qwen3-Next)", "Lfm2"),
         Row("attention sinks (gpt-oss)", "gpt_oss"),
         Row("latent attention (DeepSeek)", "DeepseekV2"),
