@@ -135,16 +135,6 @@ class PlannedImpl:
             if not self.reads_units(each.unit(each.page(block_size)), block_size)
         ]
 
-    def check_units(self, block_size: int) -> None:
-        """Raises ValueError where a policy on offer cannot be served from such blocks."""
-        names = self.reads_itself(block_size)
-        if names and self.logits_soft_cap:
-            raise ValueError(
-                f"kvplug cannot serve {names[0]} on a model that caps its logits here: its own "
-                f"kernel for parts of a block of {block_size} tokens knows no cap; use quest with "
-                "--block-size 32, or a GPU with FlashAttention 3"
-            )
-
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         super().process_weights_after_loading(act_dtype)  # type: ignore[misc]
         assert Engine.current is not None
@@ -332,7 +322,7 @@ class PlannedImpl:
         if step.metadata is None:
             out = sparse_decode(
                 picked, views.keys, views.values, step.page_table, chosen, counts, step.lengths,
-                self.scale, step.unit, self.sinks,
+                self.scale, step.unit, self.sinks, self.logits_soft_cap or 0.0,
             )  # fmt: skip
             self._put(step, out, output)
             return

@@ -124,7 +124,6 @@ class PlannedBuilder:
         self.metrics = None
         if planned:
             self.impl: Any = context[planned[0]].impl
-            self.impl.check_units(kv_cache_spec.block_size)
             item = kv_cache_spec.dtype.itemsize
             parts, _ = self.offer.digest_rows(kv_cache_spec.block_size, item)
             self.digested = kv_cache_spec.block_size // max(parts, 1)

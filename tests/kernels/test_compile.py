@@ -70,9 +70,13 @@ def variants(hip: bool) -> list[Variant]:
         tensors["query"] = f"*{dtype}"
         sizes = sparse_decode.blocks(G, D, item)
         attend = {"H": 8, "G": G, "D": D, "S": S, "PARTS": 16, **sizes}
-        attend |= {"keys_d": 1, "values_d": 1}
+        attend |= {"keys_d": 1, "values_d": 1, "CAP": 72.0 * (S >= 32)}
         pages, singles = (
-            {**attend, "U": unit, "num_stages": sparse_decode.stages(hip, unit < S, sizes["BD"])}
+            {
+                **attend,
+                "U": unit,
+                "num_stages": sparse_decode.stages(hip, unit < S, sizes["BD"], S >= 32),
+            }
             for unit in (S, 1)
         )
         merge = {"SINKS": S == 32, "D": D, "PARTS": 64, "BD": sizes["BD"]}

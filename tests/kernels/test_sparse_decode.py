@@ -98,10 +98,10 @@ def test_kernel_equals_reference(lengths, H, G, D, S, dtype, device, poisoned_ou
     query = random_query(cache, G)
     inputs = (query, cache.keys, cache.values, cache.page_table, chosen, counts, cache.lengths)
     sinks = torch.linspace(-30, 90, H * G, device=device).to(dtype)  # of no weight, and of all
-    for beside in (None, sinks):
+    for beside, cap in ((None, 0.0), (sinks, 0.0), (sinks, 3.0)):
         torch.testing.assert_close(
-            sparse_decode(*inputs, 0.2, sinks=beside),
-            reference.sparse_decode(*inputs, 0.2, sinks=beside),
+            sparse_decode(*inputs, 0.2, sinks=beside, cap=cap),
+            reference.sparse_decode(*inputs, 0.2, sinks=beside, cap=cap),
             rtol=TOLERANCE[dtype],
             atol=TOLERANCE[dtype],
         )
@@ -120,6 +120,19 @@ def test_a_sink_is_a_token_without_a_value():
         mass = logits.exp().sum(1)
         kept = mass / (mass + sinks.exp())
         torch.testing.assert_close(out[b], plain[b] * kept[:, None])
+
+
+def test_a_cap_bounds_the_logits():
+    cache = paged_cache([70, 0, 16], H=2, D=32, S=16)
+    query = random_query(cache, G=3)
+    inputs = (query, cache.keys, cache.values, cache.page_table, *every_page(cache))
+    out = reference.sparse_decode(*inputs, cache.lengths, 2.0, cap=1.5)
+    ids = cache.page_table[0, :5].long()
+    keys, values = (x[ids].flatten(0, 1)[:70] for x in (cache.keys, cache.values))
+    logits = torch.einsum("hgd,thd->hgt", query[0].view(2, 3, 32), keys) * 2.0
+    weights = (1.5 * torch.tanh(logits / 1.5)).softmax(-1)
+    expected = torch.einsum("hgt,thd->hgd", weights, values).flatten(0, 1)
+    torch.testing.assert_close(out[0], expected)
 
 
 def as_units(cache, chosen, counts, unit):

@@ -125,6 +125,8 @@ class Shadow:
                 spans = [torch.arange(u * unit, min((u + 1) * unit, length)) for u in read]
                 seen = torch.cat(spans)
                 logits = queries @ keys[seen, head].T * impl.scale
+                if cap := impl.logits_soft_cap:
+                    logits = cap * torch.tanh(logits / cap)
                 if impl.sinks is not None:
                     own = impl.sinks[head * group : (head + 1) * group].float()
                     logits = torch.cat([logits, own[:, None]], 1)

@@ -64,6 +64,22 @@ def build_random_gemma3(
     save(model, folder, dtype)
 
 
+def build_random_gemma2(folder: Path, *, seed: int = 0) -> None:
+    """Windowed layers between global ones, and a cap that attention's logits come near."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        **shape_of(4, 2, 64, 4, 512, 8192),
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=128,
+        query_pre_attn_scalar=64,
+        attn_logit_softcapping=3.0,
+    )
+    model = Gemma2ForCausalLM(config)
+    randomize(model, embedding=0.1 / config.hidden_size**0.5, seed=seed)
+    save(model, folder, "float32")
+
+
 def shape_of(
     heads: int, kv_heads: int, head_dim: int, layers: int, vocab: int, max_positions: int
 ) -> dict[str, Any]:

@@ -19,15 +19,16 @@ def sparse_decode(
     scale: float,
     unit: int | None = None,
     sinks: Tensor | None = None,
+    cap: float = 0.0,
 ) -> Tensor:
     """query [B, Hq, D], keys and values [N, S, H, D], chosen [B, H, K] -> [B, Hq, D] as query.
 
     chosen holds counts [B, H] ascending units of so many tokens, pages unless said (1: tokens),
     the last of which is the request's last, filled as far as lengths [B] says. Pages may lie by
     any strides, in the query's dtype or in eight bits; what those are to be multiplied by is the
-    caller's, keys in scale and values in what returns. sinks [Hq] are logits beside the tokens'
-    scaled ones, of which nothing is read. Zeros where counts is 0. Raises ValueError on shapes
-    and unit.
+    caller's, keys in scale and values in what returns. A cap above 0 bounds the scaled logits to
+    cap * tanh(logit / cap). sinks [Hq] are logits beside those, of which nothing is read. Zeros
+    where counts is 0. Raises ValueError on shapes and unit.
     """
     shapes = Shapes(query.device)
     shapes.check("query", query, "B Hq D", FLOATS)
@@ -41,7 +42,7 @@ def sparse_decode(
     unit = check_unit(unit, shapes["S"])
     if sinks is not None:
         shapes.check("sinks", sinks, "Hq", FLOATS)
-    arguments = (query, keys, values, page_table, chosen, counts, lengths, scale, unit, sinks)
+    arguments = (query, keys, values, page_table, chosen, counts, lengths, scale, unit, sinks, cap)
     if not wants_kernel(query):
         if wants_compiled(query):
             from kvplug_kernels.sparse_decode import cpu

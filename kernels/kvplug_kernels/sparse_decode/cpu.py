@@ -94,6 +94,16 @@ def score_keys(keys, element, places, count, query, heads, logits, wide, D):
 
 
 @numba.njit(fastmath=FAST_MATH, nogil=True)
+def bound_all(logits, count, cap):
+    """logits [count] in units of a cap -> cap * tanh."""
+    row = span(logits, 0, count, FP32)
+    for t in range(count):
+        small = power_of_two(np.float32(-2) * LOG2_E * abs(row[t]))  # tanh is (1 - e) / (1 + e)
+        size = cap * (np.float32(1) - small) / (np.float32(1) + small)
+        row[t] = size if row[t] > 0 else -size
+
+
+@numba.njit(fastmath=FAST_MATH, nogil=True)
 def raise_all(logits, count):
     """logits [count] -> 2 to the power of each less the largest; returns that and their sum."""
     row = span(logits, 0, count, FP32)
@@ -122,7 +132,7 @@ def mix_values(values, element, places, count, powers, heads, mixed, wide, D):
 @numba.njit(fastmath=FAST_MATH, nogil=True)
 def attend_part(
     b, h, part, parts, query, asked, keys, values, element, table, chosen, counts, lengths,
-    scratch, out, G, heads, D, size, unit, scale,
+    scratch, out, G, heads, D, size, unit, scale, cap,
 ):  # fmt: skip
     """Of one part of a head's selection: mixed values, largest logit and sum of each query head,
     [heads, D + 2] at out."""
@@ -151,6 +161,8 @@ def attend_part(
     locate(places, keys, row, picked, start, count, h, size, unit)
     score_keys(keys, element, places, count, queries, heads, logits, wide, D)
     for g in range(G):
+        if cap > 0:
+            bound_all(logits + 4 * g * count, count, cap)
         tops[g], totals[g] = raise_all(logits + 4 * g * count, count)
     locate(places, values, row, picked, start, count, h, size, unit)
     mix_values(values, element, places, count, logits, G, out, wide, D)
@@ -191,7 +203,7 @@ def merge(partial, out, sinks, sequences, parts, G, heads, Hq, D):
 @Parallel
 def attend(
     query, asked, keys, values, element, table, chosen, counts, lengths, scratch, partial, room,
-    B, H, parts, G, heads, D, size, unit, scale, threads,
+    B, H, parts, G, heads, D, size, unit, scale, cap, threads,
 ):  # fmt: skip
     for thread in numba.prange(threads):
         for item in range(thread, B * H * parts, threads):
@@ -200,6 +212,7 @@ def attend(
                 sequence // H, sequence % H, item % parts, parts, query, asked, keys, values,
                 element, table, chosen, counts, lengths, scratch + 4 * thread * room,
                 partial + 4 * item * heads * (D + 2), G, heads, D, size, unit, scale,
+                cap,
             )  # fmt: skip
 
 
@@ -214,6 +227,7 @@ def sparse_decode(
     scale: float,
     unit: int,
     sinks: Tensor | None = None,
+    cap: float = 0.0,
 ) -> Tensor:
     (B, Hq, D), (S, H) = query.shape, keys.shape[1:3]
     heads, tokens, threads = (
@@ -230,7 +244,7 @@ def sparse_decode(
         2 * B * Hq * tokens * D, place(query), ELEMENT[query.dtype], place(keys), place(values),
         ELEMENT[keys.dtype], place(page_table), place(chosen), place(counts), lengths.data_ptr(),
         scratch.data_ptr(), partial.data_ptr(), room, B, H, parts, Hq // H, heads, D, S, unit,
-        np.float32(scale) * LOG2_E,
+        np.float32(scale / cap) if cap else np.float32(scale) * LOG2_E, np.float32(cap) * LOG2_E,
     )  # fmt: skip
     beside = sinks if sinks is None else sinks.float()
     merge(

@@ -24,7 +24,8 @@ def attend_kernel(
     query_b, query_h, keys_n, keys_s, keys_h, keys_d, values_n, values_s, values_h, values_d,
     table_b, chosen_b, chosen_h, counts_b,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, U: tl.constexpr,
-    PARTS: tl.constexpr, BG: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    CAP: tl.constexpr, PARTS: tl.constexpr, BG: tl.constexpr, BT: tl.constexpr,
+    BD: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
@@ -58,6 +59,8 @@ def attend_kernel(
         )  # [BD, BT]
         k = widened(k).to(q.dtype)
         logits = tl.dot(q, k, input_precision="ieee") * scale
+        if CAP > 0:  # tanh is 1 - 2 / (1 + exp(2x)); a division would spill
+            logits = CAP * (1 - tl.exp2(1 - tl.log2(1 + tl.exp2(logits))))
         logits = tl.where(inside[None, :], logits, float("-inf"))  # [BG, BT]
         above = tl.maximum(top, tl.max(logits, axis=1))
         shrink = tl.exp2(top - above)
@@ -116,9 +119,12 @@ def blocks(G: int, D: int, itemsize: int) -> dict[str, int]:
     return {"BG": max(16, triton.next_power_of_2(G)), "BT": BT, "BD": BD}
 
 
-def stages(hip: bool, scattered: bool, BD: int) -> int:
-    """64 KiB of LDS against 163 KiB and more; wide keys that lie apart spill their addresses."""
-    return 2 if hip or (scattered and BD > 128) else 3
+def stages(hip: bool, scattered: bool, BD: int, capped: bool) -> int:
+    """64 KiB of LDS against 163 KiB and more; wide keys that lie apart spill their addresses, and
+    on AMD's GPUs a cap does."""
+    if hip:
+        return 1 if capped else 2
+    return 2 if scattered and BD > 128 else 3
 
 
 def parts_for(rows: int, tokens: int, BT: int, device: torch.device) -> int:
@@ -141,6 +147,7 @@ def sparse_decode(
     scale: float,
     unit: int,
     sinks: Tensor | None = None,
+    cap: float = 0.0,
 ) -> Tensor:
     B, Hq, D = query.shape
     S, H = keys.shape[1:3]
@@ -154,10 +161,10 @@ def sparse_decode(
     weight = torch.empty(B * Hq, PARTS, dtype=torch.float32, device=query.device)
     attend_kernel[(B, H, PARTS)](
         query, keys, values, page_table, chosen, counts, lengths, partial, weight,
-        scale * LOG2_E, *query.stride()[:2], *keys.stride(), *values.stride(),
-        page_table.stride(0), *chosen.stride()[:2], counts.stride(0),
-        H=H, G=Hq // H, D=D, S=S, U=unit, PARTS=PARTS, **sizes,
-        num_stages=stages(torch.version.hip is not None, unit < S, sizes["BD"]),
+        scale * LOG2_E * (2 / cap if cap else 1), *query.stride()[:2], *keys.stride(),
+        *values.stride(), page_table.stride(0), *chosen.stride()[:2], counts.stride(0),
+        H=H, G=Hq // H, D=D, S=S, U=unit, CAP=cap * LOG2_E, PARTS=PARTS, **sizes,
+        num_stages=stages(torch.version.hip is not None, unit < S, sizes["BD"], cap > 0),
     )  # fmt: skip
     merge_kernel[(B * Hq,)](
         partial, weight, weight if sinks is None else sinks, out, Hq,

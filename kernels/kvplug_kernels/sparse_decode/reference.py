@@ -15,6 +15,7 @@ def sparse_decode(
     scale: float,
     unit: int | None = None,
     sinks: Tensor | None = None,
+    cap: float = 0.0,
 ) -> Tensor:
     B, Hq, D = query.shape
     S, H = keys.shape[1:3]
@@ -32,7 +33,10 @@ def sparse_decode(
     v[b, h, t] = values[page, token % S, h].float()
 
     q = query.float().view(B, H, Hq // H, D)
-    logits = (q @ k.transpose(2, 3) * scale).masked_fill(~read[:, :, None], float("-inf"))
+    logits = q @ k.transpose(2, 3) * scale
+    if cap:
+        logits = cap * (logits / cap).tanh()
+    logits = logits.masked_fill(~read[:, :, None], float("-inf"))
     if sinks is not None:
         beside = sinks.float().view(H, Hq // H, 1).expand(B, -1, -1, 1)
         logits = torch.cat([logits, beside], 3)
