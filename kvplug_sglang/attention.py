@@ -46,13 +46,14 @@ class PlannedAttention:
         every = range(pool.start_layer, pool.start_layer + pool.layer_num)
         self.layers = [layer for layer in every if layer not in self.windows]
         """Those that the policy plans."""
-        window = max(self.windows.values(), default=0)
+        planned = max(len(self.layers), 1)  # dense serves a model that has none
         table = self.req_to_token_pool.req_to_token
         self.steps = [
-            StepPlanner(self.engine, planners, table, layers, len(layers) / len(self.layers))
+            StepPlanner(self.engine, planners, table, layers, len(layers) / planned)
             for planners, layers in self.engine.serve(self.layers, len(table), table.device)
         ]
-        self.engine.see(window, runner.model_config.context_len)
+        widest = max(self.windows.values(), default=0)
+        self.engine.see(widest, runner.model_config.context_len, len(self.layers))
         self.step_of = {layer: n for n, each in enumerate(self.steps) for layer in each.layers}
         self.digests = Digests.of(self.engine, pool, self.layers)
         self.engine.layer_bytes = layer_bytes(pool, self.digests, self.engine.page_size)

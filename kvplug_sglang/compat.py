@@ -345,6 +345,12 @@ def windows_apart(model: Any) -> bool:
     return bool(model.is_hybrid_swa)
 
 
+def masks_images(model: Any) -> bool:
+    """Whether a prompt's images see themselves both ways, by a mask that is made for the stock
+    kernel (``gemma3_mm.prepare_attn_masks``)."""
+    return "Gemma3ForConditionalGeneration" in (model.hf_config.architectures or ())
+
+
 def attends_in_chunks(model: Any) -> bool:
     return bool(model.attention_chunk_size)
 

@@ -154,6 +154,12 @@ def refusals(view: Any, model: Any, given: object) -> Iterator[str]:
         )
     elif (window := compat.declared_window(model)) > 0:
         yield from too_narrow(offer.settings, model, window, view.page_size or 1)
+    if offer.settings.policy.eviction is not None and compat.masks_images(model):
+        yield (
+            "the model's images see themselves both ways by a mask over the whole prompt, and "
+            f"{offer.settings.policy.eviction.name} takes parts of it while it is prefilled; use "
+            "snapkv, or the policy 'dense'"
+        )
     if compat.attends_in_chunks(model):
         yield (
             "some of the model's layers attend within chunks of the context, which was never run; "

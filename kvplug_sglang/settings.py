@@ -98,9 +98,15 @@ class Engine:
         assert cls.current is not None
         return cls.current
 
-    def see(self, window: int, longest: int) -> None:
-        """Once a model is loaded: what its windowed layers see, in requests up to ``longest``.
-        Raises ValueError where the server's own policy does not leave it to them."""
+    def see(self, window: int, longest: int, planned: int) -> None:
+        """Once a model is loaded: what its windowed layers see, in requests up to ``longest``, and
+        how many others there are. Raises ValueError where a policy has nothing to plan, or does
+        not leave the windowed layers what they see."""
+        if not planned and not self.dense:
+            raise ValueError(
+                f"kvplug: every layer of the model sees {window} tokens and no more, so that "
+                f"{self.offer.settings.policy} has nothing to plan; use the policy 'dense'"
+            )
         self.window, self.longest = window, longest
         self._leaves_windows(self.offer.settings)
 

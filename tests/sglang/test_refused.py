@@ -235,6 +235,21 @@ def test_policies_narrower_than_a_window(resolve, tmp_path, policy, message):
         resolve(served, model=tmp_path / "gemma3")
 
 
+def test_images_that_see_themselves_both_ways(resolve, tmp_path):
+    from transformers import Gemma3Config
+
+    text = {**SMALL, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]}
+    vision = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=text, vision_config=vision, architectures=["Gemma3ForConditionalGeneration"]
+    )
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"streaming_llm takes parts.*use snapkv"):
+        resolve("streaming_llm(window=128)", model=tmp_path)
+    for served in ("snapkv(budget=128)", "twilight"):
+        resolve(served, model=tmp_path)
+
+
 FOREIGN = """
 from dataclasses import dataclass
 from kvplug import Policy, Stage

@@ -150,6 +150,15 @@ def test_policies_of_their_own_in_a_batch_answer_as_alone(engine, gemma3, batch,
         assert "write budget=127 or more" in refused.message
 
 
+def test_a_model_of_windowed_layers_alone_has_nothing_to_plan():
+    from kvplug import read_offer
+    from kvplug_sglang.settings import Engine
+
+    with pytest.raises(ValueError, match="nothing to plan; use the policy 'dense'"):
+        Engine(read_offer({"policy": "quest"}, environ={}), 16, None).see(WINDOW, 8192, 0)
+    Engine(read_offer({"policy": "dense"}, environ={}), 16, None).see(WINDOW, 8192, 0)
+
+
 @pytest.mark.parametrize("size", [1, 16])
 @pytest.mark.parametrize(
     "line",
