@@ -145,6 +145,12 @@ def _with_drafts(offer: Offer, vllm_config: Any) -> Iterator[str]:
             "step is planned before it is known how many drafts of the last one were accepted; "
             "add --no-async-scheduling"
         )
+    if getattr(vllm_config.model_config, "is_hybrid", False):
+        yield (
+            f"speculative decoding with {offer.settings.policy} on a model with recurrent layers, "
+            "whose states rejected drafts change too: it was never seen to answer as without "
+            "drafts; drop --speculative-config, or use the policy 'dense'"
+        )
     yield from beside_drafts(offer.settings, vllm_config)
 
 

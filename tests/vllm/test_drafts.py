@@ -18,7 +18,7 @@ from tests.vllm.test_selection import Shadow
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900), pytest.mark.both]
 
 OPTIONS = {"max_model_len": 1024, "num_gpu_blocks_override": 110, "max_num_batched_tokens": 256}
-ONLY_CPU = pytest.mark.skipif(bool(twin.MODE), reason="a composition says as much there")
+ONLY_CPU = pytest.mark.skipif(bool(twin.MODE), reason="others say as much there")
 
 
 @pytest.fixture
@@ -158,7 +158,12 @@ class Asked:
 
 
 @pytest.mark.parametrize(
-    "policy", ["dense", "quest(budget=96, dense_layers=0)", "twilight(budget=0.3, dense_layers=0)"]
+    "policy",
+    [
+        pytest.param("dense", marks=ONLY_CPU),
+        "quest(budget=96, dense_layers=0)",
+        "twilight(budget=0.3, dense_layers=0)",
+    ],
 )
 def test_each_draft_selects_and_is_counted_like_a_decode_step(
     engine, random_llama, prompts, monkeypatch, oracle, policy

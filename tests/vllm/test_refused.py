@@ -164,6 +164,16 @@ def test_a_drafter_with_a_cache_of_its_own_is_refused(random_llama):
         configure(random_llama(), {"policy": "snapkv"}, speculative_config=drafter)
 
 
+def test_drafts_are_refused_beside_recurrent_layers(tmp_path):
+    from kvplug_evals.models.random_hybrid import build_random_granite4
+
+    build_random_granite4(tmp_path)
+    options = {"speculative_config": NGRAM, "skip_tokenizer_init": True, "block_size": None}
+    configure(tmp_path, {"policy": "dense"}, **options)
+    with pytest.raises(ValueError, match="recurrent layers, whose states rejected drafts change"):
+        configure(tmp_path, {"policy": "quest"}, **options)
+
+
 def test_drafts_are_refused_where_a_step_does_not_wait_for_the_last_one(random_llama):
     """On a CPU vLLM always waits."""
     config = configure(random_llama(), {"policy": "quest"}, speculative_config=NGRAM)
