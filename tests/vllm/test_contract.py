@@ -545,6 +545,23 @@ def test_padding_lies_at_the_end_of_a_page():
     )
 
 
+def test_digests_are_content_of_their_pages_and_no_padding():
+    """vLLM's own connector moves what is not padding; tests/vllm/test_offloading.py runs it."""
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from kvplug_vllm.cache import DigestedSpec
+
+    shape = {"block_size": 32, "num_kv_heads": 2, "head_size": 64, "dtype": torch.float32}
+    plain = FullAttentionSpec(**shape).page_size_bytes
+    spec = DigestedSpec(**shape, digest_bytes=1024, page_size_padded=plain + 1024)
+    merged = DigestedSpec.merge([spec, spec])
+    assert merged == spec, f"{MOVED}: FullAttentionSpec.merge; see cache.DigestedSpec"
+    assert merged.unpadded_page_size_bytes == merged.page_size_bytes == plain + 1024, (
+        f"{MOVED}: unpadded_page_size_bytes; see cache.DigestedSpec"
+    )
+
+
 def router_of(*rest, backend="KVPLUG"):
     from kvplug_vllm.router import Router
 
