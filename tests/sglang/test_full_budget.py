@@ -95,8 +95,8 @@ OFFER = {
     "allow": ["snapkv", "knorm", "random", "keydiff"],
     "max_budget": 4096,
 }
-ALONE = [policy for policy in POLICIES if policy.startswith(("streaming", "twilight"))]
-CHOSEN = [policy for policy in POLICIES if policy not in ALONE]
+CHOSEN = [policy for policy in POLICIES if not policy.startswith(("streaming", "twilight"))]
+ALONE = [policy for policy in POLICIES if policy not in CHOSEN and "candidates" not in policy]
 KINDS = [(16, True), (1, False), (16, False)]
 
 
