@@ -8,6 +8,7 @@ from torch import Tensor
 from kvplug.policy import Selector, TokenSelector
 from kvplug_kernels.fp8 import FP8
 from kvplug_kernels.page_select import page_select
+from kvplug_kernels.shapes import by_page
 from kvplug_kernels.token_select import token_select
 
 ROOM = 1 << 29
@@ -45,8 +46,8 @@ def choose_units(
         query = query.to(digest.dtype)  # of the cache, which need not be the model's
     if isinstance(selector, TokenSelector):
         tokens = page_table.shape[1] * page_size
-        if digest is not None and digest.ndim == 5:
-            tokens *= digest.shape[1]
+        if digest is not None:
+            tokens *= by_page(digest).shape[1]
         each = 4 * query.shape[1] * query.shape[2] * tokens
         rows = max(1, ROOM // each)
         parts = [

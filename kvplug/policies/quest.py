@@ -22,6 +22,7 @@ from torch import Tensor
 from kvplug.policy import Digest, Selector, check_dense_layers, check_top_p, small_page
 from kvplug_kernels.page_bound import page_bound
 from kvplug_kernels.page_digest import update_page_digest
+from kvplug_kernels.shapes import by_page
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,7 @@ class KeyExtremes:
         return 2
 
     def update(self, digest: Tensor, keys: Tensor, slots: Tensor, cached: Tensor) -> None:
-        parts = 1 if digest.ndim == 4 else digest.shape[1]
-        update_page_digest(digest, keys, slots, cached.shape[1] // parts)
+        update_page_digest(digest, keys, slots, cached.shape[1] // by_page(digest).shape[1])
 
 
 @dataclass(frozen=True, kw_only=True)
