@@ -211,11 +211,13 @@ def _run_setting(
 
 def _evaluate(lm: Any, setting: Setting, name: str, options: dict[str, Any]) -> Any:
     from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
     suite = setting.suite
     found = simple_evaluate(
         lm,
         tasks=load(name, setting, options),
+        task_manager=TaskManager(include_defaults=False),  # they are made: read none of its own
         limit=None if ours(name) else suite.limit,
         bootstrap_iters=0,
         random_seed=SEED,
