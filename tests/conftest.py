@@ -6,17 +6,20 @@ import contextlib
 import json
 import random
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.nursery import SGLANG, VLLM, open_nursery
 from tests.pace import Pace
 
 MODELS = Path(__file__).parents[1] / ".models"
 DASHBOARD = Path(__file__).parents[1] / "dashboards/kvplug.json"
-
+LAYERS = 6
+"""Of SmolLM2 in tests."""
 
 LONGEST = (
     "test_eval", "test_models", "test_metrics", "test_replay", "test_serving", "test_server",
@@ -50,10 +53,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
+    """Processes that serve begin with their engine imported, but for those of one test a kind."""
+    if not item.get_closest_marker("engine") or item.get_closest_marker("started"):
+        return (yield)
+    with open_nursery(SGLANG if item.path.parent.name == "sglang" else VLLM):
+        return (yield)
+
+
 @pytest.fixture(scope="session")
-def smollm2() -> Path:
-    folder = MODELS / "smollm2"
-    assert folder.exists(), "SmolLM2 is not built; run `make models`"
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its first six layers: a real model's heads, keys and words in a fifth of its time."""
+    from safetensors.torch import load_file, save_file
+
+    whole = MODELS / "smollm2"
+    assert whole.exists(), "SmolLM2 is not built; run `make models`"
+    folder = tmp_path_factory.mktemp("model") / "smollm2"
+    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": LAYERS}))
+    of_layer = re.compile(r"model\.layers\.(\d+)\.")
+    weights = {
+        name: weight
+        for name, weight in load_file(whole / "model.safetensors").items()
+        if not (layer := of_layer.match(name)) or int(layer[1]) < LAYERS
+    }
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

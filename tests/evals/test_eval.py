@@ -172,6 +172,7 @@ def test_a_killed_sweep_loses_nothing_and_repeats_nothing(tmp_path):
     assert metrics(tmp_path, "knorm")["questions"] == 30
 
 
+@pytest.mark.started
 def test_interrupting_leaves_a_message_and_no_engine(tmp_path):
     process = start("--suite", "smoke", "--out", str(tmp_path))
     while not list(tmp_path.glob("*")) and process.poll() is None:
@@ -187,6 +188,7 @@ def test_interrupting_leaves_a_message_and_no_engine(tmp_path):
     assert not alive(process.pid)
 
 
+@pytest.mark.started  # its server is known by its command line
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupting_the_demo_leaves_a_message_and_no_server(number, tmp_path):
     process = start("--model", ".models/recall", "--out", str(tmp_path), command="demo")

@@ -22,8 +22,6 @@ import pytest
 from tests.pace import Pace
 
 SHIMS = Path(__file__).parent / "shims"
-LIGHT = Path(__file__).parent / "light"
-"""For the processes that tests start: the path is handed to them."""
 STAND_INS = Path(__file__).parents[1] / "stand_ins"
 COUNTER = re.compile(r"kvplug_(\w+)_total")
 
@@ -35,7 +33,7 @@ os.environ.update(
     OMP_NUM_THREADS="1",
     HF_HUB_OFFLINE="1",
 )
-sys.path[:0] = [str(SHIMS), str(Path(__file__).parent), str(STAND_INS), str(LIGHT)]
+sys.path[:0] = [str(SHIMS), str(Path(__file__).parent), str(STAND_INS)]
 
 
 def pytest_sessionfinish() -> None:
@@ -228,6 +226,8 @@ def start(model: Path, policy: str | None = None, **options: Any) -> Iterator[En
         destroy_model_parallel,
     )
 
+    from kvplug_sglang.settings import Engine as Served
+
     gc.freeze()  # SGLang collects garbage as it starts: a second, among all that is loaded
     Pace.starts += 1
     engine = Engine(model, policy, **options)
@@ -235,7 +235,9 @@ def start(model: Path, policy: str | None = None, **options: Any) -> Iterator[En
         yield engine
     finally:
         engine.close()
-        del engine
+        # Or it is frozen with its pool and the threads of its groups when the next one starts.
+        del engine.scheduler
+        Served.current = None
         destroy_model_parallel()
         destroy_distributed_environment()
         gc.collect()

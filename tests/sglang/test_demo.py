@@ -23,7 +23,7 @@ POLICY = "snapkv(budget=96, window=32) + quest(budget=64, dense_layers=0)"
 @dataclass(frozen=True, kw_only=True)
 class Small(SGLang):
     chunk: int = 256
-    kv_cache_mib: int = 64
+    kv_cache_mib: int = 13
     dtype: str = "float32"
     """Not bfloat16, which a CPU without its instructions is eight times slower at."""
 

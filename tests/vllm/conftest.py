@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 from collections.abc import Callable, Iterator
@@ -47,6 +48,7 @@ class Engine:
 
     @staticmethod
     def _start(cls: Any, model: Path, options: dict[str, Any]) -> Any:
+        replace_kernels_once()
         return cls(
             str(model),
             **{
@@ -163,6 +165,22 @@ class Engine:
     def forget(self) -> None:
         """Empty the prefix cache."""
         assert self.llm.reset_prefix_cache()
+
+
+@functools.cache
+def replace_kernels_once() -> None:
+    """As every engine starts, vLLM seeks in all that a process has loaded the Triton kernels that
+    a CPU has others for; whatever came since has those already."""
+    from vllm.triton_utils import dispatcher
+
+    register, replaced = dispatcher.register_kernels, set()
+
+    def once(kernels: dict[str, Any]) -> None:
+        if new := {name: kernels[name] for name in kernels if name not in replaced}:
+            register(new)
+        replaced.update(kernels)
+
+    dispatcher.register_kernels = once
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from kvplug_evals.served.vllm import VLLM  # noqa: E402
 from kvplug_sglang import metrics as in_sglang  # noqa: E402
 from kvplug_vllm import counters, metrics  # noqa: E402
 
-PAGE, TOKENS, LAYERS = 32, 40, 30  # of SmolLM2
+PAGE, TOKENS, LAYERS = 32, 40, 6  # of the first of SmolLM2
 BLOCK_BYTES = LAYERS * 2 * PAGE * 3 * 64 * 4  # keys and values, 3 heads of 64, float32
 PROMPTS = (900, 1001, 96, 3)
 
