@@ -76,6 +76,8 @@ class Birth:
     """Descriptors, as it knows them, of the files that are sent with this."""
     session: bool
     group: int
+    interrupted: bool
+    """By Ctrl-C, which whoever ignores it has those ignore that it starts."""
     first: bytes
     """A pickled function without arguments, called before all else, or nothing."""
 
@@ -142,6 +144,7 @@ class Nursery:
             files=tuple(known[place] for place in there),
             session=session,
             group=group if group >= 0 else os.getpgid(0),
+            interrupted=signal.getsignal(signal.SIGINT) is not signal.SIG_IGN,
             first=first,
         )
         return birth, [sent[place] for place in there]
@@ -223,7 +226,8 @@ def begin(birth: Birth, files: list[int], tell: int) -> None:
     sys.path[:] = [*added, *(each for each in OWN_PATH if each not in added)]
     importlib.invalidate_caches()
     sys.stdout.reconfigure(write_through="PYTHONUNBUFFERED" in birth.environment)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    interrupt = signal.default_int_handler if birth.interrupted else signal.SIG_IGN
+    signal.signal(signal.SIGINT, interrupt)
     follow(birth.environment)
     own = nursery_of_this_process()
     if birth.first:

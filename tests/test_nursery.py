@@ -83,8 +83,9 @@ def test_a_fork_has_what_a_start_would_have(tmp_path, command, session):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_to_its_group_ends_a_fork_and_its_child(number):
     code = """
-import multiprocessing, time
+import multiprocessing, signal, time
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
     process.start()
     print(process.pid, flush=True)
