@@ -200,3 +200,12 @@ class BatchPlanner:
         """``Planner.compresses`` by choice. [B] each -> [n]"""
         passes = (computed <= prompt) & (prompt < total)
         return np.flatnonzero(passes & (self.private_pages(choice, prompt) > 0))
+
+    def begun(
+        self, computed: Positions, total: Positions, prompt: Positions, tokens: int
+    ) -> tuple[Positions, Positions]:
+        """Rows that decode into a page of ``tokens`` tokens which has some, drafts among them if
+        there were drafts, and how many it has after the step. [B] each -> [n] each"""
+        inside = computed % tokens
+        row = np.flatnonzero((computed >= prompt) & (inside > 0) & (total > computed))
+        return row, np.minimum(inside + total - computed, tokens)[row]

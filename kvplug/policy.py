@@ -73,6 +73,11 @@ class Digest(Protocol):
     freed with the page: ``rows`` vectors of D for each KV head.
     """
 
+    @property
+    def accumulates(self) -> bool:
+        """Whether it grows by each key, and lets go of one only when its page begins anew; if not,
+        a page's last key makes it, from the keys that lie there then."""
+
     def rows(self, page_size: int, itemsize: int) -> int:
         """Of elements of so many bytes. Raises ValueError for pages that it cannot describe."""
 

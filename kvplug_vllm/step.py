@@ -115,8 +115,9 @@ class PlannedBuilder:
         self.fixed = False
         """Whether the step that is planned may be replayed: it must keep its shapes."""
         self.capturing = False
-        self.drafts = vllm_config.speculative_config is not None
-        """Whether a step's queries may be drafts, whose tokens the next step writes over."""
+        self.resumed_page = 0
+        """Tokens of pages whose digests keep what the next step writes over, a draft's key; 0
+        where there are no drafts, or none is kept."""
         self.unseen: list[tuple[int, Observed]] = []
         """Of a step that may have been replayed: the next one takes them from memory."""
         self.selected_queries = dict.fromkeys(self.layers, 0)
@@ -124,10 +125,10 @@ class PlannedBuilder:
         self.metrics = None
         if planned:
             self.impl: Any = context[planned[0]].impl
-            item = kv_cache_spec.dtype.itemsize
-            parts, _ = self.offer.digest_rows(kv_cache_spec.block_size, item)
-            self.digested = kv_cache_spec.block_size // max(parts, 1)
-            """Tokens of what a digest describes."""
+            digest, size = self.offer.digest, kv_cache_spec.block_size
+            if vllm_config.speculative_config is not None and digest and digest.accumulates:
+                pages, _ = self.offer.digest_rows(size, kv_cache_spec.dtype.itemsize)
+                self.resumed_page = size // pages
             self.single = compat.single_head_builder(self, self.impl.num_queries_per_kv)
             share = len(planned) / len(planned_layers(vllm_config))
             self.metrics = Metrics.of(engine, share, len(planned), kv_cache_spec)
@@ -193,16 +194,15 @@ class PlannedBuilder:
 
     def _resumed(self, common: Any, rows: Rows) -> tuple[Tensor, Tensor] | None:
         """Where this step decodes into pages that earlier ones may have written drafts to."""
-        if not self.drafts or self.impl.digest is None:
+        size, page = self.planner.page_size, self.resumed_page
+        if not page:
             return None
-        size, page = self.planner.page_size, self.digested
-        begun = rows.known & (rows.computed >= rows.prompt) & (rows.computed % page > 0)
-        again = np.flatnonzero(begun & (rows.total > rows.computed))
-        if not len(again):
+        row, held = self.planner.begun(rows.computed, rows.total, rows.prompt, page)
+        row, held = row[rows.known[row]], held[rows.known[row]]
+        if not len(row):
             return None
-        first = (np.cumsum(rows.total - rows.computed) - rows.total + rows.computed)[again]
+        first = (np.cumsum(rows.total - rows.computed) - rows.total + rows.computed)[row]
         slots = common.slot_mapping[self._tensor(first, torch.int64)].long()
-        held = np.minimum(rows.computed % page + rows.total - rows.computed, page)[again]
         offset = torch.arange(size, device=slots.device)
         begin = slots % size // page * page
         inside = (offset >= begin[:, None]) & (

@@ -16,6 +16,7 @@ group). Bounds are no weights, so ``top_p`` is a rule of thumb here: ``twilight`
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -28,6 +29,8 @@ from kvplug_kernels.shapes import by_page
 @dataclass(frozen=True)
 class KeyExtremes:
     """Per-channel minimum and maximum of a page's keys."""
+
+    accumulates: ClassVar[bool] = True
 
     def rows(self, page_size: int, itemsize: int) -> int:
         return 2

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ from kvplug_kernels.page_select import page_select
 @dataclass(frozen=True)
 class KeyCodes:
     """A full page's keys in few bits, per channel."""
+
+    accumulates: ClassVar[bool] = False
 
     bits: int
 

@@ -567,6 +567,16 @@ def test_a_decode_batch_in_one_shape_sees_what_its_segments_say(settings, S, req
         assert keep.max() <= planner.width(int(total.max()))
 
 
+def test_pages_that_a_step_decodes_on_in_are_named_with_what_they_hold_then():
+    """Of 4 tokens: a prompt's last chunk and a page that begins anew are none."""
+    computed = np.array([3, 8, 9, 9, 7, 6, 5])
+    total = np.array([5, 9, 10, 14, 8, 6, 7])
+    prompt = np.array([4, 2, 9, 3, 7, 2, 6])
+    row, held = BatchPlanner(4).begun(computed, total, prompt, 4)
+    assert row.tolist() == [2, 3, 4]
+    assert held.tolist() == [2, 4, 4]
+
+
 def test_equal_settings_have_one_number():
     own = Settings(policy=parse("quest(budget=64)"))
     choices = Choices(own)
