@@ -1,11 +1,11 @@
 """Processes of tests that begin with an engine imported, which takes an interpreter 20 seconds.
 
-A *nursery* is a process that has imported an engine, and nothing of kvplug, and only forks. While
-``open_nursery`` is in force, whatever starts this Python, be it subprocess or multiprocessing's
-spawn, here or in a process that came from here, is given a fork of it: a child of its own, with
-the arguments, environment, folder, files, session and group that it would have had, and a nursery
-for its own children. All else is as in a process that was started: its main module, what it
-imports of kvplug, when engines load it as their plugin.
+A *nursery* is a process that has imported an engine, of kvplug no more than comes with that as a
+plugin, and only forks. While ``open_nursery`` is in force, whatever starts this Python, be it
+subprocess or multiprocessing's spawn, here or in a process that came from here, is given a fork
+of it: a child of its own, with the arguments, environment, folder, files, session and group that
+it would have had, and a nursery for its own children. All else is as in a process that was
+started: its main module, what it imports of kvplug, when engines load it as their plugin.
 
 What reads its environment as it is imported would keep the nursery's: where a variable of
 ``READ_BY_IMPORTS`` differs, the process is started as ever. So is one that the platform cannot
@@ -41,7 +41,7 @@ from typing import Any
 
 READ_BY_IMPORTS = (
     "MKL_", "PYTHON", "TORCH", "TRITON_INTERPRET", "NUMBA_", "SGLANG_USE_CPU_ENGINE",
-    "VLLM_PLUGINS", "VLLM_LOGGING_", "VLLM_CONFIGURE_",
+    "SGLANG_PLUGINS", "VLLM_PLUGINS", "VLLM_LOGGING_", "VLLM_CONFIGURE_",
 )  # fmt: skip
 NOT_READ = (
     "PYTHONPATH", "PYTHONUNBUFFERED", "VLLM_LOGGING_LEVEL", "TORCHINDUCTOR_CACHE_DIR",

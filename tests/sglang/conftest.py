@@ -226,8 +226,6 @@ def start(model: Path, policy: str | None = None, **options: Any) -> Iterator[En
         destroy_model_parallel,
     )
 
-    from kvplug_sglang.settings import Engine as Served
-
     gc.freeze()  # SGLang collects garbage as it starts: a second, among all that is loaded
     Pace.starts += 1
     engine = Engine(model, policy, **options)
@@ -237,7 +235,8 @@ def start(model: Path, policy: str | None = None, **options: Any) -> Iterator[En
         engine.close()
         # Or it is frozen with its pool and the threads of its groups when the next one starts.
         del engine.scheduler
-        Served.current = None
+        if settings := sys.modules.get("kvplug_sglang.settings"):
+            settings.Engine.current = None
         destroy_model_parallel()
         destroy_distributed_environment()
         gc.collect()
