@@ -9,7 +9,7 @@ pytest.importorskip("wonderwords")
 pytestmark = pytest.mark.filterwarnings("default")  # of lm-eval
 
 from kvplug_evals.models.folder import write_word_tokenizer  # noqa: E402
-from kvplug_evals.sweep import data  # noqa: E402
+from kvplug_evals.sweep import data, session  # noqa: E402
 from kvplug_evals.sweep.settings import Setting, Suite  # noqa: E402
 
 
@@ -43,3 +43,16 @@ def test_documents_are_made_once_and_the_same_again(setting):
 def test_lengths_that_ruler_never_finds_are_refused(setting):
     with pytest.raises(ValueError, match="ruler_vt needs --tokens 1024 or more, got 512"):
         data.load("ruler_vt", replace(setting, tokens=512), {})
+
+
+def test_no_setting_reads_lm_evals_own_tasks_again(setting, monkeypatch):
+    """A thousand files, which take as long as an engine to start."""
+    import lm_eval
+
+    given = {}
+    monkeypatch.setattr(session, "load", lambda *asked: [])
+    monkeypatch.setattr(
+        lm_eval, "simple_evaluate", lambda lm, **options: given.update(options) or {"samples": {}}
+    )
+    assert session._evaluate(None, setting, "ruler_vt", {}) == {}
+    assert given["task_manager"].all_tasks == []
