@@ -203,9 +203,11 @@ class BatchPlanner:
 
     def begun(
         self, computed: Positions, total: Positions, prompt: Positions, tokens: int
-    ) -> tuple[Positions, Positions]:
+    ) -> tuple[Positions, Positions, Positions]:
         """Rows that decode into a page of ``tokens`` tokens which has some, drafts among them if
-        there were drafts, and how many it has after the step. [B] each -> [n] each"""
-        inside = computed % tokens
-        row = np.flatnonzero((computed >= prompt) & (inside > 0) & (total > computed))
-        return row, np.minimum(inside + total - computed, tokens)[row]
+        there were drafts; the first of their flat queries; and how many the page has after the
+        step. [B] each -> [n] each"""
+        inside, queries = computed % tokens, total - computed
+        row = np.flatnonzero((computed >= prompt) & (inside > 0) & (queries > 0))
+        first = np.cumsum(queries) - queries
+        return row, first[row], np.minimum(inside + queries, tokens)[row]

@@ -197,11 +197,11 @@ class PlannedBuilder:
         size, page = self.planner.page_size, self.resumed_page
         if not page:
             return None
-        row, held = self.planner.begun(rows.computed, rows.total, rows.prompt, page)
-        row, held = row[rows.known[row]], held[rows.known[row]]
-        if not len(row):
+        row, first, held = self.planner.begun(rows.computed, rows.total, rows.prompt, page)
+        known = rows.known[row]
+        if not known.any():
             return None
-        first = (np.cumsum(rows.total - rows.computed) - rows.total + rows.computed)[row]
+        first, held = first[known], held[known]
         slots = common.slot_mapping[self._tensor(first, torch.int64)].long()
         offset = torch.arange(size, device=slots.device)
         begin = slots % size // page * page

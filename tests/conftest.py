@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
-    """Processes that serve begin with their engine imported, but for those of one test a kind."""
+    """What tests of an engine start has it imported already, if they are not marked `started`."""
     if not item.get_closest_marker("engine") or item.get_closest_marker("started"):
         return (yield)
     with open_nursery(SGLANG if item.path.parent.name == "sglang" else VLLM):

@@ -8,8 +8,8 @@ it would have had, and a nursery for its own children. All else is as in a proce
 started: its main module, what it imports of kvplug, when engines load it as their plugin.
 
 What reads its environment as it is imported would keep the nursery's: where a variable of
-``READ_BY_IMPORTS`` differs, the process is started as ever. So is one that the platform cannot
-fork so, and every test's that is marked ``started``: each kind of process has one.
+``READ_BY_IMPORTS`` differs, the process is started as ever. So is what other programs start, as
+``unshare`` does servers of both engines in tests, and all that a test marked ``started`` starts.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ SGLANG = (
     "sglang.srt.managers.scheduler", "sglang.srt.managers.detokenizer_manager",
     "lm_eval.evaluator",
 )  # fmt: skip
-SUBREAPER, CLOSED = 36, b""
+SUBREAPER = 36
 """PR_SET_CHILD_SUBREAPER of prctl: orphans among the descendants become children."""
 
 start = _posixsubprocess.fork_exec
@@ -85,9 +85,10 @@ class Birth:
 class Nursery:
     """This process's end of the line to the one that forks for it."""
 
-    def __init__(self, line: socket.socket) -> None:
+    def __init__(self, line: socket.socket, lasting: bool) -> None:
+        """lasting: no signal to its group is meant to end it, so only a fault does."""
         self.line, self.owner, self.lock = line, os.getpid(), threading.Lock()
-        self.environment = read_by_imports(os.environ)
+        self.lasting, self.environment = lasting, read_by_imports(os.environ)
 
     def install(self) -> None:
         _posixsubprocess.fork_exec = subprocess._fork_exec = self.fork_exec
@@ -100,7 +101,9 @@ class Nursery:
             with self.lock:
                 send(self.line, pickle.dumps(birth), files)
                 (pid,) = struct.unpack("i", exactly(self.line, 4))
-        except (OSError, EOFError):  # a signal to its group has ended the nursery
+        except (OSError, EOFError):
+            if self.lasting:
+                raise
             pid = 0
         return pid or start(arguments, *given)
 
@@ -174,10 +177,10 @@ def send(line: socket.socket, message: bytes, files: list[int]) -> None:
 
 
 def exactly(line: socket.socket, size: int) -> bytes:
-    found = CLOSED
+    found = b""
     while len(found) < size:
         more = line.recv(size - len(found))
-        if more == CLOSED:
+        if not more:
             raise EOFError("the nursery has ended")
         found += more
     return found
@@ -188,7 +191,7 @@ def serve(line: socket.socket) -> None:
     begins."""
     while True:
         head, files, *_ = socket.recv_fds(line, 4, 64)
-        if head == CLOSED:
+        if not head:
             os._exit(0)
         (size,) = struct.unpack("i", head + exactly(line, 4 - len(head)))
         birth = pickle.loads(exactly(line, size))
@@ -264,10 +267,15 @@ def arrange(files: Mapping[int, int]) -> None:
         os.close(file)
 
 
+def new_line() -> tuple[socket.socket, socket.socket]:
+    """This process's end and a nursery's, which from now on may hand it children."""
+    ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
+    return socket.socketpair()
+
+
 def nursery_of_this_process() -> Nursery:
     """Forked before this process has done anything that its children would not have."""
-    ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
-    mine, theirs = socket.socketpair()
+    mine, theirs = new_line()
     if os.fork() == 0:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         mine.detach()
@@ -275,7 +283,7 @@ def nursery_of_this_process() -> Nursery:
         arrange({0: nothing, 1: nothing, 2: nothing, 3: theirs.detach()})
         serve(socket.socket(fileno=3))
     theirs.close()
-    return Nursery(mine)
+    return Nursery(mine, lasting=False)
 
 
 class Born(BaseException):
@@ -320,8 +328,7 @@ def open_nursery(modules: tuple[str, ...]) -> Iterator[None]:
 
 @cache
 def _nursery(modules: tuple[str, ...]) -> Nursery:
-    mine, theirs = socket.socketpair()
-    ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
+    mine, theirs = new_line()
     theirs.set_inheritable(True)
     code = (
         f"import sys; own = sys.path[1:]; sys.path[:] = {sys.path!r}\n"
@@ -336,7 +343,7 @@ def _nursery(modules: tuple[str, ...]) -> Nursery:
         file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)],
     )
     theirs.close()
-    return Nursery(mine)
+    return Nursery(mine, lasting=True)
 
 
 OWN_PATH: list[str] = []

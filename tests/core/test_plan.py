@@ -572,8 +572,9 @@ def test_pages_that_a_step_decodes_on_in_are_named_with_what_they_hold_then():
     computed = np.array([3, 8, 9, 9, 7, 6, 5])
     total = np.array([5, 9, 10, 14, 8, 6, 7])
     prompt = np.array([4, 2, 9, 3, 7, 2, 6])
-    row, held = BatchPlanner(4).begun(computed, total, prompt, 4)
+    row, first, held = BatchPlanner(4).begun(computed, total, prompt, 4)
     assert row.tolist() == [2, 3, 4]
+    assert first.tolist() == [3, 4, 9]
     assert held.tolist() == [2, 4, 4]
 
 

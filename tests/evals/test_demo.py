@@ -42,6 +42,7 @@ from kvplug_evals.served.process import diagnose  # noqa: E402
 from kvplug_evals.served.sglang import SGLang  # noqa: E402
 from kvplug_evals.served.start import serve  # noqa: E402
 from kvplug_evals.served.vllm import VLLM  # noqa: E402
+from tests.processes import runs  # noqa: E402
 
 ENGINES = [VLLM, SGLang]
 
@@ -334,12 +335,6 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 
 
-def alive(pid):
-    with contextlib.suppress(FileNotFoundError):
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    return False
-
-
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 @pytest.mark.parametrize("end", [None, KeyboardInterrupt, RuntimeError])
 def test_no_process_outlives_the_server(end, tmp_path):
@@ -347,13 +342,13 @@ def test_no_process_outlives_the_server(end, tmp_path):
     engine = Script(model=tmp_path, code=ANSWERS)
     with contextlib.suppress(*[end] if end else []), serve(engine, "dense", log):
         child = int(re.search(r"^child (\d+)", log.read_text(), re.MULTILINE)[1])
-        assert alive(child)
+        assert runs(child)
         if end:
             raise end
     deadline = time.monotonic() + 5
-    while alive(child) and time.monotonic() < deadline:
+    while runs(child) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not alive(child)
+    assert not runs(child)
 
 
 def test_a_server_that_dies_shows_its_reason_and_a_way_out(tmp_path):

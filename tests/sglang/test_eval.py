@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
@@ -24,6 +23,7 @@ from kvplug_evals.engines.interface import (
 )
 from kvplug_evals.engines.start import start_engine
 from kvplug_evals.models.random_llama import build_random_gemma3
+from tests.processes import runs
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
@@ -281,13 +281,6 @@ def test_forced_tokens_under_policies_of_requests(
             assert all(agreed and logprob < 0 for logprob, agreed in scores)
         assert server.output(wrong)[:3] == [7, 8, 9]
         assert not any(agreed for _, agreed in server.requests[wrong].customized_info[SCORES])
-
-
-def runs(process: int) -> bool:
-    """A zombie does not."""
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
 
 
 def test_a_killed_evaluation_leaves_no_server() -> None:
