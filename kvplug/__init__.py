@@ -37,6 +37,7 @@ from kvplug.policy import (
     TokenSelector,
 )
 from kvplug.registry import policy_class, policy_names
+from kvplug.schedule import Course, Event, Schedule
 from kvplug.segments import Segments
 from kvplug.selection import choose_units, logits_bytes
 
@@ -47,7 +48,9 @@ __all__ = [
     "BatchPlanner",
     "Choices",
     "Composition",
+    "Course",
     "Digest",
+    "Event",
     "Evidence",
     "Granularity",
     "Labels",
@@ -60,6 +63,7 @@ __all__ = [
     "PositionalEviction",
     "PromptKV",
     "Refused",
+    "Schedule",
     "ScoredEviction",
     "Segments",
     "Selector",

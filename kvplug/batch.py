@@ -11,6 +11,7 @@ import numpy as np
 from kvplug.config import Settings
 from kvplug.plan import Planner
 from kvplug.policy import Positions
+from kvplug.schedule import Event
 from kvplug.segments import Segments
 
 Whole = TypeVar("Whole")
@@ -54,10 +55,12 @@ class Choices:
 
 @dataclass(frozen=True, kw_only=True)
 class Observed:
-    """Queries of a prompt's window that a step computes, wanted once the prompt has ended."""
+    """Queries of an event's window that a step computes, wanted when it comes."""
 
     row: int
     """Of the batch."""
+    era: int
+    """Of the event (``kvplug.schedule``)."""
     tokens: slice
     """Rows of the step's flat queries."""
     offset: int
@@ -161,45 +164,48 @@ class BatchPlanner:
             reads[layer] = LayerReads(others[here], mine)
         return reads
 
-    def private_pages(self, choice: Positions, prompt: Positions) -> Positions:
-        """``Planner.private_pages`` by choice. [B] each -> [B]"""
-        pages = np.zeros_like(prompt)
-        for one in np.unique(choice).tolist():
-            rows = choice == one
-            pages[rows] = self.planners[one].private_pages(prompt[rows])
-        return pages
-
     def observed(
         self, choice: Positions, computed: Positions, total: Positions, prompt: Positions
     ) -> list[Observed]:
-        """What the scores of the prompts that will be compressed ask for of this step. [B] each"""
-        scored = [planner.scored for planner in self.planners]
-        window = np.array([each.window if each and each.needs_queries else 0 for each in scored])[
-            choice
-        ]
-        if not window.any():
-            return []
-        begin = np.maximum(computed, np.maximum(prompt - window, 0))
-        end = np.minimum(total, prompt)
-        seen = (begin < end) & (window > 0) & (self.private_pages(choice, prompt) > 0)
+        """What the scores of this step's events, and of those to come, ask for of it. [B] each"""
         queries = total - computed
         token = np.cumsum(queries) - queries - computed
-        return [
-            Observed(
-                row=row,
-                tokens=slice(int(token[row] + begin[row]), int(token[row] + end[row])),
-                offset=int(begin[row] - prompt[row] + window[row]),
-                window=int(window[row]),
-            )
-            for row in np.flatnonzero(seen).tolist()
-        ]
+        found = []
+        for one in np.unique(choice).tolist():
+            schedule = self.planners[one].schedule
+            if schedule.scored is None or not schedule.scored.needs_queries:
+                continue
+            window, rows = schedule.scored.window, np.flatnonzero(choice == one)
+            row, era = schedule.between(computed[rows], total[rows] + window, prompt[rows])
+            row = rows[row]
+            at = schedule.at(era, prompt[row])
+            begin = np.maximum(computed[row], np.maximum(at - window, 0))
+            end = np.minimum(total[row], at)
+            for n in np.flatnonzero(begin < end).tolist():
+                first = int(token[row[n]])
+                found.append(
+                    Observed(
+                        row=int(row[n]),
+                        era=int(era[n]),
+                        tokens=slice(first + int(begin[n]), first + int(end[n])),
+                        offset=int(begin[n] - at[n] + window),
+                        window=window,
+                    )
+                )
+        return found
 
-    def compresses(
+    def events(
         self, choice: Positions, computed: Positions, total: Positions, prompt: Positions
-    ) -> Positions:
-        """``Planner.compresses`` by choice. [B] each -> [n]"""
-        passes = (computed <= prompt) & (prompt < total)
-        return np.flatnonzero(passes & (self.private_pages(choice, prompt) > 0))
+    ) -> list[Event]:
+        """``Schedule.events`` by choice, a row's in order. [B] each"""
+        found = []
+        for one in np.unique(choice).tolist():
+            schedule = self.planners[one].schedule
+            if schedule.scored is not None:
+                rows = np.flatnonzero(choice == one)
+                events = schedule.events(computed[rows], total[rows], prompt[rows])
+                found += [replace(each, row=int(rows[each.row])) for each in events]
+        return found
 
     def begun(
         self, computed: Positions, total: Positions, prompt: Positions, tokens: int

@@ -34,6 +34,9 @@ def keep_tokens(
     never to go, sinks go before protected spans before the window, each from its own end: the
     first sinks, the first protected tokens, the most recent tokens. Nothing synchronises.
 
+    With protected spans and an ``interval``, what is never to go comes before the rest, each in
+    its own order: the next time it is known to stand there.
+
     Raises ValueError if the policy's score has another shape or dtype than it should.
     """
     B, T, H, _ = prompt.keys.shape
@@ -60,7 +63,12 @@ def keep_tokens(
     best = ((grade << 32) + place).topk(min(width, T)).indices
     count = keep.long()[:, None, None].minimum(candidates)
     unused = torch.arange(best.shape[2], device=best.device) >= count
-    kept = best.masked_fill(unused, T).sort().values
+    if protect and policy.interval is not None:
+        best = best + T * (grade.gather(2, best) < PROTECTED)
+        kept = best.masked_fill(unused, 2 * T).sort().values
+        kept = torch.where(kept < 2 * T, kept % T, T)
+    else:
+        kept = best.masked_fill(unused, T).sort().values
     return pad(kept.masked_fill(kept == T, 0), (0, width - best.shape[2]))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from kvplug.config import Settings
 from kvplug.policy import Positions
+from kvplug.schedule import Schedule
 from kvplug.segments import Segments
 
 
@@ -37,11 +38,8 @@ class Planner:
         self.held = self._held_pages()
         """Pages at the start and under protected spans, ascending: never evicted. [n] int64"""
         self.scored = settings.policy.scored
-        self.private = self.scored.pages(page_size, budget) if self.scored else 0
-        """Private pages that hold what a compressed prompt keeps, at most."""
-        least = narrowest or budget
-        self._short = self.scored.pages(page_size, least) if self.scored else 0
-        """Whole pages that a prompt may have and stay as it is."""
+        self.schedule = Schedule(settings, page_size, budget, narrowest)
+        """When requests are packed."""
         self.page = self.selector.page(page_size) if self.selector else page_size
         """Tokens of what a digest describes: a page, or a part of it."""
         self.unit = self.selector.unit(self.page) if self.selector else page_size
@@ -76,13 +74,16 @@ class Planner:
         hidden = kept < first
         first, kept = np.where(hidden, first, 0), np.where(hidden, kept, 0)
         decodes = position >= prompt[row]
-        packed = np.full(len(row), -1)
+        packed, private, phase = np.full(len(row), -1), np.zeros_like(row), np.zeros_like(row)
         if self.scored:
-            private = self.private_pages(prompt)[row]
-            compressed = decodes & (private > 0)
-            first = np.where(compressed, prompt[row] // self.page_size, first)
-            kept = np.where(compressed, private, kept)
-            packed = np.where(compressed, -(-prompt[row] // self.page_size), packed)
+            schedule, own = self.schedule, prompt[row]
+            era = schedule.era(position, own)
+            compressed = era >= 0
+            first = np.where(compressed, schedule.first(era, own), first)
+            kept = np.where(compressed, schedule.kept(era, own), kept)
+            packed = np.where(compressed, schedule.column(own), packed)
+            private = np.where(compressed, schedule.private(own), private)
+            phase = np.where(compressed, schedule.phase(era, computed[row], own), phase)
         selects = decodes if self.selector else np.zeros(len(row), bool)
         if self.settings.shortcut:
             visible = position + 1 - (first - kept) * self.page_size
@@ -107,29 +108,13 @@ class Planner:
             kept=kept[begin],
             first=first[begin],
             packed=packed[begin],
+            private=private[begin],
+            phase=phase[begin],
             choice=np.zeros(len(begin), np.int64),
             selects=selects[begin],
             decodes=decodes[begin],
             page_size=self.page_size,
         )
-
-    def private_pages(self, prompt: Positions) -> Positions:
-        """Pages that hold what a prompt of so many tokens keeps; 0 where it stays whole. [n]
-
-        A prompt's whole pages are compressed; its partial last page stays as it is.
-        """
-        if self.scored is None:
-            return np.zeros_like(prompt)
-        whole = prompt // self.page_size
-        if not self.settings.shortcut:
-            return np.minimum(whole, self.private)
-        long = (whole > self._short) & (prompt > self.settings.min_context)
-        return np.where(long, np.minimum(whole, self.private), 0)
-
-    def compresses(self, computed: Positions, total: Positions, prompt: Positions) -> Positions:
-        """Rows whose prompt is packed in this step: the one that passes its end. -> [n]"""
-        passes = (computed <= prompt) & (prompt < total)
-        return np.flatnonzero(passes & (self.private_pages(prompt) > 0))
 
     def reads(self, visible: Positions, budget: int | float | None = None) -> Positions:
         """Units that a selecting query reads per KV head of so many tokens, in a layer of this

@@ -335,6 +335,9 @@ class PromptKV:
     first_head: int = 0
     """Global index of head 0, so that tensor-parallel ranks tell their heads apart."""
     page_size: int
+    event: int = 0
+    """How often the request was packed before: behind the first time, what is scored are the
+    tokens that were kept, in order, and those that came since."""
 
     @property
     def valid(self) -> Tensor:
@@ -345,17 +348,18 @@ class PromptKV:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredEviction(Policy):
-    """Keeps the tokens of a prompt that score highest, once, when its prefill has ended.
+    """Keeps the tokens of a prompt that score highest, once, when its prefill has ended; with an
+    ``interval`` those of an answer too, every so many tokens.
 
     Each KV head of a layer keeps its own ``budget`` tokens of the prompt's whole pages. The
-    prompt's partial last page and all that is decoded later stay.
+    prompt's partial last page and what is decoded later stay, until the next time.
     """
 
     stage = Stage.COMPRESS
     action = Action.EVICTION
     granularity = Granularity.TOKEN
-    memory = "budget, plus the answer"
-    reads = "budget, plus the answer"
+    memory = "budget, plus the answer or interval of it"
+    reads = "budget, plus the answer or interval of it"
 
     budget: int = 1024
     """Tokens kept per KV head and layer, rounded up to whole pages."""
@@ -363,8 +367,17 @@ class ScoredEviction(Policy):
     """First tokens of a prompt that are always kept."""
     window: int = 0
     """Last tokens of a prompt that are always kept, and whose queries the score may ask for."""
+    interval: int | None = None
+    """Tokens of an answer between two times that what is kept is chosen anew, from what was kept
+    and those tokens; rounded up to whole pages. None keeps the whole answer."""
 
     def __post_init__(self) -> None:
+        whole = isinstance(self.interval, int) and not isinstance(self.interval, bool)
+        if self.interval is not None and not (whole and 1 <= self.interval < LIMIT):
+            raise ValueError(
+                f"{self.name}: interval must be a number of tokens, at least 1, or None, got "
+                f"{self.interval!r}; write {self.name}(interval=128)"
+            )
         for field, least in (("budget", 1), ("sinks", 0), ("window", int(self.needs_queries))):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -377,6 +390,11 @@ class ScoredEviction(Policy):
                 f"{self.name}: budget must be at least sinks + window = "
                 f"{self.sinks + self.window} tokens, got {self.budget}; raise the budget or lower "
                 "the other two"
+            )
+        if self.needs_queries and self.interval is not None and self.interval < self.window:
+            raise ValueError(
+                f"{self.name}: interval must be at least window = {self.window} tokens, whose "
+                f"queries score what came since, got {self.interval}; raise it or lower the window"
             )
 
     @property
@@ -418,6 +436,11 @@ class LayerBudgets(Policy):
             raise ValueError(
                 f"{self.name} wraps a policy that scores a prompt's tokens, got {self.base}; "
                 f"write {self.name}(snapkv(budget=1024))"
+            )
+        if self.base.interval is not None:
+            raise ValueError(
+                f"{self.name}: layers that keep different budgets pack prompts alone, got "
+                f"{self.base}; leave interval out"
             )
 
     @abstractmethod

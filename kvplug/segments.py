@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from kvplug.policy import Positions
 
 _PER_SEGMENT = (
-    "row", "token", "start", "stop", "kept", "first", "packed", "choice", "selects", "decodes"
+    "row", "token", "start", "stop", "kept", "first", "packed", "private", "phase", "choice",
+    "selects", "decodes",
 )  # fmt: skip
 
 
@@ -27,7 +28,7 @@ class Segments:
     [token, token + stop - start) of the step's flat queries. They see ``kept`` pages instead of
     those before ``first``, and all pages from ``first`` on, causally (``kept == first == 0``:
     everything). The kept pages are the first of the planner's ``held`` pages or, where
-    ``packed >= 0``, private pages that hold what a compressed prompt keeps.
+    ``packed >= 0``, of the private pages that hold what the request was packed into.
     """
 
     row: Positions
@@ -38,6 +39,11 @@ class Segments:
     first: Positions
     packed: Positions
     """Column of the request's table where its private pages begin; -1 without."""
+    private: Positions
+    """Private pages there, which push the request's others to the right."""
+    phase: Positions
+    """Of the step: its events of this phase (``kvplug.schedule``) come before, later ones behind;
+    0 where a request reads before no event or behind its first."""
     choice: Positions
     """Which of the batch's settings the request has."""
     selects: NDArray[np.bool_]

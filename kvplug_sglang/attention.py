@@ -22,7 +22,7 @@ from kvplug_sglang.cache import Digests, layer_bytes, page_bytes
 from kvplug_sglang.compression import Packing
 from kvplug_sglang.router import OWN, Tenant
 from kvplug_sglang.settings import Engine
-from kvplug_sglang.step import Batch, Selected, StepPlan, StepPlanner, Whole
+from kvplug_sglang.step import Batch, Phase, Selected, StepPlan, StepPlanner, Whole
 
 
 class PlannedAttention:
@@ -68,12 +68,14 @@ class PlannedAttention:
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         super().init_forward_metadata(forward_batch)  # type: ignore[misc]
-        batch = self._batch(forward_batch)
+        batch = self.batch(forward_batch)
         if self.engine.dense:
             self._count_dense(batch)
             return
         self.plans = [None if batch is None else each.plan(batch) for each in self.steps]
-        self.planned_steps += any(any(plan.layers.values()) for plan in self.plans if plan)
+        self.planned_steps += any(
+            any(phase.layers.values()) for plan in self.plans if plan for phase in plan.phases
+        )
 
     def _count_dense(self, batch: Batch | None) -> None:
         """All that a dense server costs in a step: no plan, and nothing on the device."""
@@ -81,7 +83,7 @@ class PlannedAttention:
             for each in self.steps:
                 each.count_dense(batch)
 
-    def _batch(self, forward_batch: Any) -> Batch | None:
+    def batch(self, forward_batch: Any) -> Batch | None:
         """None for a batch of no request (a dummy run) and for an idle one."""
         mode = forward_batch.forward_mode
         if mode.is_idle() or not forward_batch.batch_size:
@@ -124,23 +126,27 @@ class PlannedAttention:
             return output
         plan = self.plans[self.step_of[layer.layer_id]]
         query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        reads = None if plan is None else plan.layers[layer.layer_id]
-        if plan is None or reads is None:
+        if plan is None or plan.phases[0].layers[layer.layer_id] is None:
             output = stock(q, k, v, layer, forward_batch, save, **more)
             self._written(layer, forward_batch.out_cache_loc)
             if plan is not None:
-                self._compress(layer, query, plan)
+                self._observe(layer, query, plan)
+                self._pack_all(layer, plan.phases[0])
             return output
         _refuse_extras(layer, more)
         if save and k is not None:
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc.for_batch(forward_batch), k, v)
         self._written(layer, forward_batch.out_cache_loc)
-        self._compress(layer, query, plan)
+        self._observe(layer, query, plan)
         output = query.new_empty(*query.shape[:2], layer.v_head_dim)
-        if reads.whole is not None:
-            self._whole(layer, query, reads.whole, output)
-        for selected, budget in reads.selected:
-            self._selected(layer, query, selected, budget, output)
+        for phase in plan.phases:
+            self._pack_all(layer, phase)
+            reads = phase.layers[layer.layer_id]
+            assert reads is not None
+            if reads.whole is not None:
+                self._whole(layer, query, reads.whole, output)
+            for selected, budget in reads.selected:
+                self._selected(layer, query, selected, budget, output)
         return output.flatten(1)
 
     @property
@@ -153,20 +159,22 @@ class PlannedAttention:
             keys, _ = self._kv(layer.layer_id)
             self.digests.update(layer.layer_id, keys, slots)
 
-    def _compress(self, layer: Any, query: Tensor, plan: StepPlan) -> None:
+    def _observe(self, layer: Any, query: Tensor, plan: StepPlan) -> None:
         for tenant, seen in plan.observations:
-            window = tenant.window
-            window[layer.layer_id] = window_queries(seen, query, window.get(layer.layer_id))
-        for packing in plan.packings:
+            window, key = tenant.window, (layer.layer_id, seen.era)
+            window[key] = window_queries(seen, query, window.get(key))
+
+    def _pack_all(self, layer: Any, phase: Phase) -> None:
+        for packing in phase.packings:
             with self.engine.packing(packing.tenant.choice):
                 self._pack(layer, packing)
 
     def _pack(self, layer: Any, packing: Packing) -> None:
-        """Copy what each KV head keeps of a prompt's whole pages into its private slots."""
-        self.packed_prompts += layer.layer_id == self.layers[0]
+        """Copy what each KV head keeps into the request's private slots."""
+        self.packed_prompts += layer.layer_id == self.layers[0] and not packing.era
         window = None
         if packing.scored.needs_queries:
-            window = packing.tenant.window.pop(layer.layer_id)
+            window = packing.tenant.window.pop((layer.layer_id, packing.era))
         keys, values = packing.kept(
             *self._kv(layer.layer_id),
             window,
@@ -182,7 +190,7 @@ class PlannedAttention:
         """The private slots will stand in the request's row, which a windowed layer reads as it
         is: they take what has stood there."""
         widest = self.plans[0]
-        for packing in () if widest is None else widest.packings:
+        for packing in () if widest is None else widest.phases[0].packings:
             keys, values = self._kv(layer.layer_id)
             slots, where = packing.replaced(self.engine.page_size), KVWriteLoc(packing.targets)
             self.token_to_kv_pool.set_kv_buffer(layer, where, keys[slots], values[slots])

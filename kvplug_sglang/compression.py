@@ -1,4 +1,4 @@
-"""A prompt that a step compresses: what stays of it, and what memory it takes to find out.
+"""A request that a step compresses: what stays, and what memory it takes to find out.
 
 The private slots it is packed into come from the scheduler (``kvplug_sglang.packing``).
 """
@@ -21,15 +21,19 @@ from kvplug_sglang.router import Tenant
 
 @dataclass
 class Packing:
-    """A prompt whose kept tokens are packed in this step: T tokens, of which n stay."""
+    """A request whose kept tokens are packed in this step: T tokens, of which n stay."""
 
     scored: ScoredEviction
     protect: Sequence[tuple[int, int]]
     tenant: Tenant
     slots: Tensor
-    """Where the prompt's tokens lie, in order. [T] int64"""
+    """Where its tokens lie, in order. [T] int64"""
     targets: Tensor
     """Where those that stay go, in order. [n] int64"""
+    era: int = 0
+    """Of the event."""
+    phase: int = 0
+    """Of the step (``kvplug.schedule``)."""
 
     def replaced(self, page_size: int) -> Tensor:
         """Slots of the last tokens of the prompt's whole pages, as many as stay. [n] int64"""
@@ -42,8 +46,8 @@ class Packing:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """What each KV head of a layer keeps, in the order of ``targets``.
 
-        keys, values [slots, H, D] of the pool, window [W, Hq, D]: the queries of the prompt's last
-        tokens -> [n, H, D] twice. Nothing synchronises.
+        keys, values [slots, H, D] of the pool, window [W, Hq, D]: the queries of the last tokens
+        -> [n, H, D] twice, copied. Nothing synchronises.
         """
         prompt = PromptKV(
             keys=keys[self.slots][None],
@@ -53,6 +57,7 @@ class Packing:
             scale=scale,
             first_head=first_head,
             page_size=page_size,
+            event=self.era,
         )
         width = len(self.targets)
         keep = self.slots.new_full((1,), width)

@@ -27,9 +27,9 @@ class ReplayedAttention(PlannedAttention):
             forward_batch, in_capture
         )
         if self.engine.dense:
-            self._count_dense(None if in_capture else self._batch(forward_batch))
+            self._count_dense(None if in_capture else self.batch(forward_batch))
             return
-        batch = self._batch(forward_batch) if self.replays else None
+        batch = self.batch(forward_batch) if self.replays else None
         if batch is not None:
             for each in self.replays:
                 each.load(batch, count=not in_capture)

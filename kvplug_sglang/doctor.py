@@ -37,7 +37,7 @@ def examine(scheduler: Any) -> None:
             policy.eviction.name,
         )
     if not policy.uniform:
-        widest = engine.planner(OWN).private * engine.page_size
+        widest = engine.planner(OWN).schedule.most_private * engine.page_size
         log.warning(
             "kvplug: one of SGLang's slots spans all layers, so under %s a compressed prompt "
             "holds the %d slots of its widest layer, not the mean",

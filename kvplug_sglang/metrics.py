@@ -9,13 +9,11 @@ import os
 from collections.abc import Iterator
 from functools import cache
 
-import numpy as np
-from numpy.typing import NDArray
 from prometheus_client import REGISTRY, Metric
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
-from kvplug import Refused, StepReads
+from kvplug import Event, Refused, StepReads
 from kvplug.counting import Counter, Counters
 
 BY_POLICY = {
@@ -95,13 +93,12 @@ class Metrics:
             self._add("cached_bytes", policy, cached)
             self._add("read_bytes", policy, read)
 
-    def count_packed(
-        self, policy: str, prompt: NDArray[np.int64], keep: NDArray[np.int64], share: float
-    ) -> None:
-        """prompt, keep [n]: tokens of the prompts packed in a step, and of those that stay."""
-        self._add("packed_prompts", policy, share * len(prompt))
-        self._add("kept_tokens", policy, share * float(keep.sum()))
-        self._add("dropped_tokens", policy, share * float((prompt - keep).sum()))
+    def count_packed(self, policy: str, event: Event, keep: int, share: float) -> None:
+        """keep: of the event's tokens, those that stay. What a prompt kept is counted once."""
+        if not event.era:
+            self._add("packed_prompts", policy, share)
+            self._add("kept_tokens", policy, share * keep)
+        self._add("dropped_tokens", policy, share * (event.tokens - keep))
 
     def count_packing(self, policy: str, seconds: float) -> None:
         """Of one layer."""

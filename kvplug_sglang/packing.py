@@ -14,9 +14,7 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from kvplug import Composition, Planner, Refused, Settings, Stage
+from kvplug import Composition, Course, Planner, Refused, Settings, Stage
 from kvplug_sglang.compat import Hook
 from kvplug_sglang.router import Tenant
 from kvplug_sglang.settings import Engine
@@ -73,19 +71,36 @@ def evicts_by_position(req: Any) -> bool:
     return bool(planner.evictable(most))
 
 
+def course_of(req: Any) -> Course | None:
+    """When the request is packed; None where it stays whole to its end."""
+    prompt = len(req.origin_input_ids)
+    course = planner_of(req).schedule.course(prompt)
+    longest_answer = req.sampling_params.max_new_tokens or FOREVER  # SGLang settles it later
+    return course if course.begin <= prompt + longest_answer else None
+
+
 def private_tokens(req: Any) -> int:
-    """Slots that will hold what the request's prompt keeps; 0 where it stays whole."""
-    planner = planner_of(req)
-    prompt = np.array([len(req.origin_input_ids)])
-    return int(planner.private_pages(prompt)[0]) * planner.page_size
+    """Slots that will hold what is kept of the request; 0 where it stays whole."""
+    course = course_of(req)
+    return 0 if course is None else course.private * course.page_size
 
 
 def reserve(original: Any, self: Any, req: Any, **kwargs: Any) -> int:
-    """Around the prefill's admission charge: the private slots, until the request has them."""
+    """Around the prefill's admission charge: the private slots, until the request has them.
+
+    SGLang charges prompt and answer as if both were held at once, which those slots may push
+    beyond the pool: the request would wait for ever. What it holds is less, once it is packed.
+    """
     charge: int = original(self, req, **kwargs)
-    if req.rid not in Engine.serving().router.tenants:
-        charge += private_tokens(req)
-    return charge
+    if req.rid in Engine.serving().router.tenants:
+        return charge
+    private = private_tokens(req)
+    if private and "extend_input_len" not in kwargs:
+        answer = req.sampling_params.max_new_tokens - len(req.output_ids)
+        extend = len(req.full_untruncated_fill_ids) - req.prefix_len
+        whole = extend + max(answer, 0) + self.per_req_token_overhead + charge
+        private = min(private, max(self.token_to_kv_pool_allocator.size - 1 - whole, 0))
+    return charge + private
 
 
 def uncached(original: Any, self: Any) -> tuple[int, int]:
@@ -108,12 +123,11 @@ def last_tokens(original: Any, self: Any, req: Any = None) -> int:
     tokens = len(req.origin_input_ids) + len(req.output_ids)
     if evicts_by_position(req):
         return tokens
-    if not private_tokens(req):
+    course, scored = course_of(req), planner_of(req).scored
+    if course is None or scored is None:
         return least
-    scored = planner_of(req).scored
-    assert scored is not None
     window = scored.window if scored.needs_queries else 1
-    return max(least, tokens - max(len(req.origin_input_ids) - window, 0))
+    return max(least, tokens - max(course.begin - window, 0))
 
 
 def allocate(result: Any, batch: Any) -> None:
@@ -141,6 +155,7 @@ def allocate(result: Any, batch: Any) -> None:
             stay_whole(engine, req, tenant)
             continue
         tenant.slots, tenant.private = slots, wanted // engine.page_size
+        tenant.course = course_of(req)
         pages = slots[:: engine.page_size] // engine.page_size
         engine.router.settle(tenant.row, pages)
 
@@ -156,21 +171,52 @@ def stay_whole(engine: Engine, req: Any, tenant: Tenant) -> None:
 
 
 def checkpoint(original: Any, self: Any, req: Any, *, up_to: int, **kwargs: Any) -> None:
-    """Around the tree's checkpoint: only the prompt goes in, and once it has, it is given up."""
+    """Around the tree's checkpoint: only the prompt goes in, and once it has and is packed, it is
+    given up."""
     tenant = Engine.serving().router.tenants.get(req.rid)
-    if tenant is None or tenant.slots is None:
+    if tenant is None or tenant.course is None:
         original(self, req, up_to=up_to, **kwargs)
         return
     original(self, req, up_to=min(up_to, tenant.prompt), **kwargs)
-    if up_to >= tenant.prompt and not req.finished():
+    if tenant.course.begin == tenant.prompt <= up_to and not req.finished():
         swap(self, req, tenant)
 
 
+def give_back(result: None, batch: Any) -> None:
+    """Behind ``ScheduleBatch.maybe_evict_swa``, which SGLang calls before it allocates a step:
+    tokens of answers that were packed."""
+    engine = Engine.serving()
+    for req in batch.reqs:
+        tenant = engine.router.tenants.get(req.rid)
+        if tenant is None or tenant.course is None or not tenant.course.every:
+            continue
+        processed = req.prefix_len if batch.forward_mode.is_extend() else req.kv.kv_committed_len
+        end = tenant.course.packed(processed) * engine.page_size
+        if end and not tenant.swapped:
+            if tenant.course.begin == tenant.prompt:
+                continue  # the tree has not taken the prompt yet
+            swap(batch.tree_cache, req, tenant)
+        begin = tenant.freed[-1][1] if tenant.freed else whole_pages(tenant)
+        if begin < end:
+            row = batch.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
+            batch.token_to_kv_pool_allocator.free(row[begin:end].long())
+            row[begin:end] = 0  # SGLang's dummy slot
+            tenant.free(begin, end)
+            engine.returned(tenant.choice, (end - begin) // engine.page_size)
+            engine.admit_again()
+
+
+def whole_pages(tenant: Tenant) -> int:
+    """Tokens of the pages that its first event packs."""
+    assert tenant.course is not None
+    return tenant.course.begin // tenant.course.page_size * tenant.course.page_size
+
+
 def swap(tree: Any, req: Any, tenant: Tenant) -> None:
-    """[prompt's whole pages | rest] -> [nothing | private slots | rest], in the request's row."""
+    """[whole pages | rest] -> [nothing | private slots | rest], in the request's row."""
     assert tenant.slots is not None and not tenant.swapped
     engine = Engine.serving()
-    kv, end = req.kv, tenant.prompt // engine.page_size * engine.page_size
+    kv, end = req.kv, whole_pages(tenant)
     begin = end - len(tenant.slots)
     if kv.cache_protected_len < end:  # the tree took less, or nothing (--disable-radix-cache)
         tree.free_kv_row(kv, [(kv.cache_protected_len, end)])
@@ -208,6 +254,12 @@ HOOKS = (
     ),
     Hook("sglang.srt.mem_cache.allocation.alloc_for_extend", "after", allocate, ("batch",)),
     Hook(f"{TREE}.checkpoint", "around", checkpoint, ("self", "req", "up_to")),
+    Hook(
+        "sglang.srt.managers.schedule_batch.ScheduleBatch.maybe_evict_swa",
+        "after",
+        give_back,
+        ("self",),
+    ),
     Hook(f"{TREE}.on_release", "after", release, ("self", "req", "checkpointed")),
     Hook(f"{TREE}.swa_reprefill_tail_tokens", "around", last_tokens, ("self", "req")),
     Hook(

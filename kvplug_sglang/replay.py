@@ -18,7 +18,7 @@ from kvplug import LayerReads
 from kvplug_sglang.compat import Hook
 from kvplug_sglang.router import OWN
 from kvplug_sglang.settings import Engine
-from kvplug_sglang.step import Batch, Selected, StepPlan, StepPlanner, Whole
+from kvplug_sglang.step import Batch, Phase, Selected, StepPlan, StepPlanner, Whole
 
 RUNNER = "sglang.srt.model_executor.runner.decode_cuda_graph_runner"
 
@@ -98,7 +98,7 @@ class Replayed:
                 layers[layer] = LayerReads(selected=[(selected, budget)])
             else:
                 layers[layer] = None if whole is None else LayerReads(whole)
-        return StepPlan(layers)
+        return StepPlan([Phase((), layers)])
 
     def serves(self, choices: list[int]) -> bool:
         """Whether the graph that was captured holds for requests of these choices."""
@@ -114,14 +114,18 @@ class Replayed:
 
 
 def replayable(original: Any, self: Any, forward_batch: Any) -> bool:
-    """Around ``can_run_graph``: a batch that selects in another way than was captured is served
-    without a graph."""
+    """Around ``can_run_graph``: a batch that selects in another way than was captured, or packs
+    answers, is served without a graph."""
     possible: bool = original(self, forward_batch)
     if not possible or Engine.serving().dense or forward_batch.rids is None:
         return possible
     tenants = Engine.serving().router.of(forward_batch.rids)
     choices = [tenant.choice for tenant in tenants]
-    return all(each.serves(choices) for each in self.attn_backend.replays)
+    backend = self.attn_backend
+    if not all(each.serves(choices) for each in backend.replays):
+        return False
+    packs = any(backend.engine.planner(choice).schedule.every for choice in set(choices))
+    return not packs or not any(each.eager(backend.batch(forward_batch)) for each in backend.steps)
 
 
 def keep_ids(result: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> None:

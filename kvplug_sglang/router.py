@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kvplug import Course
+
 OWN = 0
 """The choice of a request that says nothing: the server's own settings."""
 
@@ -24,7 +26,9 @@ class Tenant:
     prompt: int
     """Tokens of the original prompt, also after a retraction."""
     private: int = 0
-    """Pages that hold, or will hold, what the prompt keeps; 0 while it has none."""
+    """Pages that hold, or will hold, what is kept; 0 while it has none."""
+    course: Course | None = None
+    """When it is packed into them; None while it has none."""
     slots: Tensor | None = None
     """The private pages' slots, in order, until they stand in the request's row. [K] int64"""
     swapped: bool = False
@@ -36,8 +40,14 @@ class Tenant:
     """Whether it may lose pages by position alone."""
     freed: list[tuple[int, int]] = field(default_factory=list)
     """Token ranges that returned to the pool while the request lived on."""
-    window: dict[int, Tensor] = field(default_factory=dict)
-    """By layer, the queries of the prompt's last tokens. [W, Hq, D]"""
+    window: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """By layer and the era of an event, the queries of the last tokens before. [W, Hq, D]"""
+
+    def free(self, begin: int, end: int) -> None:
+        """A token range is back in the pool."""
+        if self.freed and self.freed[-1][1] == begin:
+            begin = self.freed.pop()[0]
+        self.freed.append((begin, end))
 
 
 class Router:

@@ -132,7 +132,7 @@ class Engine:
             ]
             self.planners = classes[0][0]
             self.planners.know(self.choices.settings)
-        most = max(planner.private for planner in self.planners.planners)
+        most = max(planner.schedule.most_private for planner in self.planners.planners)
         self.router.serve(rows, max(most, -(-self.offer.max_tokens // size), 1), device)
         return classes
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvplug import (
     BatchPlanner,
+    Event,
     LayerReads,
     Observed,
     Planner,
@@ -101,10 +102,18 @@ class Selected:
 
 
 @dataclass
-class StepPlan:
+class Phase:
+    """What a layer does in one go: it packs, then reads."""
+
+    packings: Sequence[Packing]
     layers: Mapping[int, LayerReads[Whole, Selected] | None]
     """What each reads; None where the engine's own path serves it."""
-    packings: Sequence[Packing] = ()
+
+
+@dataclass
+class StepPlan:
+    phases: Sequence[Phase]
+    """One, unless a request comes back with an answer that was packed more than once."""
     observations: Sequence[tuple[Tenant, Observed]] = ()
 
 
@@ -155,21 +164,28 @@ class StepPlanner:
         """None where the engine's own path serves the whole step and nothing is kept of it."""
         segments = self.segments(batch)
         self.count(segments)
-        private = self.planners.private_pages(batch.choice, batch.prompt)
         observations = self._observations(batch)
-        packings = self._packings(batch, private)
+        packings = [self._packing(batch, event) for event in self.events(batch)]
         stock = segments.untouched and self.engine.offer.settings.shortcut
         if stock and not packings and not observations:
             return None
         if stock:
-            return StepPlan(dict.fromkeys(self.layers), packings, observations)
-        layers = self.planners.by_layer(
-            segments,
-            self.layers,
-            lambda rest, _: self._whole(batch, rest),
-            partial(self._selected, batch),
-        )
-        return StepPlan(layers, packings, observations)
+            return StepPlan([Phase(packings, dict.fromkeys(self.layers))], observations)
+        phases = []
+        for number in range(int(segments.phase.max(initial=0)) + 1):
+            layers = self.planners.by_layer(
+                segments.where(segments.phase == number),
+                self.layers,
+                lambda rest, _: self._whole(batch, rest),
+                partial(self._selected, batch),
+            )
+            mine = [packing for packing in packings if packing.phase == number]
+            phases.append(Phase(mine, layers))
+        return StepPlan(phases, observations)
+
+    def eager(self, batch: Batch) -> bool:
+        """Whether a decode step does what no graph replays: it packs, or keeps queries."""
+        return bool(self.events(batch) or self._observations(batch))
 
     def segments(self, batch: Batch) -> Segments:
         self.planners.know(self.engine.choices.settings)
@@ -208,29 +224,42 @@ class StepPlanner:
         seen = self.planners.observed(batch.choice, batch.computed, batch.total, batch.prompt)
         return [(batch.tenants[each.row], each) for each in seen]
 
-    def _packings(self, batch: Batch, private: Numbers) -> list[Packing]:
-        """Of the requests whose prompt's last token is computed in this step: one at a time, so
-        that the memory it takes is that of one."""
-        ends = (batch.computed < batch.prompt) & (batch.prompt <= batch.total)
-        rows = np.flatnonzero(ends & (private > 0)).tolist()
-        return [self._packing(batch.tenants[row], int(private[row])) for row in rows]
+    def events(self, batch: Batch) -> list[Event]:
+        """Those that a step packs, one at a time, so that the memory it takes is that of one.
 
-    def _packing(self, tenant: Tenant, private: int) -> Packing:
-        """private: pages that these layers keep of its prompt."""
-        planner, size = self.planner(tenant.choice), self.page_size
+        A prompt's end is packed by the step that computes its last token, behind which the tree
+        takes it; what follows by the step that passes it, from what earlier ones have written.
+        """
+        self.planners.know(self.engine.choices.settings)
+        choice, computed, total, prompt = batch.choice, batch.computed, batch.total, batch.prompt
+
+        def ends(event: Event) -> bool:
+            return not event.era and event.tokens == prompt[event.row]
+
+        ending = self.planners.events(choice, computed + 1, total + 1, prompt)
+        passing = self.planners.events(choice, computed, total, prompt)
+        return [e for e in ending if ends(e)] + [e for e in passing if not ends(e)]
+
+    def _packing(self, batch: Batch, event: Event) -> Packing:
+        tenant, size = batch.tenants[event.row], self.page_size
+        planner = self.planner(tenant.choice)
         assert planner.scored is not None
-        assert tenant.private >= private, "a prompt has not the private pages it should have"
+        assert tenant.private >= event.kept, "a request has not the private pages it should have"
         if self.engine.metrics is not None:
-            policy, prompt = str(planner.settings.policy), np.array([tenant.prompt])
-            keep = private * size + prompt % size
-            self.engine.metrics.count_packed(policy, prompt, keep, self.share)
-        pages = self.engine.router.pages[tenant.row, :private]
+            whole = event.tokens % size if not event.era else 0  # the partial last page
+            keep, policy = event.kept * size + whole, str(planner.settings.policy)
+            self.engine.metrics.count_packed(policy, event, keep, self.share)
+        private = tokens_of(self.engine.router.pages[tenant.row, None, : tenant.private], size)[0]
+        begin = event.pages.start * size
+        rows = self.req_to_token[tenant.row, begin : begin + event.tokens - event.private * size]
         return Packing(
             scored=planner.scored,
-            protect=planner.settings.protect,
+            protect=event.protect,
             tenant=tenant,
-            slots=self.req_to_token[tenant.row, : tenant.prompt].long(),
-            targets=tokens_of(pages[None], size)[0],
+            slots=torch.cat([private[: event.private * size], rows.long()]),
+            targets=private[: event.kept * size],
+            era=event.era,
+            phase=event.phase,
         )
 
     def _whole(self, batch: Batch, segments: Segments) -> Whole:

@@ -27,7 +27,7 @@ def evict(result: None, batch: Any) -> None:
             if begin < end:
                 batch.token_to_kv_pool_allocator.free(row[begin:end].long())
                 row[begin:end] = 0  # SGLang's dummy slot
-                tenant.freed.append((begin, end))
+                tenant.free(begin, end)
                 engine.returned(tenant.choice, (end - begin) // size)
                 engine.admit_again()
 

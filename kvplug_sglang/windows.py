@@ -17,10 +17,17 @@ def check(planner: Planner, window: int, longest: int) -> None:
     to every query of a request of up to ``longest`` tokens."""
     policy, size = planner.settings.policy, planner.page_size
     needed = min(window, longest) - 1
-    if planner.scored is not None and planner.private * size < needed:
+    private = planner.schedule.most_private
+    if planner.schedule.every:
+        raise Refused(
+            "answers beside a window",
+            f"kvplug: {policy} takes tokens of an answer that the model's windowed layers, whose "
+            "tokens share their slots, still see; leave interval out",
+        )
+    if planner.scored is not None and private * size < needed:
         raise Refused(
             "narrower than a window",
-            f"kvplug: {policy} keeps {planner.private * size} tokens of a prompt, and the model's "
+            f"kvplug: {policy} keeps {private * size} tokens of a prompt, and the model's "
             f"windowed layers, whose tokens share their slots, see {needed} before each query; "
             f"write budget={needed} or more, or a policy that selects",
         )

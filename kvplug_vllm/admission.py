@@ -10,7 +10,7 @@ import numpy as np
 from kvplug import Planner, Refused, Settings
 from kvplug_vllm import compat
 from kvplug_vllm.metrics import count_refused
-from kvplug_vllm.refusals import beside_drafts
+from kvplug_vllm.refusals import beside
 from kvplug_vllm.settings import REQUEST_FIELD, asked_for, offer_of, selected
 
 
@@ -45,8 +45,8 @@ def settings_for(vllm_config: Any, asked: object) -> Settings:
         raise ValueError(not_selected(asked))
     try:
         settings = offer_of(vllm_config).settings_for(asked)
-        for reason in beside_drafts(settings, vllm_config):
-            raise Refused("drafts", f"kvplug: {reason}")
+        for label, reason in beside(settings, vllm_config):
+            raise Refused(label, f"kvplug: {reason}")
         return settings
     except ValueError as error:
         count_refused(error.reason if isinstance(error, Refused) else "unreadable")

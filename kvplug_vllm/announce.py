@@ -35,9 +35,12 @@ def describe(planner: Planner, spec: Any, tokens: int, vllm_config: Any) -> str:
         held = f"holds at most {most:,} blocks of {size} tokens instead of {whole:,}"
     elif planner.scored is not None:
         prompt = tokens - 1
-        private = int(planner.private_pages(np.array([prompt]))[0])
+        schedule = planner.schedule
+        private = int(schedule.private_pages(np.array([prompt]))[0])
         left = private + (prompt % size > 0) if private else whole
         held = f"holds {left:,} blocks of {size} tokens once its prompt is done, {whole:,} before"
+        if schedule.every:
+            held += f"; its answer {schedule.every:,} more at most"
     parts.append(f"A request of {tokens:,} tokens {held}")
     extra = spec.page_size_bytes / spec.unpadded_page_size_bytes - 1
     if extra:

@@ -20,7 +20,7 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from kvplug import Observed, PromptKV, choose_units, keep_tokens, window_queries
+from kvplug import LayerReads, Observed, PromptKV, choose_units, keep_tokens, window_queries
 from kvplug_kernels.pack_tokens import pack_tokens
 from kvplug_kernels.sparse_decode import sparse_decode
 from kvplug_kernels.virtual_heads import virtual_heads
@@ -103,7 +103,8 @@ class PlannedImpl:
         self.offer = engine.offer
         """What requests of the engine may ask for."""
         self.digest = engine.offer.digest if self.planned else None
-        self._window: dict[int, Tensor] = {}
+        self._window: dict[tuple[int, int], Tensor] = {}
+        """By the stay of a request and the era of an event."""
         self.packed_prompts = 0
         """Prompts that were packed here, for tests and doctor."""
         dense = engine.settings.policy.is_dense and not engine.offer.mixed
@@ -211,55 +212,68 @@ class PlannedImpl:
             self.observe(query, plan.observations)
             if plan.replayed and self.recent is not None:
                 self.recent[: len(query)].copy_(query)
-            for packing in plan.packings:
-                with metrics.packing(Engine.current, packing.settings):
-                    self.pack(layer, kv_cache, packing)
-            reads = plan.layers[compat.layer_index(layer.layer_name)]
+            for phase in plan.phases:
+                for packing in phase.packings:
+                    with metrics.packing(Engine.current, packing.settings):
+                        self.pack(layer, kv_cache, packing)
+                reads = phase.layers[compat.layer_index(layer.layer_name)]
+                if reads is not None:
+                    self._read(layer, query, kv_cache, reads, output)
         if reads is None:
             return super().forward(  # type: ignore[misc]
                 layer, query, key, value, kv_cache, attn_metadata, output,
                 output_scale, output_block_scale,
             )  # fmt: skip
+        return output
+
+    def _read(
+        self, layer: Any, query: Tensor, kv_cache: Tensor, reads: LayerReads[Whole, Selected],
+        output: Tensor,
+    ) -> None:  # fmt: skip
         if reads.whole is not None:
             self._whole(layer, query, kv_cache, reads.whole, output)
         for selected, budget in reads.selected:
             self._selected(layer, query, kv_cache, selected, budget, output)
-        return output
 
     def rehearse(self, layer: Any, key: Tensor) -> None:
         """Before there is a cache, where an engine measures how much memory a step takes."""
 
     def observe(self, query: Tensor, observations: Sequence[tuple[int, Observed]]) -> None:
-        """Keep the window's queries of prompts that are still being prefilled."""
+        """Keep the windows' queries of events that are still to come."""
         for stay, seen in observations:
-            window = self._window.pop(stay, None)
-            self._window[stay] = window_queries(seen, query, window)
+            window = self._window.pop((stay, seen.era), None)
+            self._window[stay, seen.era] = window_queries(seen, query, window)
 
     def forget(self, staying: set[int]) -> None:
-        """The windows of requests that left before their prompt was packed."""
-        for stay in self._window.keys() - staying:
-            del self._window[stay]
+        """The windows of requests that left before they were packed."""
+        for stay, era in list(self._window):
+            if stay not in staying:
+                del self._window[stay, era]
 
     def pack(self, layer: Any, kv_cache: Tensor, packing: Packing) -> None:
-        """Copy what each KV head keeps of the prompts' whole pages into their private blocks."""
+        """Copy what each KV head keeps into the request's private blocks."""
         if self.kv_sharing_target_layer_name is not None:
             return  # its owner does, by its keys
-        scored = packing.settings.policy.scored
+        scored, event = packing.settings.policy.scored, packing.event
         assert scored is not None
-        self.packed_prompts += len(packing.stays)
-        keys, values = self.read_pages(layer, kv_cache, packing.pages)  # [J, T, H, D]
+        self.packed_prompts += not event.era
+        keys, values = self.read_pages(layer, kv_cache, packing.pages)  # [1, T, H, D]
         window = None
         if scored.needs_queries:
-            window = torch.stack([self._window.pop(stay) for stay in packing.stays])
-        prompt = self.prompt(layer, keys, values, window, packing.lengths, kv_cache.shape[2])
-        tokens = keep_tokens(scored, prompt, packing.keep, packing.width, packing.settings.protect)
+            window = self._window.pop((packing.stay, event.era))[None]
+        prompt = self.prompt(
+            layer, keys, values, window, packing.pages.new_full((1,), event.tokens),
+            kv_cache.shape[2], event.era,
+        )  # fmt: skip
+        keep = packing.pages.new_full((1,), packing.width)
+        tokens = keep_tokens(scored, prompt, keep, packing.width, event.protect)
         self.store_kept(layer, kv_cache, packing, prompt, tokens)
 
     def prompt(
         self, layer: Any, keys: Tensor, values: Tensor, window: Tensor | None, lengths: Tensor,
-        page_size: int,
+        page_size: int, event: int = 0,
     ) -> PromptKV:  # fmt: skip
-        """window [J, W, Hq, D]: the queries of the prompts' last tokens."""
+        """window [J, W, Hq, D]: the queries of the last tokens."""
         groups = (self.num_kv_heads, self.num_queries_per_kv)
         return PromptKV(
             keys=keys,
@@ -269,13 +283,20 @@ class PlannedImpl:
             scale=self.scale,
             first_head=compat.first_kv_head(layer.layer_name, self.num_kv_heads),
             page_size=page_size,
+            event=event,
         )
 
     def store_kept(
         self, layer: Any, kv_cache: Tensor, packing: Packing, prompt: PromptKV, tokens: Tensor
     ) -> None:
-        """Copy what was kept within the cache, keys and values at once. tokens [J, H, width]"""
-        pack_tokens(kv_cache, packing.pages, tokens, packing.keep, packing.private)
+        """Copy what was kept within the cache, keys and values at once. tokens [1, H, n]"""
+        if packing.event.era:  # into pages that it lies in
+            pages, offset = packing.slots // kv_cache.shape[2], packing.slots % kv_cache.shape[2]
+            rows = torch.cat([packing.kept(x, tokens) for x in (prompt.keys, prompt.values)], -1)
+            kv_cache[pages, :, offset] = rows
+        else:
+            keep = packing.pages.new_full((1,), packing.width)
+            pack_tokens(kv_cache, packing.pages, tokens, keep, packing.private)
         if self.digest is not None:
             kept = packing.kept(prompt.keys, tokens)
             self._take_in(layer, kv_cache, kept, packing.slots)

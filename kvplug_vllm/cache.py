@@ -65,6 +65,7 @@ def customize_spec(spec: Any, layer_class: int = 0) -> Any:
             settings=EvictionSettings.of(offer),
             private_blocks=-(-tokens // spec.block_size),
             budget=budget,
+            in_flight=engine.vllm_config.max_in_flight_tokens,
         )
     elif digest:
         spec = replace_as(spec, DigestedSpec, digest_bytes=digest)

@@ -1,6 +1,6 @@
-"""Prompts that a step compresses: whose last queries it keeps, what it packs, and where.
+"""Requests that a step compresses: whose last queries it keeps, what it packs, and where.
 
-The private blocks that hold what a prompt keeps come from the scheduler (``kvplug_vllm.packing``).
+The private blocks that hold what stays come from the scheduler (``kvplug_vllm.packing``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvplug import BatchPlanner, Observed, Segments, Settings
+from kvplug import BatchPlanner, Event, Observed, Segments, Settings
 from kvplug.policy import Positions
 from kvplug_vllm.metrics import Metrics
 from kvplug_vllm.metrics import packing as packing_time
@@ -23,26 +23,27 @@ from kvplug_vllm.settings import Engine
 
 @dataclass
 class Packing:
-    """Prompts of one policy whose kept tokens are packed in this step; J of them."""
+    """A request whose kept tokens are packed in this step: n of T."""
 
     settings: Settings
+    event: Event
+    stay: int
     pages: Tensor
-    """The prompt's pages, the partial last one too, in order. [J, P] int64"""
-    lengths: Tensor  # [J] int64 prompt tokens
-    keep: Tensor  # [J] int64 tokens kept
-    width: int
-    """The most tokens kept."""
+    """What is packed, in order, a prompt's partial last page too. [1, P] int64"""
     private: Tensor
-    """The pages they are packed into, in order, the last one repeated. [J, Kp] int64"""
+    """The pages that what stays is packed into, in order. [1, Kp] int64"""
     slots: Tensor
-    """Where kept token k of prompt j goes, and which they are: rows of [J * width]. [n] int64"""
-    packed: Tensor  # [n] int64
-    stays: list[int]
+    """Where kept token k goes. [n] int64"""
+
+    @property
+    def width(self) -> int:
+        """Tokens kept."""
+        return len(self.slots)
 
     def kept(self, rows: Tensor, tokens: Tensor) -> Tensor:
-        """What goes to ``slots``. rows [J, T, H, D], tokens [J, H, width] -> [n, H, D]"""
-        index = tokens.transpose(1, 2)[..., None].expand(-1, -1, -1, rows.shape[-1])
-        return rows.gather(1, index).flatten(0, 1)[self.packed]
+        """What goes to ``slots``. rows [1, T, H, D], tokens [1, H, n] -> [n, H, D]"""
+        index = tokens[0].T[..., None].expand(-1, -1, rows.shape[-1])
+        return rows[0].gather(0, index)
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,18 @@ class Compression:
     passed: set[int] = field(default_factory=set)
     """Stays whose last step passed their prompt's end before it was cached."""
 
-    def ended(self, passing: Positions, rows: Rows, prompt: Positions) -> Positions:
-        """Those of the rows that pass their prompt's end whose prompt is to be packed; prompt [B].
+    def ended(self, events: Sequence[Event], rows: Rows, prompt: Positions) -> list[Event]:
+        """Those of a step's events that are to be packed; prompt [B].
 
-        What passed it ahead of the prompt's last token may have been drafts alone, padding of the
-        engine's, and rejected: the step that decodes the first token then passes it again.
+        What passed a prompt's end ahead of its last token may have been drafts alone, padding of
+        the engine's, and rejected: the step that decodes the first token then passes it again.
         """
         again = np.isin(rows.stay, list(self.passed)) & (rows.computed == prompt)
         self.passed.difference_update(rows.stay.tolist())
-        early = passing[rows.computed[passing] < prompt[passing]]
-        self.passed.update(rows.stay[early].tolist())
-        return passing[~again[passing]]
+        for event in events:
+            if not event.era and rows.computed[event.row] < prompt[event.row]:
+                self.passed.add(int(rows.stay[event.row]))
+        return [event for event in events if event.era or not again[event.row]]
 
     def observations(self, rows: Rows, seen: Sequence[Observed]) -> list[tuple[int, Observed]]:
         """By the stay of their request. What is kept of requests that have left is let go."""
@@ -99,7 +101,7 @@ class Compression:
         tokens = behind.flat
         position = tokens - behind.token[segment] + behind.start[segment]
         page = position // behind.page_size
-        column = page + np.where(page >= behind.packed[segment], behind.kept[segment], 0)
+        column = page + np.where(page >= behind.packed[segment], behind.private[segment], 0)
         at = self.tensor(behind.row[segment])
         block = common.block_table_tensor[at, self.tensor(column)]
         offset = self.tensor(position % behind.page_size)
@@ -107,41 +109,33 @@ class Compression:
         common.slot_mapping[self.tensor(tokens)] = slots
 
     def packings(
-        self, common: Any, ended: Positions, rows: Rows, prompt: Positions
+        self, common: Any, events: Sequence[Event], rows: Rows, prompt: Positions
     ) -> list[Packing]:
-        """ended [n]: rows of the batch whose prompts are packed, one at a time, so that the
-        memory it takes is that of one; prompt [B]"""
-        return [
-            self._packing(common, ended[n : n + 1], rows, prompt[ended[n : n + 1]])
-            for n in range(len(ended))
-        ]
+        """One at a time, so that the memory it takes is that of one; prompt [B]"""
+        return [self._packing(common, event, rows, prompt[event.row]) for event in events]
 
-    def _packing(self, common: Any, ended: Positions, rows: Rows, prompt: Positions) -> Packing:
-        """ended, prompt [J]: of one policy"""
-        planner = self.planner.planners[int(rows.choice[ended[0]])]
-        size = planner.page_size
-        private = planner.private_pages(prompt)
-        ends = -(-prompt // size)
-        table = common.block_table_tensor[self.tensor(ended)].long()
-        columns = np.minimum(np.arange(int(ends.max()))[None], ends[:, None] - 1)
-        places = ends[:, None] + np.minimum(np.arange(int(private.max())), private[:, None] - 1)
-        blocks = table.gather(1, self.tensor(places))
-        keep, width = private * size, int(private.max()) * size
+    def _packing(self, common: Any, event: Event, rows: Rows, prompt: np.int64) -> Packing:
+        planner = self.planner.planners[int(rows.choice[event.row])]
+        size, schedule, lengths = planner.page_size, planner.schedule, np.array([prompt])
+        column, private = int(schedule.column(lengths)[0]), int(schedule.private(lengths)[0])
+        pages = np.asarray(event.pages)
+        # Pages before the private ones stand where they did, the others behind them.
+        columns = np.concatenate(
+            [column + np.arange(event.private), pages + private * (pages >= column)]
+        )
         if self.metrics is not None:
-            self.metrics.count_packed(prompt, keep + prompt % size, planner.settings)
-        packed = np.flatnonzero((np.arange(width)[None] < keep[:, None]).ravel())
-        slots = (blocks[:, :, None] * size + torch.arange(size, device=blocks.device)).flatten()
-        kept = self.tensor(packed)
+            whole = event.tokens % size if not event.era else 0  # the partial last page
+            self.metrics.count_packed(event, event.kept * size + whole, planner.settings)
+        table = common.block_table_tensor[event.row].long()
+        blocks = table[self.tensor(column + np.arange(event.kept))]
+        offset = torch.arange(size, device=blocks.device)
         return Packing(
             settings=planner.settings,
-            pages=table.gather(1, self.tensor(columns)),
-            lengths=self.tensor(prompt),
-            keep=self.tensor(keep),
-            width=width,
-            private=blocks,
-            slots=slots[kept],
-            packed=kept,
-            stays=rows.stay[ended].tolist(),
+            event=event,
+            stay=int(rows.stay[event.row]),
+            pages=table[self.tensor(columns)][None],
+            private=blocks[None],
+            slots=(blocks[:, None] * size + offset).flatten(),
         )
 
     def pack_now(self, packings: Sequence[Packing]) -> None:

@@ -12,10 +12,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from kvplug import Settings, StepReads
+from kvplug import Event, Settings, StepReads
 from kvplug.counting import Counter
 from kvplug_vllm.counters import add
 from kvplug_vllm.settings import Engine
@@ -27,7 +24,7 @@ DENSE_BYTES = Counter("cached_bytes", "Bytes of the tokens behind them, a rank."
 READ_BYTES = Counter("read_bytes", "Bytes that they read, digests included, a rank.", "policy")
 PACKED = Counter("packed_prompts", "Prompts that were compressed.", "policy")
 KEPT = Counter("kept_tokens", "Tokens that a KV head kept of them.", "policy")
-DROPPED = Counter("dropped_tokens", "Tokens that a KV head dropped of them.", "policy")
+DROPPED = Counter("dropped_tokens", "Tokens that a KV head dropped, of answers too.", "policy")
 SECONDS = Counter("packing_seconds", "Seconds the host spent compressing prompts.", "policy")
 RETURNED = Counter("returned_blocks", "Blocks that living requests gave back.", "policy")
 SAVED = Counter("saved_bytes", "Bytes of them, less those of private blocks, a rank.", "policy")
@@ -70,13 +67,12 @@ class Metrics:
             add(DENSE_BYTES, cached, str(settings.policy))
             add(READ_BYTES, read, str(settings.policy))
 
-    def count_packed(
-        self, prompt: NDArray[np.int64], keep: NDArray[np.int64], settings: Settings
-    ) -> None:
-        """prompt, keep [n]: tokens of the prompts packed in a step, and of those that stay."""
-        self._add(PACKED, len(prompt), settings)
-        self._add(KEPT, float(keep.sum()), settings)
-        self._add(DROPPED, float((prompt - keep).sum()), settings)
+    def count_packed(self, event: Event, keep: int, settings: Settings) -> None:
+        """keep: of the event's tokens, those that stay. What a prompt kept is counted once."""
+        if not event.era:
+            self._add(PACKED, 1, settings)
+            self._add(KEPT, keep, settings)
+        self._add(DROPPED, event.tokens - keep, settings)
 
     def _add(self, counter: Counter, amount: float, settings: Settings) -> None:
         add(counter, amount * self.share, str(settings.policy))

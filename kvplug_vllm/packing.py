@@ -1,10 +1,11 @@
 """Compress on read, keep on cache: a prompt's pages return to the pool once they are packed.
 
-When a request passes its prompt's end, private blocks are inserted into its row right behind the
-prompt. The worker packs the kept tokens of the prompt's whole pages into them in the same step;
-when that step is committed, the whole pages return to the pool *with their hashes*: the next turn
-still hits the uncompressed prefix for as long as the memory is not needed. Private blocks and
-what is decoded behind them are never hashed, so no other request can find them.
+When a request passes its first event (``kvplug.schedule``: its prompt's end), private blocks are
+inserted into its row right behind it. The worker packs the kept tokens of the whole pages into
+them in the same step; when that step is committed, the whole pages return to the pool *with their
+hashes*: the next turn still hits the uncompressed prefix for as long as the memory is not needed.
+Private blocks and what is decoded behind them are never hashed, so no other request can find them.
+Later events pack into the same blocks, and return what they packed.
 
 Where requests choose their policies, nothing that is decoded under any but ``dense`` is hashed: a
 prompt's keys are the same for all of them, an answer's are not.
@@ -21,7 +22,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from kvplug import Planner
+from kvplug import Course, Planner, Schedule
 from kvplug_vllm import compat
 from kvplug_vllm.settings import EvictionSettings, asked_for
 from kvplug_vllm.streaming import give_back
@@ -38,6 +39,8 @@ class PackingSpec(FullAttentionSpec):
 
     layers: int = 1
     """That share a block: of one group."""
+    in_flight: int = 1
+    """Tokens of a request that are computed at once, at most."""
 
     def planner(self, request: Any) -> Planner:
         """What a request's own settings mean for these layers."""
@@ -68,7 +71,7 @@ class PackingSpec(FullAttentionSpec):
         if self.settings.offer().mixed:
             return min(self.private_blocks, prompt // self.block_size)
         planner = Planner(self.settings.offer().settings, self.block_size, self.budget)
-        return int(planner.private_pages(np.array([prompt]))[0])
+        return int(planner.schedule.private(np.array([prompt]))[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +80,11 @@ class Held:
 
     prompt: int
     """Tokens of its original prompt."""
-    private: int
-    """Blocks that its prompt is packed into, 0 where it stays whole."""
+    course: Course
+    schedule: Schedule
     policy: str
-    hashes_answer: bool
-    """Whether blocks of its answer may serve other requests."""
+    hashed: int
+    """Its first tokens whose blocks may serve other requests."""
 
 
 class PackingManager(FullAttentionManager):
@@ -106,13 +109,14 @@ class PackingManager(FullAttentionManager):
 
     def _hold(self, request: Any) -> Held:
         planner, prompt = self.spec.planner(request), request.num_prompt_tokens
-        settings, private = planner.settings, int(planner.private_pages(np.array([prompt]))[0])
-        shared = self.spec.settings.offer().mixed and not settings.policy.is_dense
+        policy, course = planner.settings.policy, planner.schedule.course(prompt)
+        shared = self.spec.settings.offer().mixed and not policy.is_dense
         return Held(
             prompt=prompt,
-            private=private,
-            policy=str(settings.policy),
-            hashes_answer=not private and not shared,
+            course=course,
+            schedule=planner.schedule,
+            policy=str(policy),
+            hashed=min(course.begin, prompt) if shared else course.begin,
         )
 
     @classmethod
@@ -126,14 +130,15 @@ class PackingManager(FullAttentionManager):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[tuple[list[Any], ...], int]:
-        """Stops before the prompt's end, also on resume: the step that passes it packs, and a
-        scorer that needs the prompt's last queries must have them computed."""
+        """Stops before the first event, also on resume: the step that passes it packs, and a
+        scorer that needs the last queries before it must have them computed."""
         request = cls._looking_up
         assert request is not None, "vLLM looks up a prefix without naming the request"
-        planner, prompt = kv_cache_spec.planner(request), request.num_prompt_tokens
-        if planner.private_pages(np.array([prompt]))[0]:
+        planner = kv_cache_spec.planner(request)
+        if planner.scored is not None:
             last = planner.scored.window if planner.scored.needs_queries else 1
-            max_length = min(max_length, max(prompt - last, 0))
+            begin = planner.schedule.course(request.num_prompt_tokens).begin
+            max_length = min(max_length, max(begin - last, 0))
         return super().find_longest_cache_hit(
             block_hashes,
             max_length,
@@ -146,8 +151,8 @@ class PackingManager(FullAttentionManager):
 
     def _with_private(self, request_id: str, num_tokens: int) -> int:
         """Tokens whose slots a row needs, private blocks counted as tokens."""
-        held = self.held[request_id]
-        return num_tokens + held.private * self.block_size * (num_tokens > held.prompt)
+        course = self.held[request_id].course
+        return num_tokens + course.private * self.block_size * (num_tokens > course.begin)
 
     def get_num_blocks_to_allocate(
         self,
@@ -162,8 +167,7 @@ class PackingManager(FullAttentionManager):
     ) -> int:
         needed = self._with_private(request_id, num_tokens)
         if apply_admission_cap:
-            # Admission: the whole prompt and its private blocks must fit together once.
-            needed = num_tokens + self.held[request_id].private * self.block_size
+            needed = self._at_most(self.held[request_id], num_tokens)
         return super().get_num_blocks_to_allocate(
             request_id,
             needed,
@@ -174,6 +178,16 @@ class PackingManager(FullAttentionManager):
             apply_admission_cap,
             prefill_end,
         )
+
+    def _at_most(self, held: Held, num_tokens: int) -> int:
+        """Tokens whose slots a request that is admitted needs together once: the whole prompt and
+        its private blocks; of an answer that is packed too, what its events leave."""
+        course = held.course
+        whole = num_tokens + course.private * self.block_size * (num_tokens >= course.begin)
+        if num_tokens <= course.begin or not course.every:
+            return whole
+        most = held.schedule.most_pages(held.prompt, self.spec.in_flight, num_tokens)
+        return min(whole, most * self.block_size)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
@@ -188,10 +202,12 @@ class PackingManager(FullAttentionManager):
         num_prompt_tokens: int | None = None,
     ) -> None:
         held = self.held[request_id]
-        # The worker packs in the step of the first token behind the prompt; it must be committed.
-        if processed_computed_tokens > held.prompt and held.private:
-            last = held.prompt // self.block_size
-            give_back(self, request_id, 0, last, held.policy, held.private)
+        # The worker packs in the step that passes an event; it must be committed.
+        row = self.req_to_blocks.get(request_id)
+        for first, last in held.course.freed(processed_computed_tokens):
+            anew = not first and row and not row[0].is_null
+            private = held.course.private if anew else 0
+            give_back(self, request_id, first, last, held.policy, private)
 
     def cache_blocks(
         self,
@@ -202,9 +218,8 @@ class PackingManager(FullAttentionManager):
         replay_boundaries: Sequence[int],
     ) -> None:
         held = self.held[request.request_id]
-        if not held.hashes_answer:
-            num_tokens = min(num_tokens, held.prompt)
-            num_tokens -= num_tokens % self.block_size
+        if num_tokens > held.hashed:
+            num_tokens = held.hashed // self.block_size * self.block_size
         super().cache_blocks(
             request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
         )

@@ -44,6 +44,7 @@ def refusals(vllm_config: Any) -> Iterator[str]:
         return
     yield from unsupported(offer)
     yield from _with_drafts(offer, vllm_config)
+    yield from (reason for _, reason in beside(offer.settings, vllm_config))
     for name, flag in (
         ("decode_context_parallel_size", "--decode-context-parallel-size"),
         ("prefill_context_parallel_size", "--prefill-context-parallel-size"),
@@ -151,13 +152,34 @@ def _with_drafts(offer: Offer, vllm_config: Any) -> Iterator[str]:
             "whose states rejected drafts change too: it was never seen to answer as without "
             "drafts; drop --speculative-config, or use the policy 'dense'"
         )
-    yield from beside_drafts(offer.settings, vllm_config)
 
 
-def beside_drafts(settings: Settings, vllm_config: Any) -> Iterator[str]:
-    """What speculative decoding keeps from the server's own settings, or from a request's."""
-    selector = settings.policy.selector
-    if vllm_config.speculative_config is None or selector is None:
+def beside(settings: Settings, vllm_config: Any) -> Iterator[tuple[str, str]]:
+    """What the engine keeps from the server's own settings, or from a request's: one of a few
+    words, and the reason."""
+    for reason in _beside_drafts(settings, vllm_config):
+        yield "drafts", reason
+    scored, model = settings.policy.scored, vllm_config.model_config
+    text = None if model is None else model.hf_text_config
+    interval = None if scored is None else scored.interval
+    if getattr(text, "num_kv_shared_layers", 0) and interval is not None:
+        yield (
+            "shared caches",
+            f"{scored} packs a cache anew that other layers still read in the same step; leave "
+            "interval out",
+        )
+
+
+def _beside_drafts(settings: Settings, vllm_config: Any) -> Iterator[str]:
+    if vllm_config.speculative_config is None:
+        return
+    selector, scored = settings.policy.selector, settings.policy.scored
+    if scored is not None and scored.interval is not None:
+        yield (
+            f"speculative decoding with {scored}: an answer would be packed with drafts that may "
+            "be rejected; leave interval out, or drop --speculative-config"
+        )
+    if selector is None:
         return
     if selector.mass is not None and not isinstance(selector, TokenSelector):
         yield (

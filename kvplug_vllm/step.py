@@ -66,10 +66,18 @@ class Whole:
 
 
 @dataclass
-class StepPlan:
+class Phase:
+    """What a layer does in one go: it packs, then reads."""
+
+    packings: Sequence[Packing]
     layers: Mapping[int, LayerReads[Whole, Selected] | None]
     """What each reads; None where the engine's own path serves it."""
-    packings: Sequence[Packing] = ()
+
+
+@dataclass
+class StepPlan:
+    phases: Sequence[Phase]
+    """One, unless a request comes back with an answer that was packed more than once."""
     observations: Sequence[tuple[int, Observed]] = ()
     """By the stay of their request."""
     resumed: tuple[Tensor, Tensor] | None = None
@@ -172,25 +180,31 @@ class PlannedBuilder:
         self.unseen = []
         self.fixed = common.max_query_len == 1 and common.num_reqs <= self.most_replayed
         observations = self.compression.observations(rows, planner.observed(*batch))
-        ended = self.compression.ended(planner.compresses(*batch), rows, prompt)
+        events = self.compression.ended(planner.events(*batch), rows, prompt)
         if self.fixed:
             self.unseen, observations = observations, []
         elif segments.untouched and planner.planners[OWN].settings.shortcut:
             resumed = self._resumed(common, rows)
             if not observations and resumed is None:
                 return None
-            return StepPlan(dict.fromkeys(self.layers), (), observations, resumed)
+            served = Phase((), dict.fromkeys(self.layers))
+            return StepPlan([served], observations, resumed)
         if self.packs:
             self.compression.redirect(common, segments)
-        packings = self.compression.packings(common, ended, rows, prompt)
+        packings = self.compression.packings(common, events, rows, prompt)
         if self.fixed:
             self.compression.pack_now(packings)
             packings = []
         whole = partial(self._whole, common, metadata, segments)
         selected = partial(self._selected, common)
         fixed = common.num_reqs if self.fixed else None
-        layers = planner.by_layer(segments, self.layers, whole, selected, fixed)
-        return StepPlan(layers, packings, observations, self._resumed(common, rows), self.fixed)
+        phases = []
+        for number in range(int(segments.phase.max(initial=0)) + 1):
+            part = segments.where(segments.phase == number)
+            layers = planner.by_layer(part, self.layers, whole, selected, fixed)
+            mine = [packing for packing in packings if packing.event.phase == number]
+            phases.append(Phase(mine, layers))
+        return StepPlan(phases, observations, self._resumed(common, rows), self.fixed)
 
     def _resumed(self, common: Any, rows: Rows) -> tuple[Tensor, Tensor] | None:
         """Where this step decodes into pages that earlier ones may have written drafts to."""
@@ -273,8 +287,9 @@ class PlannedBuilder:
         held = np.append(self.planner.planners[OWN].held, 0)
         start = self._tensor(held, torch.int64)[column.clamp(max=len(held) - 1)]
         packed = self._tensor(segments.packed, torch.int64)[:, None]
+        private = self._tensor(segments.private, torch.int64)[:, None]
         page = column - kept + first
-        page = torch.where((packed >= 0) & (page >= packed), page + kept, page)
+        page = torch.where((packed >= 0) & (page >= packed), page + private, page)
         start = torch.where(packed >= 0, packed + column, start)
         page = torch.where(column < kept, start, page)
         table = table.gather(1, page.clamp(max=most - 1))

@@ -49,7 +49,10 @@ class Random(ScoredEviction):
         B, T, H, _ = prompt.keys.shape
         heads = torch.arange(H, device=prompt.keys.device) + prompt.first_head
         positions = torch.arange(T, device=prompt.keys.device)
-        lots = mix(mix(mix(self.seed) ^ heads)[:, None] ^ positions)
+        seed = mix(self.seed)
+        if prompt.event:  # the lots of an event's tokens are drawn anew
+            seed = mix(seed ^ prompt.event)
+        lots = mix(mix(seed ^ heads)[:, None] ^ positions)
         return (lots >> 8).float().mul(2.0**-24).expand(B, H, T)  # 24 bits: as many as fp32 holds
 
 

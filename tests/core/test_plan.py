@@ -9,7 +9,7 @@ query i sees page p  iff  p <= i // S, and
 import itertools
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -278,7 +278,7 @@ def test_a_request_of_exactly_min_context_tokens_is_served_dense(tokens, private
         assert segments.selects.tolist() == [not shortcut or tokens > 200]
         assert planner.selection(segments).tolist() == [read]
     scored = Planner(Settings(policy=parse("knorm(budget=64)"), min_context=200), 16)
-    assert scored.private_pages(length).tolist() == [private]
+    assert scored.schedule.private_pages(length).tolist() == [private]
 
 
 @claims
@@ -331,6 +331,10 @@ def packs(settings: Settings, S: int, prompt: int) -> int:
     if not settings.shortcut:
         return min(whole, budget)
     return budget if whole > budget and prompt > settings.min_context else 0
+
+
+def packed_rows(planner, computed, total, prompt) -> list[int]:
+    return [event.row for event in planner.schedule.events(computed, total, prompt)]
 
 
 def columns(segments, n: int, i: int) -> list[int]:
@@ -408,7 +412,7 @@ def test_no_chunk_changes_what_is_kept_not_even_one_that_goes_past_the_prompts_e
         for n in np.flatnonzero(segments.row == 1):
             for i in range(segments.start[n], segments.stop[n]):
                 seen.append((columns(segments, n, i), bool(segments.selects[n])))
-        if 1 in planner.compresses(*step):
+        if 1 in packed_rows(planner, *step):
             compressed.append((start, stop))
     whole = planner.plan(*batch([(0, total, prompt)]))
     at_once = [
@@ -432,19 +436,19 @@ def test_a_step_compresses_the_long_prompts_whose_end_it_passes(settings, S, req
         for b in range(len(total))
         if int(prompt[b]) in range(computed[b], total[b]) and packs(settings, S, int(prompt[b]))
     ]
-    assert planner.compresses(computed, total, prompt).tolist() == wanted
+    assert packed_rows(planner, computed, total, prompt) == wanted
     private = [packs(settings, S, int(length)) for length in prompt]
-    assert planner.private_pages(prompt).tolist() == private
+    assert planner.schedule.private_pages(prompt).tolist() == private
 
 
 @pytest.mark.parametrize("policy", ["snapkv(budget=64)", "snapkv(budget=50, window=9)"])
 def test_a_prompt_is_packed_from_the_first_page_beyond_its_budget_on(policy):
     lengths = np.array([1, 15, 16, 31, 63, 64, 79, 80, 81, 96, 1000])
-    private = Planner(Settings(policy=parse(policy)), 16).private_pages
+    private = Planner(Settings(policy=parse(policy)), 16).schedule.private_pages
     assert private(lengths).tolist() == [0] * 7 + [4] * 4
-    private = Planner(Settings(policy=parse(policy), min_context=96), 16).private_pages
+    private = Planner(Settings(policy=parse(policy), min_context=96), 16).schedule.private_pages
     assert private(lengths).tolist() == [0] * 10 + [4]
-    private = Planner(Settings(policy=parse(policy), shortcut=False), 16).private_pages
+    private = Planner(Settings(policy=parse(policy), shortcut=False), 16).schedule.private_pages
     assert private(lengths).tolist() == [0, 0, 1, 1, 3, 4, 4, 4, 4, 4, 4], "all that has a page"
 
 
@@ -452,8 +456,8 @@ def test_a_prompt_is_packed_from_the_first_page_beyond_its_budget_on(policy):
 def test_other_policies_never_compress(policy):
     planner = Planner(Settings(policy=parse(policy), shortcut=False), 16)
     step = batch([(90, 20, 100), (0, 300, 160)])
-    assert planner.compresses(*step).tolist() == []
-    assert planner.private_pages(step[2]).tolist() == [0, 0]
+    assert packed_rows(planner, *step) == []
+    assert planner.schedule.private_pages(step[2]).tolist() == [0, 0]
     assert (planner.plan(*step).packed == -1).all()
 
 
@@ -501,8 +505,7 @@ def test_a_mixed_batch_is_planned_as_each_request_alone(requests, shortcut):
     segments = planner.plan(choice, computed, total, prompt)
     assert (np.diff(segments.token) > 0).all()
     assert int(segments.queries.sum()) == int(new.sum())
-    private = planner.private_pages(choice, prompt)
-    packed = planner.compresses(choice, computed, total, prompt)
+    packed = planner.events(choice, computed, total, prompt)
     offset = np.cumsum(new) - new
     for row, one in enumerate(choice.tolist()):
         alone = Planner(settings[one], 16)
@@ -510,10 +513,10 @@ def test_a_mixed_batch_is_planned_as_each_request_alone(requests, shortcut):
         mine, its = segments.where(segments.row == row), alone.plan(*only)
         assert set(mine.choice.tolist()) == {one}
         assert (mine.token - offset[row] == its.token).all()
-        for name in ("start", "stop", "kept", "first", "packed", "selects", "decodes"):
+        for name in ("start", "stop", "kept", "first", "packed", "private", "selects"):
             assert (getattr(mine, name) == getattr(its, name)).all(), name
-        assert private[row] == alone.private_pages(prompt[[row]])[0]
-        assert (row in packed) == bool(len(alone.compresses(*only)))
+        packs = [replace(event, row=0) for event in packed if event.row == row]
+        assert packs == alone.schedule.events(*only)
 
 
 @claims
@@ -609,12 +612,13 @@ def test_layers_that_share_private_pages_pack_a_prompt_as_soon_as_the_narrowest_
     policy = Settings(policy=parse("pyramid(snapkv(budget=128, window=16))"))
     lengths = np.array([64, 80, 200, 4000])
     wide, narrow = Planner(policy, 16, 192, 64), Planner(policy, 16, 64, 64)
-    assert wide.private_pages(lengths).tolist() == [0, 5, 12, 12]
-    assert narrow.private_pages(lengths).tolist() == [0, 4, 4, 4]
-    assert Planner(policy, 16, 192).private_pages(lengths).tolist() == [0, 0, 0, 12]
+    assert wide.schedule.private_pages(lengths).tolist() == [0, 5, 12, 12]
+    assert narrow.schedule.private_pages(lengths).tolist() == [0, 4, 4, 4]
+    assert Planner(policy, 16, 192).schedule.private_pages(lengths).tolist() == [0, 0, 0, 12]
     planner = BatchPlanner(16, 192, 64)
     planner.know([policy, Settings(policy=parse("snapkv(budget=32, window=16)"))])
-    assert [each.private for each in planner.planners] == [12, 2], "of their own, if uniform"
+    private = [each.schedule.most_private for each in planner.planners]
+    assert private == [12, 2], "of their own, if uniform"
 
 
 @dataclass(frozen=True, kw_only=True)

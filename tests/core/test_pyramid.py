@@ -66,8 +66,8 @@ def test_the_line_parses_back_and_composes():
 def test_a_planner_keeps_what_its_layers_keep():
     settings = read_settings({"policy": "pyramid(knorm(budget=100))"}, environ={})
     prompt = np.array([50, 500])
-    assert Planner(settings, 16).private_pages(prompt).tolist() == [0, 7]
-    assert Planner(settings, 16, budget=200).private_pages(prompt).tolist() == [0, 13]
+    assert Planner(settings, 16).schedule.private_pages(prompt).tolist() == [0, 7]
+    assert Planner(settings, 16, budget=200).schedule.private_pages(prompt).tolist() == [0, 13]
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def full_pages(engine, request):
     """Blocks of a request that hold nothing but accepted tokens, all that they have room for."""
     (manager,) = engine.scheduler.kv_cache_manager.coordinator.single_type_managers
     held = getattr(manager, "held", {}).get(request.request_id)
-    private, prompt = held.private if held else 0, request.num_prompt_tokens
+    private, prompt = held.course.private if held else 0, request.num_prompt_tokens
     for column, block in enumerate(manager.req_to_blocks[request.request_id]):
         behind = private if column >= -(-prompt // 32) + private else 0
         inside = private and -(-prompt // 32) <= column < -(-prompt // 32) + private

@@ -113,7 +113,7 @@ class Shadow:
             forward(impl, layer, query, key, value, cache, metadata, output, **scales)
             plan = getattr(metadata, "kvplug", None)
             if plan is not None:
-                reads = plan.layers[compat.layer_index(layer.layer_name)]
+                reads = plan.phases[-1].layers[compat.layer_index(layer.layer_name)]
                 whole = metadata if reads is None else reads.whole.metadata
                 check_attention(impl, layer.layer_name, query, whole, output)
             return output
@@ -128,38 +128,36 @@ class Shadow:
         from kvplug_vllm import compat
 
         rows, scored = self.rows[name], packing.settings.policy.scored
-        slots = iter(packing.slots.tolist())
-        for job, length in enumerate(packing.lengths.tolist()):
-            natural = [
-                int(packing.pages[job, position // size]) * size + position % size
-                for position in range(length)
-            ]
-            keys = torch.stack([rows[slot][0] for slot in natural])
-            window = natural[-scored.window :] if scored.needs_queries else []
-            queries = None
-            if window:
-                queries = torch.stack([self.asked[name][slot] for slot in window])
-                queries = queries.unflatten(1, (impl.num_kv_heads, -1))[None]
-                missing = scored.window - len(window)
-                queries = torch.nn.functional.pad(queries, (0, 0, 0, 0, 0, 0, missing, 0))
-            keep = int(packing.keep[job])
-            solo = PromptKV(
-                keys=keys[None],
-                values=keys[None],
-                queries=queries,
-                lengths=torch.tensor([length]),
-                scale=impl.scale,
-                first_head=compat.first_kv_head(name, impl.num_kv_heads),
-                page_size=size,
-            )
-            kept = keep_tokens(scored, solo, torch.tensor([keep]), keep)[0].tolist()
-            for place in range(keep):
-                packed_key, packed_value = rows[next(slots)]
-                for head in range(impl.num_kv_heads):
-                    key, value = rows[natural[kept[head][place]]]
-                    assert torch.equal(packed_key[head], key[head])
-                    assert torch.equal(packed_value[head], value[head])
-            self.packed += 1
+        length, keep = packing.event.tokens, packing.width
+        natural = [
+            int(packing.pages[0, position // size]) * size + position % size
+            for position in range(length)
+        ]
+        keys = torch.stack([rows[slot][0] for slot in natural])
+        window = natural[-scored.window :] if scored.needs_queries else []
+        queries = None
+        if window:
+            queries = torch.stack([self.asked[name][slot] for slot in window])
+            queries = queries.unflatten(1, (impl.num_kv_heads, -1))[None]
+            missing = scored.window - len(window)
+            queries = torch.nn.functional.pad(queries, (0, 0, 0, 0, 0, 0, missing, 0))
+        solo = PromptKV(
+            keys=keys[None],
+            values=keys[None],
+            queries=queries,
+            lengths=torch.tensor([length]),
+            scale=impl.scale,
+            first_head=compat.first_kv_head(name, impl.num_kv_heads),
+            page_size=size,
+        )
+        kept = keep_tokens(scored, solo, torch.tensor([keep]), keep)[0].tolist()
+        for place, slot in enumerate(packing.slots.tolist()):
+            packed_key, packed_value = rows[slot]
+            for head in range(impl.num_kv_heads):
+                key, value = rows[natural[kept[head][place]]]
+                assert torch.equal(packed_key[head], key[head])
+                assert torch.equal(packed_value[head], value[head])
+        self.packed += 1
 
     def check_attention(self, impl, name, query, metadata, output):
         """The stock kernel over the rewritten table is plain attention over its tokens."""

@@ -70,8 +70,8 @@ class Beside:
             )
             equal(*tails)
             self.digests += len(private)
-        self.prompts.append(len(packing.stays))
-        self.tokens += int(packing.keep.sum())
+        self.prompts.append(1)
+        self.tokens += packing.width
 
 
 def equal(ours, theirs):

@@ -1,0 +1,238 @@
+"""When a request's cache is packed, and what its queries see from then on, by lengths alone.
+
+A request is packed at positions that follow from its prompt and its policy: at the prompt's end,
+if that is long enough, and every ``interval`` tokens of what follows, if the policy says so. Each
+time is an event, 0 the first; a query is of the *era* of the last event at or before its position
+(-1: none). With S tokens a page, C pages between events and k private pages,
+
+    at(0) = begin        the prompt's end, or a page's end behind which k + C pages lie
+    at(m) = first(m) S
+    first(m) = begin // S + m C
+
+a query of era m sees min(first(m), k) private pages instead of those before first(m), and all
+from there on. Event m packs what a query of era m - 1 sees before at(m): the private pages and C
+others, into the same private pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvplug.config import Settings
+from kvplug.policy import LIMIT, Positions
+
+NEVER = LIMIT
+"""A position that no request has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """What is packed of a request, as it stands in a row [pages | private | pages]."""
+
+    row: int
+    """Of the batch."""
+    era: int
+    private: int
+    """Private pages that are read, those that the event before wrote; 0 at the first."""
+    pages: range
+    """Pages of the request that are read behind them."""
+    tokens: int
+    """That lie in what is read."""
+    kept: int
+    """Private pages that are written."""
+    protect: Sequence[tuple[int, int]]
+    """Spans of what is read that no head may evict."""
+    phase: int
+    """Of the step: after its reads of earlier phases, before those of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """One request's events, in plain numbers: what a scheduler asks for at every step."""
+
+    begin: int
+    """Position of the first; NEVER without."""
+    private: int
+    """Pages inserted into its row from then on."""
+    every: int
+    """Pages between events; 0 where there is one."""
+    page_size: int
+
+    @property
+    def column(self) -> int:
+        """Where the private pages are: the first whole page behind the first event."""
+        return -(-self.begin // self.page_size)
+
+    def packed(self, processed: int) -> int:
+        """Pages that queries from position ``processed`` on see in packed form alone, where the
+        one before it has been computed."""
+        if processed <= self.begin:
+            return 0
+        first = self.begin // self.page_size
+        if not self.every:
+            return first
+        passed = (processed - 1) // self.page_size - first
+        return first + max(passed, 0) // self.every * self.every
+
+    def freed(self, processed: int) -> list[tuple[int, int]]:
+        """Ranges of the row's columns, private ones among them, that they do not see."""
+        last = self.packed(processed)
+        if last <= self.column:
+            return [(0, last)] if last else []
+        return [(0, self.column), (self.column + self.private, last + self.private)]
+
+
+class Schedule:
+    """Of one policy and one page size; holds no state of requests."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        page_size: int,
+        budget: int | None = None,
+        narrowest: int | None = None,
+    ) -> None:
+        """budget, narrowest: as of ``Planner``."""
+        self.settings = settings
+        self.page_size = page_size
+        self.scored = scored = settings.policy.scored
+        self.most_private = scored.pages(page_size, budget) if scored else 0
+        """Private pages of a request, at most."""
+        least = narrowest or budget
+        self._short = scored.pages(page_size, least) if scored else 0
+        """Whole pages that a prompt may have and stay as it is."""
+        self.every = -(-scored.interval // page_size) if scored and scored.interval else 0
+        """Pages between events; 0 where prompts alone are packed."""
+
+    def private_pages(self, prompt: Positions) -> Positions:
+        """Pages that hold what a prompt of so many tokens keeps at its end; 0 where it stays
+        whole. [n]
+
+        A prompt's whole pages are packed; its partial last page stays as it is.
+        """
+        if self.scored is None:
+            return np.zeros_like(prompt)
+        whole = prompt // self.page_size
+        if not self.settings.shortcut:
+            return np.minimum(whole, self.most_private)
+        long = (whole > self._short) & (prompt > self.settings.min_context)
+        return np.where(long, np.minimum(whole, self.most_private), 0)
+
+    def begin(self, prompt: Positions) -> Positions:
+        """Position of the first event; NEVER without. [n] -> [n]"""
+        late = NEVER
+        if self.every:
+            late, size = self.page_size, self.page_size
+            if self.settings.shortcut:
+                late = max(self.most_private + self.every, self.settings.min_context // size + 1)
+                late = min(late * size, NEVER)
+        return np.where(self.private_pages(prompt) > 0, prompt, late)
+
+    def private(self, prompt: Positions) -> Positions:
+        """Pages inserted into a row from the first event on. [n] -> [n]"""
+        if self.every:
+            return np.full_like(prompt, self.most_private)
+        return self.private_pages(prompt)
+
+    def column(self, prompt: Positions) -> Positions:
+        """Where they are: the first whole page behind the first event. [n] -> [n]"""
+        return -(-self.begin(prompt) // self.page_size)
+
+    def era(self, position: Positions, prompt: Positions) -> Positions:
+        """[n] each -> [n]"""
+        begin, size = self.begin(prompt), self.page_size
+        era = np.zeros_like(position)
+        if self.every:
+            era = np.maximum(position // size - begin // size, 0) // self.every
+        return np.where(position >= begin, era, -1)
+
+    def first(self, era: Positions, prompt: Positions) -> Positions:
+        """Pages that queries of an era see in packed form alone. [n] each -> [n]"""
+        return np.where(era < 0, 0, self.begin(prompt) // self.page_size + era * self.every)
+
+    def kept(self, era: Positions, prompt: Positions) -> Positions:
+        """Private pages that they see instead. [n] each -> [n]"""
+        return np.minimum(self.first(era, prompt), self.private(prompt))
+
+    def at(self, era: Positions, prompt: Positions) -> Positions:
+        """Position of an event. [n] each -> [n]"""
+        return np.where(era <= 0, self.begin(prompt), self.first(era, prompt) * self.page_size)
+
+    def phase(self, era: Positions, computed: Positions, prompt: Positions) -> Positions:
+        """Of a step that computes from position ``computed`` on. [n] each -> [n]
+
+        A request's first packing leaves what it reads in place: it may come before everything.
+        """
+        return np.maximum(era - np.maximum(self.era(computed, prompt), 0), 0)
+
+    def between(
+        self, computed: Positions, total: Positions, prompt: Positions
+    ) -> tuple[Positions, Positions]:
+        """Row and era of the events at positions [computed, total), in order. [B] -> [n] each"""
+        first = self.era(computed - 1, prompt) + 1
+        count = np.maximum(self.era(total - 1, prompt) + 1 - first, 0)
+        row = np.repeat(np.arange(len(count)), count)
+        return row, first[row] + np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
+
+    def events(self, computed: Positions, total: Positions, prompt: Positions) -> list[Event]:
+        """What a step packs that brings the queries [computed, total): all that they pass. [B]
+        each; a row's in order"""
+        row, era = self.between(computed, total, prompt)
+        phase = self.phase(era, computed[row], prompt[row])
+        return [
+            self._event(*numbers, int(prompt[numbers[0]]))
+            for numbers in zip(row.tolist(), era.tolist(), phase.tolist(), strict=True)
+        ]
+
+    def _event(self, row: int, era: int, phase: int, tokens: int) -> Event:
+        prompt, now, size = np.array([tokens]), np.array([era]), self.page_size
+        kept, first = int(self.kept(now, prompt)[0]), int(self.first(now, prompt)[0])
+        if not era:
+            begin = int(self.begin(prompt)[0])
+            private, pages, tokens = 0, range(-(-begin // size)), begin
+        else:
+            private = int(self.kept(now - 1, prompt)[0])
+            pages = range(int(self.first(now - 1, prompt)[0]), first)
+            tokens = (private + len(pages)) * size
+        protect = self._protect(private, pages)
+        return Event(
+            row=row, era=era, private=private, pages=pages, tokens=tokens, kept=kept,
+            protect=protect, phase=phase,
+        )  # fmt: skip
+
+    def _protect(self, private: int, pages: range) -> Sequence[tuple[int, int]]:
+        """Spans of [private pages | pages]. What is never to go stands first in private pages."""
+        spans, size = self.settings.protect, self.page_size
+        if not private or not spans or self.scored is None:
+            return spans
+        begin, end = pages.start * size, pages.stop * size
+        before = np.zeros(begin, bool)
+        for first, last in [(0, self.scored.sinks), *spans]:
+            before[first:last] = True
+        found = [(0, min(int(before.sum()), private * size))]
+        shift = private * size - begin
+        inside = [(max(first, begin), min(last, end)) for first, last in spans]
+        return found + [(a + shift, b + shift) for a, b in inside if a < b]
+
+    def course(self, prompt: int) -> Course:
+        """Of one request."""
+        asked = np.array([prompt])
+        return Course(
+            begin=int(self.begin(asked)[0]),
+            private=int(self.private(asked)[0]),
+            every=self.every,
+            page_size=self.page_size,
+        )
+
+    def most_pages(self, prompt: int, in_flight: int, tokens: int) -> int:
+        """The most pages that a request of so many tokens holds while up to ``in_flight`` tokens
+        are being computed."""
+        processed = np.arange(tokens)
+        asked = np.full_like(processed, prompt)
+        total = np.minimum(processed + in_flight, tokens)
+        inserted = self.private(asked) * (total > self.begin(asked))
+        gone = self.first(self.era(processed - 1, asked), asked)
+        return int((-(-total // self.page_size) + inserted - gone).max(initial=0))

@@ -1,0 +1,78 @@
+"""Packed requests as a plain Llama of transformers would answer them, for either engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kvplug import Planner, PromptKV, Settings, keep_tokens, parse
+
+
+class Plain:
+    """A Llama of transformers over whole sequences, whose every query sees what the definition of
+    a policy leaves it."""
+
+    def __init__(self, model: Path, policy: str, page_size: int) -> None:
+        from transformers import AttentionInterface, AutoModelForCausalLM
+
+        self.scored = parse(policy).scored
+        self.size = page_size
+        self.schedule = Planner(Settings(policy=parse(policy)), page_size).schedule
+        self.prompt = self.events = 0
+        AttentionInterface.register("packing", self.attend)
+        self.model = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, attn_implementation="packing"
+        ).eval()
+
+    def attend(self, module, query, key, value, attention_mask, scaling, **kwargs):
+        """query [1, Hq, T, D], key, value [1, H, T, D]"""
+        seen = self.seen(query[0], key[0], value[0], scaling)  # [H, T, T]
+        group = query.shape[1] // key.shape[1]
+        keys, values = (x[0].repeat_interleave(group, 0) for x in (key, value))
+        logits = query[0] @ keys.mT * scaling
+        logits = logits.masked_fill(~seen.repeat_interleave(group, 0), float("-inf"))
+        out = logits.softmax(-1) @ values
+        return out.transpose(0, 1)[None].contiguous(), None
+
+    def seen(self, query, key, value, scaling):
+        (H, T, _), S = key.shape, self.size
+        seen = torch.ones(T, T, dtype=torch.bool).tril().repeat(H, 1, 1)
+        step = tuple(np.array([n]) for n in (0, T, self.prompt))
+        held = torch.zeros(H, 0, dtype=torch.int64)  # what each head has kept, ascending
+        for event in self.schedule.events(*step):
+            new = torch.arange(event.pages.start * S, event.pages.stop * S)
+            if not event.era:
+                new = new[: event.tokens]
+            source = torch.cat([held, new.expand(H, -1)], 1)
+            keys, values = (
+                torch.stack([x[h, source[h]] for h in range(H)], 1)[None] for x in (key, value)
+            )
+            at = event.tokens if not event.era else event.pages.stop * S
+            queries = None
+            if self.scored.needs_queries:
+                window = query[:, at - self.scored.window : at].transpose(0, 1)
+                queries = window.unflatten(1, (H, -1))[None]
+            given = PromptKV(
+                keys=keys, values=values, queries=queries, lengths=torch.tensor([event.tokens]),
+                scale=scaling, page_size=S, event=event.era,
+            )  # fmt: skip
+            keep = event.kept * S
+            kept = keep_tokens(self.scored, given, torch.tensor([keep]), keep)[0]
+            held = source.gather(1, kept)
+            seen[:, at:, : at // S * S] = False
+            seen[:, at:] |= torch.zeros(H, T, dtype=torch.bool).scatter(1, held, True)[:, None]
+            seen &= torch.ones(T, T, dtype=torch.bool).tril()
+            self.events += 1
+        return seen
+
+    def agrees(self, prompt: list[int], answer: list[int]) -> int:
+        """Tokens of an answer before the first that this model would not have said."""
+        self.prompt = len(prompt)
+        with torch.inference_mode():
+            logits = self.model(torch.tensor([prompt + answer])).logits[0]
+        said = logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+        return next(
+            (n for n, (a, b) in enumerate(zip(said, answer, strict=True)) if a != b), len(answer)
+        )
