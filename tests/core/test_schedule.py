@@ -30,22 +30,24 @@ def scheduled(draw):
     )
 
 
-def eras(settings: Settings, S: int, prompt: int) -> list[tuple[int, int, int]]:
-    """The definition: (position, pages packed by then, private pages written) of each event up to
-    LONGEST, as a request grows token by token."""
+def eras(
+    settings: Settings, S: int, prompt: int, longest: int = LONGEST
+) -> list[tuple[int, int, int]]:
+    """The definition: (position, pages packed by then, private pages written) of each event, as a
+    request grows token by token."""
     scored = settings.policy.scored
-    k, C = -(-scored.budget // S), -(-scored.interval // S)
+    k, C = -(-scored.budget // S), -(-(scored.interval or 0) // S)
     found = []
-    for position in range(LONGEST):
+    for position in range(longest):
         whole = position // S
         if found:
-            due = position % S == 0 and whole == found[-1][1] + C
+            due = C > 0 and position % S == 0 and whole == found[-1][1] + C
         elif position == prompt:
             due = whole > 0
             if settings.shortcut:
                 due = whole > k and position > settings.min_context
         else:
-            due = position > prompt and position % S == 0
+            due = C > 0 and position > prompt and position % S == 0
             if settings.shortcut:
                 due = due and whole >= k + C and position > settings.min_context
         if due:

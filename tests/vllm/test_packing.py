@@ -6,7 +6,7 @@ that passes a prompt's end, and from then on the prompt's whole pages need not b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,9 +16,10 @@ from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator
 from vllm.v1.core.kv_cache_utils import get_group_id
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-from kvplug import parse, read_offer
+from kvplug import Settings, parse, read_offer
 from kvplug_vllm.packing import PackingManager, PackingSpec
 from kvplug_vllm.settings import EvictionSettings
+from tests.core.test_schedule import eras
 from tests.vllm.test_manager import (
     SHAPE,
     S,
@@ -34,7 +35,10 @@ from tests.vllm.test_manager import (
 
 SNAPKV = "snapkv(budget=64, window=16)"
 KNORM = "knorm(budget=64)"
-POLICIES = [SNAPKV, "snapkv(budget=50, window=37)", KNORM, "knorm(budget=24)"]
+POLICIES = [
+    SNAPKV, "snapkv(budget=50, window=37)", KNORM, "knorm(budget=24)",
+    "snapkv(budget=50, window=20, interval=30)", "knorm(budget=24, interval=16)",
+]  # fmt: skip
 
 
 def packing_spec(policy, budget=None, **given) -> PackingSpec:
@@ -69,32 +73,54 @@ def policy_of(spec, request):
     return parse(line).scored
 
 
-def private_blocks(spec, request) -> int:
-    """The definition: a prompt of more whole pages than the budget keeps the budget."""
-    prompt = request.num_prompt_tokens
+def events_of(spec, request) -> list[tuple[int, int, int]]:
+    """Position, pages packed by then and private pages written, of each event of a request."""
     if not isinstance(spec, PackingSpec) or (policy := policy_of(spec, request)) is None:
-        return 0
-    whole, budget = prompt // S, -(-(spec.budget or policy.budget) // S)
-    if not spec.settings.shortcut:
-        return min(whole, budget)
+        return []
     asked = request.sampling_params.extra_args is not None
-    min_context = 0 if asked else spec.settings.min_context
-    return budget if whole > budget and prompt > min_context else 0
+    settings = Settings(
+        policy=parse(str(replace(policy, budget=spec.budget or policy.budget))),
+        min_context=0 if asked else spec.settings.min_context,
+        shortcut=spec.settings.shortcut,
+    )
+    return eras(settings, S, request.num_prompt_tokens, 640)
 
 
-def is_own(spec, request) -> bool:
-    """Whether what is decoded depends on a policy, and must be nobody else's."""
+def private_blocks(spec, request) -> int:
+    """Blocks inserted into a row, where it is packed."""
+    events = events_of(spec, request)
+    if not events:
+        return 0
+    policy = policy_of(spec, request)
+    return -(-policy.budget // S) if policy.interval else events[0][2]
+
+
+def begin_of(spec, request) -> int:
+    """Position of the first event."""
+    return next((position for position, _, _ in events_of(spec, request)), 1 << 40)
+
+
+def packed_pages(spec, request, processed) -> int:
+    """Pages that a request does without once ``processed`` of its tokens are committed."""
+    return max([0, *(pages for at, pages, _ in events_of(spec, request) if at < processed)])
+
+
+def own_from(spec, request) -> int:
+    """Tokens of a request that do not depend on a policy, and may be somebody else's."""
+    begin = begin_of(spec, request)
     if not isinstance(spec, PackingSpec):
-        return False
+        return begin
     line = (request.sampling_params.extra_args or {}).get("kvplug", spec.settings.policy)
-    return bool(private_blocks(spec, request) or (spec.settings.allow and line != "dense"))
+    if spec.settings.allow and line != "dense":
+        return min(begin, request.num_prompt_tokens)
+    return begin
 
 
 def last_hit(spec, request) -> int:
     """The queries that packing needs come in one stay: the window's, and one behind the prompt."""
     policy = policy_of(spec, request)
     last = policy.window if policy.name == "snapkv" else 1
-    return max(request.num_prompt_tokens - last, 0)
+    return max(begin_of(spec, request) - last, 0)
 
 
 @dataclass(frozen=True)
@@ -113,14 +139,13 @@ class Packed(Schedule):
 
     def _write(self, request, new):
         start, tokens = request.num_computed_tokens, to_come(request)
-        prompt = request.num_prompt_tokens
         for group, spec, row in self.rows(request):
-            private, own = private_blocks(spec, request), is_own(spec, request)
+            private, column = private_blocks(spec, request), -(-begin_of(spec, request) // S)
             for page in range(start // S, (start + new - 1) // S + 1):
-                block = row[page + (private if page >= -(-prompt // S) else 0)]
+                block = row[page + (private if page >= column else 0)]
                 assert not block.is_null, "a page is written to the null block"
                 filled = min((page + 1) * S, start + new)
-                if own and filled > prompt:
+                if filled > own_from(spec, request):
                     assert block.ref_cnt == 1
                     assert block.block_hash is None
                     self.content[group, block.block_id] = Own(self.stay(request), tokens[:filled])
@@ -129,12 +154,13 @@ class Packed(Schedule):
                     self.content[group, block.block_id] = tokens[:filled]
 
     def _check_reads(self, request, new):
-        tokens, prompt, own = to_come(request), request.num_prompt_tokens, self.stay(request)
+        tokens, own = to_come(request), self.stay(request)
         start, end = request.num_computed_tokens, request.num_computed_tokens + new
-        whole, ends = prompt // S, -(-prompt // S)
         for group, spec, row in self.rows(request):
-            private = private_blocks(spec, request)
-            assert len(row) == -(-end // S) + private * (end > prompt)
+            events, private = events_of(spec, request), private_blocks(spec, request)
+            begin = begin_of(spec, request)
+            column = -(-begin // S)
+            assert len(row) == -(-end // S) + private * (end > begin)
 
             def holds(block, wanted, group=group):
                 assert not block.is_null
@@ -142,35 +168,47 @@ class Packed(Schedule):
                 assert (held.tokens if isinstance(held, Own) else held) == wanted
                 assert not isinstance(held, Own) or held.stay == own
 
-            if not private:
+            def page_at(page, row=row, column=column, private=private):
+                return row[page + (private if page >= column else 0)]
+
+            if not events:
                 for page in seen_from(spec, start, end):
                     holds(row[page], tokens[: min((page + 1) * S, end)])
                 continue
-            processed = max(0, start - request.num_in_flight_tokens)
-            nulls = [block.is_null for block in row[:whole]]
-            assert nulls == [processed > prompt] * len(nulls), (processed, prompt)
-            if start < prompt:
-                for page in range(min(ends, -(-end // S))):
-                    holds(row[page], tokens[: min((page + 1) * S, end)])
-            if start <= prompt < end:  # packed in this step
-                for page in range(whole):
-                    holds(row[page], tokens[: (page + 1) * S])
-                for block in row[ends : ends + private]:
-                    self.content[group, block.block_id] = Own(own, ("kept", *tokens[:prompt]))
-            if end > prompt:
-                for block in row[ends : ends + private]:
+            gone = packed_pages(spec, request, start - request.num_in_flight_tokens)
+            for page in range(-(-end // S)):
+                assert page_at(page).is_null == (page < gone), (page, gone)
+
+            def reads(
+                era, last, row=row, column=column, events=events, page_at=page_at, group=group
+            ):
+                """What queries of an era up to position `last` find in place of what it packed."""
+                at, pages, kept = events[era] if era >= 0 else (0, 0, 0)
+                for block in row[column : column + kept]:
                     assert self.content[group, block.block_id] == Own(
-                        own, ("kept", *tokens[:prompt])
+                        own, ("kept", era, *tokens[:at])
                     )
-                for page in range(whole, (end - 1) // S + 1):
-                    filled = tokens[: min((page + 1) * S, end)]
-                    holds(row[page + (private if page >= ends else 0)], filled)
+                for page in range(pages, -(-last // S)):
+                    holds(page_at(page), tokens[: min((page + 1) * S, end)])
+
+            era = max([-1, *(n for n, (at, _, _) in enumerate(events) if at < start)])
+            reads(era, min([end, *(at for at, _, _ in events[era + 1 :])]))
+            for number, (at, pages, kept) in enumerate(events):
+                if not start <= at < end:
+                    continue
+                before = events[number - 1] if number else (0, 0, 0)
+                for page in range(before[1], pages):  # packed in this step
+                    holds(page_at(page), tokens[: min((page + 1) * S, end)])
+                for block in row[column : column + kept]:
+                    said = Own(own, ("kept", number, *tokens[:at]))
+                    self.content[group, block.block_id] = said
+                reads(number, min([end, *(each for each, _, _ in events[number + 1 :])]))
 
     def _check_hit(self, request, groups, hit):
         tokens = tuple(request.all_token_ids)
         for group, found in enumerate(groups):
             spec = self.specs[group]
-            if private_blocks(spec, request):
+            if isinstance(spec, PackingSpec) and policy_of(spec, request):
                 assert hit <= last_hit(spec, request)
             assert len(found) == hit // S
             for page, block in enumerate(found):
@@ -193,24 +231,18 @@ class Packed(Schedule):
                     self.check_row(request, spec, row)
 
     def check_row(self, request, spec, row):
-        computed, prompt = request.num_computed_tokens, request.num_prompt_tokens
-        private, ends = private_blocks(spec, request), -(-prompt // S)
+        computed, begin = request.num_computed_tokens, begin_of(spec, request)
+        private, column = private_blocks(spec, request), -(-begin // S)
         width = spec.max_num_blocks_per_req(engine(self.max_model_len), self.max_model_len)
         assert len(row) <= width
-        assert len(row) == -(-computed // S) + private * (computed > prompt)
+        assert len(row) == -(-computed // S) + private * (computed > begin)
         held = [block for block in row if not block.is_null]
         assert len({block.block_id for block in held}) == len(held)
-        if not private or computed <= prompt:
-            assert len(held) == len(row)
-            return
-        for block in row[ends:]:  # private and decoded
-            assert not block.is_null
-            assert block.ref_cnt == 1
-            assert block.block_hash is None
-        if len(held) < len(row):
-            assert computed - request.num_in_flight_tokens > prompt, "freed before it was packed"
-            decoded = -(-computed // S) - ends
-            assert len(held) == private + (prompt % S > 0) + max(decoded, 0)
+        for block in row[column:]:  # private and decoded
+            assert block.is_null or (block.ref_cnt == 1 and block.block_hash is None)
+        committed = computed - request.num_in_flight_tokens
+        freed = {packed_pages(spec, request, n) for n in range(committed + 1)}
+        assert len(row) - len(held) in freed, "freed before it was packed"
 
     def drain(self, steps=2000):
         super().drain(steps)
@@ -282,7 +314,7 @@ def test_nor_does_one_beside_the_models_own_windowed_layers(
 
 ASKED = [
     None, "dense", "quest(budget=32)", KNORM, "knorm(budget=96)", "snapkv(budget=32, window=20)",
-    "snapkv(budget=80, window=16) + quest(budget=32)",
+    "snapkv(budget=80, window=16) + quest(budget=32)", "knorm(budget=32, interval=40)",
 ]  # fmt: skip
 
 
