@@ -1,4 +1,7 @@
-"""Policies together: at most one for each stage, legal by what their classes declare."""
+"""Policies together: at most one for each stage, legal by what their classes declare.
+
+What gives layers windows answers for those layers alone, and stands beside a policy of its stage.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from kvplug.policies.dense import Dense
 from kvplug.policy import (
     LIMIT,
     LayerBudgets,
+    LocalLayers,
     Policy,
     PositionalEviction,
     ScoredEviction,
@@ -34,9 +38,9 @@ class Composition:
                 f"dense is the absence of a policy and cannot be combined, got "
                 f"{' + '.join(map(str, self.policies))!r}; leave dense out"
             )
-        by_stage: dict[Stage, Policy] = {}
+        answered: dict[tuple[Stage, bool], Policy] = {}
         for policy in real:
-            other = by_stage.setdefault(policy.stage, policy)
+            other = answered.setdefault(_place(policy), policy)
             if other is not policy:
                 raise ValueError(
                     f"{other.name} and {policy.name} both answer the stage "
@@ -45,9 +49,12 @@ class Composition:
         for policy in real:
             _check_numbers(policy)
         order = list(Stage)
-        object.__setattr__(
-            self, "policies", tuple(sorted(real, key=lambda p: order.index(p.stage)))
-        )
+
+        def place(policy: Policy) -> tuple[int, bool]:
+            stage, planned = _place(policy)
+            return order.index(stage), planned
+
+        object.__setattr__(self, "policies", tuple(sorted(real, key=place)))
 
     def __str__(self) -> str:
         return " + ".join(map(str, self.policies)) or "dense"
@@ -56,8 +63,19 @@ class Composition:
         return iter(self.policies)
 
     def stage(self, stage: Stage) -> Policy | None:
-        """The policy that answers a stage, or None."""
-        return next((p for p in self.policies if p.stage is stage), None)
+        """The policy that answers a stage for layers that see all, or None."""
+        return next((p for p in self.policies if _place(p) == (stage, True)), None)
+
+    @property
+    def local(self) -> LocalLayers | None:
+        """What lets some layers see a window alone."""
+        return next((p for p in self.policies if isinstance(p, LocalLayers)), None)
+
+    @property
+    def plans(self) -> bool:
+        """Whether anything is to be decided in layers that see all; if not, they are the engine's
+        own."""
+        return any(not isinstance(p, LocalLayers) for p in self.policies)
 
     @property
     def is_dense(self) -> bool:
@@ -97,6 +115,11 @@ class Composition:
     def publishes(self) -> bool:
         """Whether pages written under this composition may serve another request's prefix."""
         return all(policy.publishes for policy in self.policies)
+
+
+def _place(policy: Policy) -> tuple[Stage, bool]:
+    """What only one of a composition may answer: a stage, in layers that see all or in others."""
+    return policy.stage, not isinstance(policy, LocalLayers)
 
 
 def _check_numbers(policy: Policy) -> None:

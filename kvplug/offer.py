@@ -20,6 +20,7 @@ from kvplug.grammar import parse
 from kvplug.policy import (
     Digest,
     LayerBudgets,
+    LocalLayers,
     Policy,
     PositionalEviction,
     ScoredEviction,
@@ -59,6 +60,8 @@ class Offer:
 
     def __post_init__(self) -> None:
         own, classes = self.settings.policy, [policy_class(name) for name in self.allow]
+        if own.local is not None:
+            self._check_local(own.local)
         if not self.mixed:
             if self.max_budget is not None:
                 raise ValueError(
@@ -73,6 +76,13 @@ class Offer:
                     f"kvplug: {part} cannot share a server with other policies: it evicts while a "
                     "prompt is prefilled, so what it leaves in the prefix cache is not what "
                     'others would compute; drop "allow", or serve it alone'
+                )
+            if issubclass(cls, LocalLayers) or own.local is not None:
+                part = own.local.name if own.local else name
+                raise ValueError(
+                    f"kvplug: {part} cannot share a server with other policies: it changes the "
+                    "model's layers, for requests that choose otherwise or dense too; drop "
+                    '"allow", or serve it alone'
                 )
             if issubclass(cls, LayerBudgets) or not own.uniform:
                 part = str(own) if not own.uniform else name
@@ -92,6 +102,21 @@ class Offer:
                 f"{own} keeps; raise it to {own.scored.budget}"
             )
         _ = self.digest
+
+    def _check_local(self, local: LocalLayers) -> None:
+        """Whether it leaves requests what the other settings promise."""
+        if self.settings.protect:
+            raise ValueError(
+                f"kvplug: {local.name} lets layers see a window and no protected span before it; "
+                "drop protect, or use streaming_llm, which keeps those"
+            )
+        if self.settings.min_context > local.window:
+            raise ValueError(
+                f"kvplug: {local.name} changes layers for requests of every length, and those "
+                f"between its window of {local.window:,} tokens and min_context, "
+                f"{self.settings.min_context:,}, would not be served dense; write "
+                f'{{"min_context": {local.window}}} or less, or a wider window'
+            )
 
     @property
     def mixed(self) -> bool:

@@ -449,3 +449,43 @@ class LayerBudgets(Policy):
 
         Their mean is ``base.budget``, none is below ``base.sinks + base.window``.
         """
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalLayers(Policy):
+    """Lets some layers see a window of the context alone, as models may have them by their
+    configuration: what lies before it leaves their cache.
+
+    It changes the model and no request: all that a server serves has it, whatever else stands in
+    the line. The policies beside it plan the layers that see all.
+    """
+
+    stage = Stage.COMPRESS
+    action = Action.EVICTION
+    granularity = Granularity.LAYER
+    evidence = Evidence.NONE
+    query_agnostic = True
+    memory = "window in its layers, all in the others"
+    reads = "window in its layers, all in the others"
+
+    widest: ClassVar[int] = (1 << 31) - 1
+    """Tokens: kernels hold windows in 32 bits."""
+
+    window: int = 1024
+    """Most recent tokens that those layers see, the current one included."""
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.window, int) and not isinstance(self.window, bool)
+        if not whole or not 1 <= self.window <= self.widest:
+            raise ValueError(
+                f"{self.name}: window must be a number of tokens, at least 1 and below 2 ** 31, "
+                f"got {self.window!r}; write window=1024"
+            )
+
+    @abstractmethod
+    def local_layers(self, layers: int) -> tuple[int, ...]:
+        """Which of a model's attention layers see the window alone, ascending; one at least.
+
+        layers: how many the model has, those with a window of its own included; they are counted
+        from 0. Raises ValueError where the policy names others.
+        """

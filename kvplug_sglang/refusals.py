@@ -8,6 +8,7 @@ from typing import Any
 from kvplug import (
     Composition,
     LayerBudgets,
+    LocalLayers,
     Offer,
     Planner,
     PositionalEviction,
@@ -182,7 +183,13 @@ def unsupported(offer: Offer) -> Iterator[str]:
     """Policies of a kind that this adapter does not know how to carry out."""
     policy: Composition = offer.settings.policy
     for part in policy:
-        if not isinstance(part, (PositionalEviction, ScoredEviction, LayerBudgets, Selector)):
+        if isinstance(part, LocalLayers):
+            yield (
+                f"{part} lets layers see a window, and SGLang lays out its pools, and frees their "
+                "slots, by the windows of a model's configuration alone; serve it in vLLM, or use "
+                "streaming_llm, whose window is every layer's"
+            )
+        elif not isinstance(part, (PositionalEviction, ScoredEviction, LayerBudgets, Selector)):
             yield (
                 f"{part.name} is a policy of the stage {part.stage.value!r} that the SGLang "
                 "adapter cannot carry out; subclass PositionalEviction, ScoredEviction, "

@@ -17,6 +17,11 @@ def announce(engine: Engine, planner: Planner, spec: Any) -> None:
     if offer.mixed:
         line += f" Requests may choose {', '.join(offer.names)}"
         line += f" and keep at most {offer.max_tokens:,} tokens." if offer.max_tokens else "."
+    say(engine, line)
+
+
+def say(engine: Engine, line: str) -> None:
+    """Once, however often it is told."""
     if line not in engine.announced:
         engine.announced.add(line)
         init_logger("vllm.kvplug").info("%s", line)
@@ -27,7 +32,7 @@ def describe(planner: Planner, spec: Any, tokens: int, vllm_config: Any) -> str:
     settings, size = planner.settings, planner.page_size
     policy, whole = settings.policy, -(-tokens // size)
     parts = [f"kvplug: {policy}, min_context {settings.min_context:,}, {_protected(planner)}."]
-    if policy.is_dense:
+    if not policy.plans:
         return f"{parts[0]} Attention and cache are vLLM's own."
     held = f"holds {whole:,} blocks of {size} tokens"
     if planner.eviction is not None:

@@ -103,11 +103,13 @@ class PlannedImpl:
         self.offer = engine.offer
         """What requests of the engine may ask for."""
         self.digest = engine.offer.digest if self.planned else None
+        self.local = False
+        """Whether it is windowed by the policy (``cache.make_local``)."""
         self._window: dict[tuple[int, int], Tensor] = {}
         """By the stay of a request and the era of an event."""
         self.packed_prompts = 0
         """Prompts that were packed here, for tests and doctor."""
-        dense = engine.settings.policy.is_dense and not engine.offer.mixed
+        dense = not engine.settings.policy.plans and not engine.offer.mixed
         if self.planned and not dense and getattr(self, "alibi_slopes", None) is not None:
             raise ValueError(
                 "kvplug cannot serve a model with ALiBi: its bias depends on positions that a "
@@ -118,6 +120,10 @@ class PlannedImpl:
         self._single: Any = None
         self._views: Views | None = None
         self._viewed: Any = None
+
+    def become_local(self) -> None:
+        """From now on the engine serves it as one that is windowed by the configuration."""
+        self.planned, self.local, self.digest = False, True, None
 
     def reads_units(self, tokens: int, block_size: int) -> bool:
         """Whether the stock kernel reads pages of so many tokens, in blocks of so many, for KV

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 
-from kvplug import digest_bytes
+from kvplug import LocalLayers, digest_bytes
 from kvplug_vllm import compat
+from kvplug_vllm.announce import say
 from kvplug_vllm.packing import PackingSpec
 from kvplug_vllm.settings import Engine, EvictionSettings
 from kvplug_vllm.streaming import EvictingSpec
@@ -95,7 +98,71 @@ def planned_layers(vllm_config: Any) -> list[str]:
     return sorted(planned, key=compat.layer_index)
 
 
+def attention_layers(vllm_config: Any) -> list[str]:
+    """Names of the layers that attend to a request's own tokens, first to last."""
+    layers = vllm_config.compilation_config.static_forward_context
+    found = [
+        name
+        for name, layer in layers.items()
+        if hasattr(getattr(layer, "impl", None), "planned")
+        and layer.impl.attn_type == AttentionType.DECODER
+    ]
+    return sorted(found, key=compat.layer_index)
+
+
 def split_layers(engine: Engine) -> None:
+    """Once all layers are there, and before vLLM asks for their specs: what tells them apart.
+    Raises ValueError where no layer is left that the policy could plan."""
+    if engine.settings.policy.local is not None:
+        make_local(engine, engine.settings.policy.local)
+    if engine.settings.policy.plans and not planned_layers(engine.vllm_config):
+        raise ValueError(
+            f"kvplug: every layer of the model sees a window and no more, so that "
+            f"{engine.settings.policy} has nothing to plan; leave some layers out of local, or "
+            "use the policy 'dense'"
+        )
+    split_budgets(engine)
+
+
+def make_local(engine: Engine, local: LocalLayers) -> None:
+    """Give the layers that a policy names its window; the engine then treats them as those that
+    have one by the model's configuration. Raises ValueError for layers that cannot have it."""
+    context = engine.vllm_config.compilation_config.static_forward_context
+    names = attention_layers(engine.vllm_config)
+    impls = [context[name].impl for name in names]
+    chosen = local.local_layers(len(names))
+    own = [number for number in chosen if impls[number].planned or impls[number].local]
+    if len(own) < len(chosen):
+        see = sorted({context[names[n]].sliding_window for n in chosen if n not in own})
+        instead = f'write layers="{_listed(own)}"' if own else "drop local"
+        raise ValueError(
+            f"kvplug: {local} names layers that see {' or '.join(map(str, see))} tokens by the "
+            f"model's configuration; {instead}"
+        )
+    read = {impl.kv_sharing_target_layer_name for impl in impls}
+    sharing = [n for n in chosen if names[n] in read or impls[n].kv_sharing_target_layer_name]
+    if sharing:
+        raise ValueError(
+            f"kvplug: layers {_listed(sharing)} of the model share a cache with others, which "
+            f"would miss what {local} lets go of; name other layers"
+        )
+    for number in chosen:
+        if not impls[number].local:
+            compat.set_window(context[names[number]], local.window)
+            impls[number].become_local()
+    if engine.vllm_config.parallel_config.rank == 0:
+        say(
+            engine,
+            f"kvplug: attention layers {_listed(chosen)} of {len(names)} see the last "
+            f"{local.window:,} tokens and return their other blocks.",
+        )
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))
+
+
+def split_budgets(engine: Engine) -> None:
     """Give layers of different budgets backends of their own: vLLM asks those for the spec."""
     if engine.settings.policy.uniform:
         return

@@ -381,6 +381,26 @@ def set_layer_class(layer: Any, layer_class: int) -> None:
         layer.attn_backend = _with_layer_class(layer.attn_backend, layer_class)
 
 
+def set_window(layer: Any, window: int) -> None:
+    """Let an attention layer see so many tokens, the current one included, as its constructor does
+    where a model's configuration says so: the specification that it gives vLLM says so too.
+
+    Implementations hold a window as FlashAttention takes it, tokens before the query and behind
+    it, or in tokens. Until vLLM takes windows for layers from outside a model's configuration.
+    Raises ValueError for layers that keep another cache than plain attention's.
+    """
+    from vllm.model_executor.layers.attention import Attention
+
+    if type(layer).get_kv_cache_spec is not Attention.get_kv_cache_spec:
+        raise ValueError(
+            f"kvplug: {layer.layer_name} is a {type(layer).__name__}, which was never run with a "
+            "window of ours; leave it out of local"
+        )
+    pair = isinstance(layer.impl.sliding_window, tuple)
+    layer.sliding_window = window
+    layer.impl.sliding_window = (window - 1, 0) if pair else window
+
+
 @functools.cache
 def _with_layer_class(backend: type, layer_class: int) -> type:
     return type(f"{backend.__name__}{layer_class}", (backend,), {"layer_class": layer_class})

@@ -29,7 +29,7 @@ from kvplug_vllm.step import PlannedBuilder
 def most_replayed(vllm_config: Any) -> int:
     """Requests of the largest decode step that a graph of ours replays; 0 for none."""
     compilation, offer = vllm_config.compilation_config, offer_of(vllm_config)
-    if offer.mixed or offer.settings.policy.is_dense:
+    if offer.mixed or not offer.settings.policy.plans:
         return 0
     if not compilation.cudagraph_mode.has_full_cudagraphs():
         return 0
@@ -124,7 +124,7 @@ class KVPlugBuilder(PlannedBuilder, FlashAttentionMetadataBuilder):
         offer = offer_of(vllm_config)
         if offer.mixed:  # how many selections a step needs is not known when it is captured
             return AttentionCGSupport.NEVER
-        if offer.settings.policy.is_dense:
+        if not offer.settings.policy.plans:
             return super().get_cudagraph_support(vllm_config, kv_cache_spec)
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 

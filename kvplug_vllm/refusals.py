@@ -7,6 +7,7 @@ from typing import Any
 
 from kvplug import (
     LayerBudgets,
+    LocalLayers,
     Offer,
     Policy,
     PositionalEviction,
@@ -51,28 +52,22 @@ def refusals(vllm_config: Any) -> Iterator[str]:
     ):
         if getattr(parallel, name, 1) > 1:
             yield f"context parallelism splits a request's pages over ranks; drop {flag}"
+    plans = policy.plans or offer.mixed
     if parallel.pipeline_parallel_size > 1:
-        yield (
-            "pipeline parallelism: later ranks are not told which row is which request; use "
-            "--tensor-parallel-size, or the policy 'dense'"
+        reason = (
+            "later ranks are not told which row is which request"
+            if plans
+            else "a rank has some of the layers, and cannot count the model's"
         )
-    if parallel.use_ubatching:
         yield (
-            "micro-batches split a step without saying whose rows are whose; drop --enable-dbo "
-            "and --ubatch-size, or use the policy 'dense'"
+            f"pipeline parallelism: {reason}; use --tensor-parallel-size, or the policy 'dense'"
         )
     if vllm_config.kv_transfer_config is not None:
         yield from _with_connector(offer, vllm_config)
-    cache_dtype = vllm_config.cache_config.cache_dtype
-    if cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
-        yield (
-            f"a quantised KV cache ({cache_dtype}) has no digests yet; use --kv-cache-dtype "
-            "bfloat16, or the policy 'dense'"
-        )
+    if plans:
+        yield from _of_planned_layers(vllm_config)
     if model is None:
         return
-    if getattr(model, "enable_prompt_embeds", False):
-        yield "prompt embeddings hide the prompt's length; drop --enable-prompt-embeds"
     if model.runner_type == "pooling":
         yield (
             "a pooling model decodes nothing that a policy could spare; serve it without "
@@ -86,6 +81,11 @@ def refusals(vllm_config: Any) -> Iterator[str]:
             "their own that no policy can tell apart; use the policy 'dense'"
         )
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        if policy.local is not None:
+            yield (
+                f"{policy.local} needs the hybrid KV cache manager, without which no layer "
+                "returns what it does not see; drop --disable-hybrid-kv-cache-manager"
+            )
         if not policy.uniform:
             yield (
                 f"{policy} gives layers different budgets, which needs the hybrid KV cache "
@@ -98,6 +98,23 @@ def refusals(vllm_config: Any) -> Iterator[str]:
             )
 
 
+def _of_planned_layers(vllm_config: Any) -> Iterator[str]:
+    """What hides from a plan which requests a step has, or from a page its digest."""
+    if vllm_config.parallel_config.use_ubatching:
+        yield (
+            "micro-batches split a step without saying whose rows are whose; drop --enable-dbo "
+            "and --ubatch-size, or use the policy 'dense'"
+        )
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    if cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
+        yield (
+            f"a quantised KV cache ({cache_dtype}) has no digests yet; use --kv-cache-dtype "
+            "bfloat16, or the policy 'dense'"
+        )
+    if getattr(vllm_config.model_config, "enable_prompt_embeds", False):
+        yield "prompt embeddings hide the prompt's length; drop --enable-prompt-embeds"
+
+
 def _with_connector(offer: Offer, vllm_config: Any) -> Iterator[str]:
     """Where pages leave the pool and come back."""
     transfer, policy = vllm_config.kv_transfer_config, offer.settings.policy
@@ -108,7 +125,8 @@ def _with_connector(offer: Offer, vllm_config: Any) -> Iterator[str]:
     if transfer.kv_connector != "OffloadingConnector":
         yield (
             f"the KV connector {transfer.kv_connector} is not known to move whole pages with "
-            f"their digests; use OffloadingConnector, {instead}"
+            "their digests, nor to keep them from engines of another policy; use "
+            f"OffloadingConnector, {instead}"
         )
     elif tier == "TieringOffloadingSpec":
         yield (
@@ -140,7 +158,9 @@ def _with_drafts(offer: Offer, vllm_config: Any) -> Iterator[str]:
             '\'{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}\', or the '
             "policy 'dense'"
         )
-    elif vllm_config.scheduler_config.async_scheduling:
+    elif vllm_config.scheduler_config.async_scheduling and (
+        offer.settings.policy.plans or offer.mixed
+    ):
         yield (
             f"speculative decoding with {offer.settings.policy} and asynchronous scheduling: a "
             "step is planned before it is known how many drafts of the last one were accepted; "
@@ -198,6 +218,11 @@ def _with_shared_caches(offer: Offer, cache_config: Any) -> Iterator[str]:
                 f"{shared}, and {scored.name} scores by the queries of each layer alone; use "
                 "keydiff, which scores by keys, or the policy 'dense'"
             )
+    if offer.settings.policy.local is not None:
+        yield (
+            f"{shared}, which would miss what {offer.settings.policy.local} lets go of; use a "
+            "policy that selects, or the policy 'dense'"
+        )
     if not offer.settings.policy.uniform:
         yield (
             f"{shared}, and {offer.settings.policy} gives layers different budgets; give them one "
@@ -212,7 +237,7 @@ def _with_shared_caches(offer: Offer, cache_config: Any) -> Iterator[str]:
 
 def unsupported(offer: Offer) -> Iterator[str]:
     """Policies of a kind that this adapter does not know how to carry out."""
-    known = (PositionalEviction, ScoredEviction, LayerBudgets, Selector)
+    known = (PositionalEviction, ScoredEviction, LayerBudgets, LocalLayers, Selector)
     own: list[type[Policy]] = [type(policy) for policy in offer.settings.policy]
     for cls in [*own, *map(policy_class, offer.allow)]:
         if not issubclass(cls, known) and cls.name != "dense":

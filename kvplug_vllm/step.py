@@ -106,7 +106,7 @@ class PlannedBuilder:
         context = vllm_config.compilation_config.static_forward_context
         planned = [name for name in layer_names if context[name].impl.planned]
         self.offer, policy = engine.offer, engine.settings.policy
-        self.dense = policy.is_dense and not self.offer.mixed
+        self.dense = not policy.plans and not self.offer.mixed
         """Every step is the engine's own."""
         self.packs = policy.scored is not None or self.offer.mixed
         """Whether rows may hold private blocks."""

@@ -41,6 +41,7 @@ POLICIES: Mapping[str, dict[str, Any]] = {
     "snapkv": {"policy": "snapkv"},
     "keydiff": {"policy": "keydiff"},
     "pyramid": {"policy": "pyramid(snapkv)"},
+    "local": {"policy": 'local(layers="1::2")'},
     "chosen": {"policy": "dense", "allow": ["quest", "snapkv"], "max_budget": 1024},
 }
 
@@ -76,6 +77,8 @@ VLLM = {
             "vllm/test_full_budget.py::test_full_budget_equals_stock": "dense twilight quest "
             "streaming_llm",
             "vllm/test_eviction.py::test_full_budget_equals_stock": "snapkv keydiff pyramid",
+            "vllm/test_local.py::"
+            "test_local_layers_are_those_of_a_configuration_token_for_token": "local",
             "vllm/test_requests.py::test_a_batch_of_policies_answers_as_each_alone": "chosen",
         }),
         Row("windows between (Gemma 2 and 3)", "gemma3", tests={
@@ -108,10 +111,14 @@ VLLM = {
             "vllm/test_lifecycle.py::test_preempted_requests_answer_as_alone":
             "quest twilight streaming_llm keydiff",
             "vllm/test_requests.py::test_preempted_requests_keep_their_policies": "chosen",
+            "vllm/test_local.py::"
+            "test_local_layers_are_those_of_a_configuration_token_for_token": "local",
         }),
         Row("CUDA graphs (recorded on a CPU)", tests={
             "vllm/test_twin.py::test_replayed_steps_answer_as_eager_ones":
             "dense quest twilight snapkv streaming_llm keydiff pyramid",
+            "vllm/test_local.py::"
+            "test_local_layers_are_those_of_a_configuration_token_for_token": "local",
         }),
         Row("tensor parallelism", options={"tensor_parallel_size": 2}, tests={
             "vllm/test_models.py::test_two_ranks_answer_as_one": "quest snapkv",

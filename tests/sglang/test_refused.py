@@ -235,6 +235,12 @@ def test_policies_narrower_than_a_window(resolve, tmp_path, policy, message):
         resolve(served, model=tmp_path / "gemma3")
 
 
+def test_layers_are_local_by_the_configuration_alone(resolve):
+    for line in ('local(layers="1::2")', 'quest + local(layers="1::2")'):
+        with pytest.raises(ValueError, match=r"local\(.*serve it in vLLM, or use streaming_llm"):
+            resolve(line)
+
+
 def test_images_that_see_themselves_both_ways(resolve, tmp_path):
     from transformers import Gemma3Config
 

@@ -319,6 +319,22 @@ def test_vllm_asks_the_backend_that_a_layer_shows_for_its_spec():
     assert issubclass(shown, backend)
 
 
+def test_a_layers_window_is_what_its_constructor_would_have_set():
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.v1.attention.backends import cpu_attn
+
+    asked = " ".join(inspect.getsource(Attention.get_kv_cache_spec).split())
+    assert "if self.sliding_window is not None" in asked, f"{MOVED}: compat.set_window"
+    assert "return SlidingWindowSpec(" in asked, f"{MOVED}: compat.set_window"
+    assert "self.sliding_window = sliding_window" in inspect.getsource(Attention.__init__)
+    tokens = inspect.getsource(cpu_attn.CPUAttentionBackendImpl.__init__)
+    assert "self.sliding_window = -1" in tokens, f"{MOVED}: windows of CPU_ATTN"
+    assert "self.sliding_window = sliding_window" in tokens, f"{MOVED}: windows of CPU_ATTN"
+    flash = ast.unparse(source_of("vllm.v1.attention.backends.flash_attn"))
+    for form in ("(-1, -1)", "(sliding_window - 1, 0)"):
+        assert f"self.sliding_window = {form}" in flash, f"{MOVED}: FlashAttention's windows"
+
+
 # The platform: compat.honour_selection and platform.py.
 
 

@@ -14,6 +14,7 @@ from kvplug import Refused
 from kvplug_vllm.admission import settings_for
 from kvplug_vllm.refusals import refusals
 
+LOCAL = "local(layers='1::2')"
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2}
 
 # (engine arguments, kvplug's settings, what the error must say)
@@ -88,6 +89,28 @@ REFUSED = [
         ["layers different budgets", "drop --disable-hybrid-kv-cache-manager"],
     ),
     (
+        {"disable_hybrid_kv_cache_manager": True},
+        {"policy": LOCAL},
+        ["needs the hybrid KV cache manager", "drop --disable-hybrid-kv-cache-manager"],
+    ),
+    (
+        {"pipeline_parallel_size": 2},
+        {"policy": LOCAL},
+        ["a rank has some of the layers, and cannot count the model's"],
+    ),
+    (
+        {"hf_overrides": {"num_kv_shared_layers": 1}},
+        {"policy": LOCAL},
+        ["read another layer's cache, which would miss what local", "use a policy that selects"],
+    ),
+    (
+        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+        {"policy": LOCAL},
+        ["nor to keep them from engines of another policy", "drop --kv-transfer-config"],
+    ),
+    ({"kv_cache_dtype": "fp8"}, {"policy": f"{LOCAL} + quest"}, ["quantised KV cache (fp8)"]),
+    ({}, {"policy": LOCAL, "protect": 9}, ["no protected span before it; drop protect"]),
+    (
         {"enable_prompt_embeds": True},
         {"policy": "dense", "allow": ["quest"]},
         ["prompt embeddings"],
@@ -150,6 +173,11 @@ def test_refused_with_what_to_do_instead(random_llama, arguments, kvplug, parts)
         configure(random_llama(), kvplug, **arguments)
     for part in parts:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("arguments", [{"kv_cache_dtype": "fp8"}, {"enable_prompt_embeds": True}])
+def test_local_layers_alone_take_what_only_a_plan_could_not(random_llama, arguments):
+    configure(random_llama(), {"policy": LOCAL}, **arguments)
 
 
 def test_the_same_options_pass_without_a_policy(random_llama):
