@@ -2,6 +2,7 @@
 its row holding what was written there, and every read is compared with what a query of an
 unchunked request would find."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -30,6 +31,7 @@ def scheduled(draw):
     )
 
 
+@functools.cache
 def eras(
     settings: Settings, S: int, prompt: int, longest: int = LONGEST
 ) -> list[tuple[int, int, int]]:

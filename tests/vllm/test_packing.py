@@ -6,6 +6,7 @@ that passes a prompt's end, and from then on the prompt's whole pages need not b
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -70,7 +71,7 @@ def least_blocks(spec, max_len) -> int:
 def policy_of(spec, request):
     """What a request is compressed by, read from its line alone; None for what stays whole."""
     line = (request.sampling_params.extra_args or {}).get("kvplug", spec.settings.policy)
-    return parse(line).scored
+    return settings_of(line, 0, True).policy.scored
 
 
 def events_of(spec, request) -> list[tuple[int, int, int]]:
@@ -78,12 +79,14 @@ def events_of(spec, request) -> list[tuple[int, int, int]]:
     if not isinstance(spec, PackingSpec) or (policy := policy_of(spec, request)) is None:
         return []
     asked = request.sampling_params.extra_args is not None
-    settings = Settings(
-        policy=parse(str(replace(policy, budget=spec.budget or policy.budget))),
-        min_context=0 if asked else spec.settings.min_context,
-        shortcut=spec.settings.shortcut,
-    )
+    line = str(replace(policy, budget=spec.budget or policy.budget))
+    settings = settings_of(line, 0 if asked else spec.settings.min_context, spec.settings.shortcut)
     return eras(settings, S, request.num_prompt_tokens, 640)
+
+
+@functools.cache
+def settings_of(line: str, min_context: int, shortcut: bool) -> Settings:
+    return Settings(policy=parse(line), min_context=min_context, shortcut=shortcut)
 
 
 def private_blocks(spec, request) -> int:
