@@ -79,9 +79,12 @@ def ordered(score: Tensor) -> Tensor:
 
 
 def window_queries(seen: Observed, query: Tensor, window: Tensor | None) -> Tensor:
-    """A prompt's window with what a step computed of it. query [N, Hq, D] -> [W, Hq, D]"""
+    """A prompt's window with what a step computed of it; bfloat16 of queries of eight bits.
+
+    query [N, Hq, D] -> [W, Hq, D]
+    """
+    picked = widened(query[seen.tokens])
     if window is None:
-        window = query.new_zeros(seen.window, *query.shape[1:])
-    picked = query[seen.tokens]
+        window = picked.new_zeros(seen.window, *query.shape[1:])
     window[seen.offset : seen.offset + len(picked)] = picked
     return window

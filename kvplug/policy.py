@@ -84,10 +84,11 @@ class Digest(Protocol):
     def update(self, digest: Tensor, keys: Tensor, slots: Tensor, cached: Tensor) -> None:
         """Account for new keys, in place.
 
-        digest [N, H, rows, D], keys [tokens, H, D], slots [tokens] int64 (page * S + offset;
-        negative for padding), cached [N, S, H, D]: the cache in which the new keys lie already,
-        by any strides. The tokens of one page arrive adjacent and ascending. Where a policy cuts
-        blocks into K pages, digest is [N, K, H, rows, D] and cached [N, K * S, H, D].
+        digest [N, H, rows, D], slots [tokens] int64 (page * S + offset; negative for padding),
+        cached [N, S, H, D]: the cache in which the new keys lie already, by any strides, keys
+        [tokens, H, D]: those, in its dtype. The tokens of one page arrive adjacent and ascending.
+        Where a policy cuts blocks into K pages, digest is [N, K, H, rows, D] and cached
+        [N, K * S, H, D].
         """
 
 
@@ -314,8 +315,10 @@ class TokenSelector(Selector):
 class PromptKV:
     """One layer of a few prompts whose prefill has ended, copied out of the cache.
 
-    In the cache's dtype; a score is asked of bfloat16 where that has eight bits. What stands
-    beyond a prompt's length is garbage, NaN included.
+    In the cache's dtype; a score is asked of bfloat16 where that has eight bits. Those are the
+    numbers as they lie: what an engine multiplies a layer's keys by is in ``scale``, and as much
+    for all of them, as is what it multiplies its values by. What stands beyond a prompt's length
+    is garbage, NaN included.
     """
 
     keys: Tensor
@@ -331,7 +334,7 @@ class PromptKV:
     lengths: Tensor
     """Tokens of each prompt, those of its partial last page included. [B] int"""
     scale: float
-    """What the model multiplies q . k by."""
+    """What q . k is multiplied by."""
     first_head: int = 0
     """Global index of head 0, so that tensor-parallel ranks tell their heads apart."""
     page_size: int

@@ -8,6 +8,7 @@ import numpy as np
 from vllm.logger import init_logger
 
 from kvplug import Planner
+from kvplug_vllm.metrics import page_bytes
 from kvplug_vllm.settings import Engine
 
 
@@ -47,9 +48,9 @@ def describe(planner: Planner, spec: Any, tokens: int, vllm_config: Any) -> str:
         if schedule.every:
             held += f"; its answer {schedule.every:,} more at most"
     parts.append(f"A request of {tokens:,} tokens {held}")
-    extra = spec.page_size_bytes / spec.unpadded_page_size_bytes - 1
-    if extra:
-        parts.append(f"(a block is {extra:.1%} larger than vLLM's, for digests)")
+    tokens_bytes, digest = page_bytes(spec)
+    if digest:
+        parts.append(f"(a block is {digest / tokens_bytes:.1%} larger than vLLM's, for digests)")
     if planner.selector is not None:
         reads = int(planner.reads(np.array([tokens]))[0]) * planner.unit
         parts.append(f"and reads {reads:,} of them per KV head and step")

@@ -24,7 +24,7 @@ from kvplug import LayerReads, Observed, PromptKV, choose_units, keep_tokens, wi
 from kvplug_kernels.pack_tokens import pack_tokens
 from kvplug_kernels.sparse_decode import sparse_decode
 from kvplug_kernels.virtual_heads import virtual_heads
-from kvplug_vllm import compat, metrics
+from kvplug_vllm import compat, eight_bits, metrics
 from kvplug_vllm.cache import customize_spec, split_layers
 from kvplug_vllm.compression import Packing
 from kvplug_vllm.refusals import refuse
@@ -71,7 +71,7 @@ class Views(NamedTuple):
     keys: Tensor  # [N, S, H, D], as they lie
     values: Tensor  # [N, S, H, D]
     virtual: dict[int, Virtual]
-    """By the tokens of a page."""
+    """By the tokens of a page; for the stock kernel, in the engine's own dtype."""
 
 
 class PlannedImpl:
@@ -85,6 +85,7 @@ class PlannedImpl:
     num_queries_per_kv: int
     head_size: int
     scale: float
+    kv_cache_dtype: str
     sliding_window: Any
     attn_type: str
     logits_soft_cap: Any
@@ -107,6 +108,8 @@ class PlannedImpl:
         """Whether it is windowed by the policy (``cache.make_local``)."""
         self._window: dict[tuple[int, int], Tensor] = {}
         """By the stay of a request and the era of an event."""
+        self.numbers = eight_bits.numbers(self.kv_cache_dtype)
+        """What a cache's bytes are; None where it holds what the model computes in."""
         self.packed_prompts = 0
         """Prompts that were packed here, for tests and doctor."""
         dense = not engine.settings.policy.plans and not engine.offer.mixed
@@ -154,11 +157,27 @@ class PlannedImpl:
         if self.digest is not None:
             self._take_in(layer, kv_cache, key, slot_mapping)
 
-    def _take_in(self, layer: Any, kv_cache: Tensor, keys: Tensor, slots: Tensor) -> None:
-        """Keys written at slots, into their pages' digests."""
+    def as_numbers(self, cache: Tensor) -> Tensor:
+        """What an engine keeps as bytes, as the numbers that they are; else as it is."""
+        return cache if self.numbers is None else cache.view(self.numbers)
+
+    def logit_scale(self, layer: Any) -> float:
+        """What q . k is multiplied by, of queries and keys as they lie."""
+        return self.scale if self.numbers is None else self.scale * eight_bits.logit_factor(layer)
+
+    def _take_in(self, layer: Any, kv_cache: Tensor, keys: Tensor | None, slots: Tensor) -> None:
+        """Keys written at slots, into their pages' digests. None, and in eight bits: as they lie
+        there by now."""
         views = self.views(layer, kv_cache)
         assert self.digest is not None and views.tail is not None
+        if keys is None or self.numbers is not None:
+            keys = self.as_numbers(self.written(layer, kv_cache, slots))
         self.digest.update(views.tail, keys, slots, views.keys)
+
+    def written(self, layer: Any, kv_cache: Tensor, slots: Tensor) -> Tensor:
+        """The keys that lie at slots [T], anything at negative ones. -> [T, H, D]"""
+        at, size = slots.clamp(min=0), kv_cache.shape[2]
+        return kv_cache[..., : self.head_size].transpose(1, 2)[at // size, at % size]
 
     def resume(self, layer: Any, kv_cache: Tensor, blocks: Tensor, slots: Tensor) -> None:
         """Take in anew all that pages hold: a digest cannot let go of a draft's key, but begins
@@ -167,7 +186,7 @@ class PlannedImpl:
         self._take_in(layer, kv_cache, keys.flatten(0, 1), slots.flatten())
 
     def keys_and_values(self, layer: Any, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-        """As they lie. [N, S, H, D] twice"""
+        """As they lie, of a cache of numbers. [N, S, H, D] twice"""
         keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
         return keys, values
 
@@ -175,15 +194,15 @@ class PlannedImpl:
         """Made once: an engine keeps its cache, and views take as long as a choice of pages. They
         go with it: an engine may profile over a cache that it throws away before the real one."""
         if self._viewed is None or self._viewed() is not kv_cache:
-            tail = None
+            tail, cache = None, self.as_numbers(kv_cache)
             if self.digest is not None:
-                shape = self.offer.digest_rows(kv_cache.shape[2], kv_cache.element_size())
-                tail = compat.page_tail(kv_cache, *shape, self.head_size)
+                shape = self.offer.digest_rows(cache.shape[2], cache.element_size())
+                tail = compat.page_tail(cache, *shape, self.head_size)
             block = kv_cache.shape[2]
             units = {each.unit(each.page(block)) for each in self.offer.selectors}
             read = {unit for unit in units if self.reads_units(unit, block)}
             virtual = {unit: virtual_cache(kv_cache, unit) for unit in read}
-            self._views = Views(tail, *self.keys_and_values(layer, kv_cache), virtual)
+            self._views = Views(tail, *self.keys_and_values(layer, cache), virtual)
             self._viewed = weakref.ref(kv_cache, self._forget_views)
         assert self._views is not None
         return self._views
@@ -286,7 +305,7 @@ class PlannedImpl:
             values=values,
             queries=None if window is None else window.unflatten(2, groups),
             lengths=lengths,
-            scale=self.scale,
+            scale=self.logit_scale(layer),
             first_head=compat.first_kv_head(layer.layer_name, self.num_kv_heads),
             page_size=page_size,
             event=event,
@@ -297,14 +316,15 @@ class PlannedImpl:
     ) -> None:
         """Copy what was kept within the cache, keys and values at once. tokens [1, H, n]"""
         if packing.event.era:  # into pages that it lies in
+            rows = torch.cat([prompt.keys, prompt.values], -1).view(kv_cache.dtype)
             pages, offset = packing.slots // kv_cache.shape[2], packing.slots % kv_cache.shape[2]
-            rows = torch.cat([packing.kept(x, tokens) for x in (prompt.keys, prompt.values)], -1)
-            kv_cache[pages, :, offset] = rows
+            kv_cache[pages, :, offset] = packing.kept(rows, tokens)
         else:
             keep = packing.pages.new_full((1,), packing.width)
-            pack_tokens(kv_cache, packing.pages, tokens, keep, packing.private)
+            cache = self.as_numbers(kv_cache)
+            pack_tokens(cache, packing.pages, tokens, keep, packing.private)
         if self.digest is not None:
-            kept = packing.kept(prompt.keys, tokens)
+            kept = None if self.numbers is not None else packing.kept(prompt.keys, tokens)
             self._take_in(layer, kv_cache, kept, packing.slots)
 
     def read_pages(self, layer: Any, kv_cache: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
@@ -312,7 +332,7 @@ class PlannedImpl:
         _, heads, size, width = kv_cache.shape
         read = kv_cache.new_empty(pages.numel(), size, heads, width)
         torch.index_select(kv_cache.transpose(1, 2), 0, pages.flatten(), out=read)
-        read = read.view(len(pages), -1, heads, width)  # [J, T, H, 2D]
+        read = self.as_numbers(read).view(len(pages), -1, heads, width)  # [J, T, H, 2D]
         keys, values = read.split(self.head_size, dim=-1)
         return keys, values
 
@@ -340,17 +360,20 @@ class PlannedImpl:
         queries, size = len(step.lengths), kv_cache.shape[2]
         picked = query[:queries] if step.tokens is None else query[step.tokens]  # [Q, Hq, D]
         heads = picked.view(queries, self.num_kv_heads, self.num_queries_per_kv, -1)
-        views = self.views(layer, kv_cache)
+        views, scale = self.views(layer, kv_cache), self.logit_scale(layer)
         tail = views.tail if selector.digest is not None else None
+        asked = heads.to(output.dtype)  # queries may be of eight bits too
         chosen, counts = choose_units(
-            selector, heads, tail, step.page_table, step.pages, step.lengths, step.keep[budget],
-            page_size=step.page, width=step.width, scale=self.scale,
+            selector, asked, tail, step.page_table, step.pages, step.lengths, step.keep[budget],
+            page_size=step.page, width=step.width, scale=scale,
         )  # fmt: skip
         if step.metadata is None:
             out = sparse_decode(
-                picked, views.keys, views.values, step.page_table, chosen, counts, step.lengths,
-                self.scale, step.unit, self.sinks, self.logits_soft_cap or 0.0,
+                asked.flatten(1, 2), views.keys, views.values, step.page_table, chosen, counts,
+                step.lengths, scale, step.unit, self.sinks, self.logits_soft_cap or 0.0,
             )  # fmt: skip
+            if self.numbers is not None and (factor := eight_bits.value_factor(layer)) != 1:
+                out *= factor
             self._put(step, out, output)
             return
         if self._single is None:

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvplug_kernels.fp8 import widened
+
 FIRST, END = (0, 32), (0, 34)
 """vLLM versions [first, end) that kvplug was tested with."""
 
@@ -312,14 +314,19 @@ def cpu_page_order(isa: str, size: int, head_size: int, dtype: torch.dtype) -> t
 
     numbers = torch.arange(2 * size * head_size).view(2, size, 1, head_size)
     found = torch.zeros(2 * size * head_size, dtype=torch.int64)
-    for digit in range(3):  # bfloat16 counts to 256 exactly
+    cached = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e5m2: "fp8_e5m2"}.get(dtype, "auto")
+    base = 128 if cached == "auto" else 8  # bfloat16 counts to 256 exactly, e5m2 to 8
+    digit = 1
+    while digit < len(found):
         page = torch.zeros(1, 1, 2 * size, head_size, dtype=dtype)
-        keys, values = (numbers // 128**digit % 128).to(dtype)
+        keys, values = widened((numbers // digit % base).to(dtype))
+        kept = page if cached == "auto" else page.view(torch.uint8)
         ops.cpu_attn_reshape_and_cache(
-            keys, values, *page.chunk(2, dim=2), torch.arange(size), isa,
-            k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto",
+            keys, values, *kept.chunk(2, dim=2), torch.arange(size), isa,
+            k_scale=1.0, v_scale=1.0, kv_cache_dtype=cached,
         )  # fmt: skip
-        found += page.flatten().long() * 128**digit
+        found += page.flatten().long() * digit
+        digit *= base
     order = torch.empty_like(found)
     order[found] = torch.arange(len(found))
     return order

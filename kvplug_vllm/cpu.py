@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -12,8 +14,9 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from kvplug import PromptKV, TokenSelector
+from kvplug_kernels.fp8 import widened
 from kvplug_kernels.warm_up import warm_up
-from kvplug_vllm import compat
+from kvplug_vllm import compat, eight_bits
 from kvplug_vllm.attention import PlannedBackend, PlannedImpl
 from kvplug_vllm.compression import Packing
 from kvplug_vllm.step import PlannedBuilder
@@ -27,20 +30,36 @@ class KVPlugImpl(PlannedImpl, CPUAttentionBackendImpl):
             return super().keys_and_values(layer, kv_cache)
         return compat.cpu_keys_and_values(layer.isa, kv_cache)
 
+    def order(self, layer: Any, kv_cache: Tensor) -> Tensor:
+        dtype = self.numbers or kv_cache.dtype
+        return compat.cpu_page_order(layer.isa, kv_cache.shape[2], self.head_size, dtype)
+
+    def written(self, layer: Any, kv_cache: Tensor, slots: Tensor) -> Tensor:
+        at, size = slots.clamp(min=0), kv_cache.shape[2]
+        places = self.order(layer, kv_cache)[: size * self.head_size].view(size, -1)
+        heads = torch.arange(self.num_kv_heads)[:, None]
+        return kv_cache.flatten(2)[(at // size)[:, None, None], heads, places[at % size][:, None]]
+
     def read_pages(self, layer: Any, kv_cache: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
-        size = kv_cache.shape[2]
-        order = compat.cpu_page_order(layer.isa, size, self.head_size, kv_cache.dtype)
+        size, order = kv_cache.shape[2], self.order(layer, kv_cache)
         read = kv_cache[pages].flatten(3)  # [J, P, H, 2 * S * D]
         read = read.gather(3, order.expand(read.shape))  # twice as fast as [..., order]
         read = read.unflatten(3, (2, size, self.head_size))
-        keys, values = read.permute(3, 0, 1, 4, 2, 5).flatten(2, 3)  # [2, J, T, H, D]
+        read = read.permute(3, 0, 1, 4, 2, 5).flatten(2, 3)  # [2, J, T, H, D]
+        keys, values = self.as_numbers(read)
         return keys, values
 
     def store_kept(
         self, layer: Any, kv_cache: Tensor, packing: Packing, prompt: PromptKV, tokens: Tensor
     ) -> None:
-        """Through the stock kernel, which lays out its pages as it likes."""
-        keys, values = (packing.kept(rows, tokens) for rows in (prompt.keys, prompt.values))
+        """Through the stock kernel, which lays out its pages as it likes. Numbers of eight bits
+        stay what they are: it takes them for keys and values that are to be divided by one."""
+        rows = (widened(each) for each in (prompt.keys, prompt.values))
+        keys, values = (packing.kept(each, tokens) for each in rows)
+        if self.numbers is not None:
+            layer = SimpleNamespace(
+                layer_name=layer.layer_name, isa=layer.isa, _k_scale_float=1.0, _v_scale_float=1.0
+            )
         self.do_kv_cache_update(layer, keys, values, kv_cache, packing.slots)
 
 
@@ -51,12 +70,13 @@ class KVPlugBuilder(PlannedBuilder, CPUAttentionMetadataBuilder):
         super().__init__(*args, **kwargs)
         spec, choosing = self.kv_cache_spec, self.offer.selectors
         tokens = bool(self.layers and self.impl.reads_itself(spec.block_size))
+        cached = eight_bits.numbers(self.kv_cache_dtype) or spec.dtype
         if tokens:
-            compat.cpu_page_strides(self.isa, spec.block_size, spec.head_size, spec.dtype)
+            compat.cpu_page_strides(self.isa, spec.block_size, spec.head_size, cached)
         own_process = self.vllm_config.parallel_config.distributed_executor_backend == "mp"
         if own_process and self.layers and self.offer.digest is not None:
             pages = not all(isinstance(each, TokenSelector) for each in choosing)
-            warm_up(spec.dtype, pages=pages, tokens=tokens)
+            warm_up(self.dtype, cached, pages=pages, tokens=tokens)
 
 
 class KVPlugBackend(PlannedBackend, CPUAttentionBackend):

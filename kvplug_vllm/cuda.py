@@ -69,7 +69,8 @@ class KVPlugImpl(PlannedImpl, FlashAttentionImpl):
             room = logits_bytes(most, self.num_heads, longest)
             key.new_empty(room, dtype=torch.uint8)
         for scored in offer.scorers:
-            kv = key.new_zeros(1, longest, self.num_kv_heads, 2 * self.head_size)
+            shape = 1, longest, self.num_kv_heads, 2 * self.head_size
+            kv = key.new_zeros(shape, dtype=self.numbers)
             keys, values = kv.split(self.head_size, dim=-1)
             window = None
             if scored.needs_queries:
@@ -78,8 +79,9 @@ class KVPlugImpl(PlannedImpl, FlashAttentionImpl):
             prompt = self.prompt(layer, keys, values, window, lengths, page_size=1)
             width = min(offer.max_tokens, longest)
             tokens = keep_tokens(scored, prompt, lengths.clamp(max=width), width)
-            index = tokens.transpose(1, 2)[..., None].expand(-1, -1, -1, self.head_size)
-            keys.gather(1, index)  # to their digests
+            if self.numbers is None:
+                index = tokens.transpose(1, 2)[..., None].expand(-1, -1, -1, self.head_size)
+                keys.gather(1, index)  # to their digests
 
 
 class Lasting:

@@ -36,6 +36,12 @@ BY_POLICY = (
 ALL = (*BY_POLICY, REFUSED)
 
 
+def page_bytes(spec: Any) -> tuple[int, int]:
+    """Of a page's tokens, and of what lies behind them: some specs call their digests content."""
+    tokens = spec.unpadded_page_size_bytes - getattr(spec, "digest_bytes", 0)
+    return tokens, spec.page_size_bytes - tokens
+
+
 @dataclass(frozen=True)
 class Metrics:
     """Of a worker: on its engine's first rank only, others would count the same step again."""
@@ -54,9 +60,9 @@ class Metrics:
             return None
         for counter in BY_POLICY:  # a rate needs to have seen the zero
             add(counter, 0, str(engine.settings.policy))
-        token, whole = spec.unpadded_page_size_bytes, spec.page_size_bytes
+        token, digest = page_bytes(spec)
         each = layers / spec.block_size
-        return cls(share, each * token, each * (whole - token))
+        return cls(share, each * token, each * digest)
 
     def count(self, reads: StepReads, settings: Settings) -> None:
         if reads.queries:

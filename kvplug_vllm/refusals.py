@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from vllm.platforms import current_platform
+
 from kvplug import (
     LayerBudgets,
     LocalLayers,
@@ -17,6 +19,7 @@ from kvplug import (
     TokenSelector,
     policy_class,
 )
+from kvplug_vllm.eight_bits import numbers
 from kvplug_vllm.settings import offer_of
 
 
@@ -105,14 +108,50 @@ def _of_planned_layers(vllm_config: Any) -> Iterator[str]:
             "micro-batches split a step without saying whose rows are whose; drop --enable-dbo "
             "and --ubatch-size, or use the policy 'dense'"
         )
-    cache_dtype = vllm_config.cache_config.cache_dtype
-    if cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
-        yield (
-            f"a quantised KV cache ({cache_dtype}) has no digests yet; use --kv-cache-dtype "
-            "bfloat16, or the policy 'dense'"
-        )
+    yield from _with_quantised_cache(vllm_config)
     if getattr(vllm_config.model_config, "enable_prompt_embeds", False):
         yield "prompt embeddings hide the prompt's length; drop --enable-prompt-embeds"
+
+
+PLAIN = ("auto", "float16", "bfloat16", "float32")
+PAGES = (
+    ("per_token_head", "keeps a scale beside each token of a head"),
+    ("nvfp4", "packs two numbers into a byte and keeps scales of their blocks"),
+    ("turboquant", "keeps codes of rotated keys"),
+    ("ultraquant", "keeps codes of four bits and their scales"),
+)
+"""How other caches' pages differ from keys and values alone, by a part of the dtype's name."""
+
+
+def _with_quantised_cache(vllm_config: Any) -> Iterator[str]:
+    """Where pages hold other numbers than a model computes in."""
+    cache, quantised = vllm_config.cache_config, vllm_config.quant_config
+    dtype = cache.cache_dtype
+    instead = "use --kv-cache-dtype fp8 or auto, or the policy 'dense'"
+    if dtype in PLAIN:
+        return
+    if numbers(dtype) is None:
+        differs = (how for part, how in PAGES if part in dtype)
+        how = next(differs, "is laid out for a kernel that kvplug does not plan")
+        yield f"a page of the KV cache {dtype} {how}, and no policy can read it; {instead}"
+        return
+    if dtype == "fp8_e5m2" and current_platform.is_cuda():
+        yield (
+            "FlashAttention, which kvplug plans on a GPU, reads no KV cache fp8_e5m2; use "
+            "--kv-cache-dtype fp8_e4m3"
+        )
+    if cache.kv_cache_dtype_skip_layers:
+        yield (
+            f"a page of the KV cache {dtype} has another size in the layers that "
+            "--kv-cache-dtype-skip-layers names, and so have its digests; drop it, or use the "
+            "policy 'dense'"
+        )
+    scheme = getattr(quantised, "kv_cache_scheme", None)
+    if scheme is not None and scheme.get("strategy") == "attn_head":
+        yield (
+            f"the checkpoint has scales of the KV cache {dtype} for each head, and policies know "
+            "one for a layer; use --kv-cache-dtype bfloat16, or the policy 'dense'"
+        )
 
 
 def _with_connector(offer: Offer, vllm_config: Any) -> Iterator[str]:

@@ -125,7 +125,17 @@ VLLM = {
         }),
         Row("pipeline parallelism", options={"pipeline_parallel_size": 2}),
         Row("micro-batches", options={"ubatch_size": 2, "all2all_backend": "deepep_low_latency"}),
-        Row("fp8 cache", options={"kv_cache_dtype": "fp8"}),
+        Row("`--kv-cache-dtype fp8`, `fp8_e4m3`", options={"kv_cache_dtype": "fp8"}, tests={
+            "vllm/test_eight_bits.py::test_full_budget_equals_stock":
+            "twilight quest streaming_llm snapkv keydiff pyramid",
+        }),
+        Row("`fp8_e5m2` (CPUs alone)", options={"kv_cache_dtype": "fp8_e5m2"}, tests={
+            "vllm/test_eight_bits.py::test_full_budget_equals_stock":
+            "twilight quest streaming_llm snapkv keydiff pyramid",
+        }),
+        Row("`int8_per_token_head`", options={"kv_cache_dtype": "int8_per_token_head"}),
+        Row("`nvfp4`", options={"kv_cache_dtype": "nvfp4"}),
+        Row("`turboquant_4bit_nc`", options={"kv_cache_dtype": "turboquant_4bit_nc"}),
         Row("`--kv-offloading-size`", options={"kv_offloading_size": 1}, tests={
             "vllm/test_offloading.py::test_a_prefix_from_host_memory_is_chosen_from_as_it_was":
             "quest twilight",

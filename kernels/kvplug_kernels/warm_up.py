@@ -18,9 +18,15 @@ from kvplug_kernels.token_select import token_select
 from kvplug_kernels.virtual_heads import virtual_heads
 
 
-def warm_up(dtype: torch.dtype, pages: bool = True, tokens: bool = True) -> None:
-    """Both the serial and the threaded forms, for this process from now on. pages, tokens: what
-    will be chosen; the other's code is compiled when it is first called.
+def warm_up(
+    dtype: torch.dtype,
+    cached: torch.dtype | None = None,
+    pages: bool = True,
+    tokens: bool = True,
+) -> None:
+    """Both the serial and the threaded forms, for this process from now on. dtype: the queries',
+    and the cache's unless that has another. pages, tokens: what will be chosen; the other's code
+    is compiled when it is first called.
 
     Does nothing without Numba. Call it in a process that will start no other vLLM engine: vLLM
     0.32 cannot start one where Numba is loaded (its scan for Triton kernels stumbles over
@@ -33,30 +39,30 @@ def warm_up(dtype: torch.dtype, pages: bool = True, tokens: bool = True) -> None
         return
     for width in (1, 1 << 15):
         if pages:
-            choose_pages(dtype, width)
+            choose_pages(dtype, cached or dtype, width)
         if tokens:
-            choose_tokens(dtype, width)
+            choose_tokens(dtype, cached or dtype, width)
 
 
-def choose_pages(dtype: torch.dtype, width: int) -> None:
+def choose_pages(dtype: torch.dtype, cached: torch.dtype, width: int) -> None:
     """Of one token each, all the first one."""
-    digest = torch.zeros(1, 1, 2, 64, dtype=dtype)
+    digest = torch.zeros(1, 1, 2, 64, dtype=cached)
     counts = torch.full((1,), width, dtype=torch.int32)
     table = torch.zeros(1, width, dtype=torch.int32)
     scores = page_bound(torch.zeros(1, 1, 64, dtype=dtype), digest, table, counts)
     chosen, taken = page_select(scores, counts, torch.ones_like(counts), 1)
     virtual_heads(table, chosen, taken, counts, 1, 1, 1)
     update_page_digest(
-        digest, torch.zeros(width, 1, 64, dtype=dtype), torch.zeros(width).long(), 1
+        digest, torch.zeros(width, 1, 64, dtype=cached), torch.zeros(width).long(), 1
     )
 
 
-def choose_tokens(dtype: torch.dtype, width: int) -> None:
+def choose_tokens(dtype: torch.dtype, cached: torch.dtype, width: int) -> None:
     """Of as many pages, all the first one."""
     S, D, bits = 8, 64, 2
     lengths = torch.full((1,), width * S, dtype=torch.int32)
-    keys = torch.zeros(1, S, 1, D, dtype=dtype)
-    codes = torch.zeros(1, 1, code_rows(S, bits, dtype.itemsize), D, dtype=dtype)
+    keys = torch.zeros(1, S, 1, D, dtype=cached)
+    codes = torch.zeros(1, 1, code_rows(S, bits, cached.itemsize), D, dtype=cached)
     query = torch.zeros(1, 1, D, dtype=dtype)
     table = torch.zeros(1, width, dtype=torch.int32)
     update_key_codes(codes, keys, torch.full((width * S,), -1), bits)

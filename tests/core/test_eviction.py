@@ -10,7 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvplug import Composition, Evidence, PromptKV, ScoredEviction, keep_tokens, parse
+from kvplug import (
+    Composition,
+    Evidence,
+    Observed,
+    PromptKV,
+    ScoredEviction,
+    keep_tokens,
+    parse,
+    window_queries,
+)
 from kvplug.policies import snapkv as snapkv_module
 from kvplug.policies.keydiff import KeyDiff
 from kvplug.policies.knorm import KNorm
@@ -166,6 +175,16 @@ def test_a_cache_of_eight_bits_keeps_what_its_numbers_say(policy, dtype):
     small = replace(small, queries=small.queries.float())
     same = replace(small, keys=small.keys.float(), values=small.values.float())
     assert kept(policy, small, [20, 17]) == kept(policy, same, [20, 17])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_windows_of_queries_of_eight_bits_are_what_those_are(dtype):
+    queries = torch.randn(9, 4, 16).to(dtype)
+    early = Observed(row=0, tokens=slice(2, 5), offset=0, window=6)
+    late = Observed(row=0, tokens=slice(3), offset=3, window=6)
+    first = window_queries(early, queries, None)
+    window = window_queries(late, queries.bfloat16(), first)
+    assert torch.equal(window.float(), queries[[2, 3, 4, 0, 1, 2]].float())
 
 
 def test_blocks_of_keys_change_no_score(monkeypatch):

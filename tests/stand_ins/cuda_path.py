@@ -6,7 +6,9 @@ functions, over plain PyTorch that checks what the kernels only trust, and ``tor
 (``recorded``), so that what a decode step replays is what its graph captured.
 
 It cannot show speed, races between streams, the numerics of a GPU's kernels or of bfloat16,
-memory as a device allocates it, or what torch.compile makes of a model: those need a GPU.
+memory as a device allocates it, or what torch.compile makes of a model: those need a GPU. Of an
+fp8 cache it has FlashAttention 3's contract (queries of e4m3 too, a scale for each sequence and KV
+head) and not its numerics: the weights of a softmax are fp32 here, e4m3 there.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ class Flash:
                              ("cu_seqlens_q", cu_seqlens_q)):  # fmt: skip
             assert tensor.dtype is torch.int32 and tensor.is_contiguous(), name
         assert q.stride(-1) == k.stride(-1) == 1
+        assert q.dtype == k.dtype, f"queries {q.dtype} over keys {k.dtype}"
         assert len(cu_seqlens_q) == batch + 1 and len(block_table) >= batch, "sequences"
         bounds, lengths = cu_seqlens_q.tolist(), seqused_k.tolist()
         queries = [b - a for a, b in pairwise(bounds)]
@@ -82,13 +85,21 @@ class Flash:
         cls, *, q: Tensor, k: Tensor, v: Tensor, out: Tensor, cu_seqlens_q: Tensor,
         max_seqlen_q: int, seqused_k: Tensor, max_seqlen_k: int, softmax_scale: float,
         causal: bool, block_table: Tensor, scheduler_metadata: Tensor | None = None,
-        window_size: Any = None, num_splits: int = 0, s_aux: Tensor | None = None, **_: Any,
+        window_size: Any = None, num_splits: int = 0, s_aux: Tensor | None = None,
+        q_descale: Tensor | None = None, k_descale: Tensor | None = None,
+        v_descale: Tensor | None = None, **_: Any,
     ) -> None:  # fmt: skip
         cls.check(q, k, cu_seqlens_q, max_seqlen_q, seqused_k, max_seqlen_k, block_table,
                   scheduler_metadata, num_splits)  # fmt: skip
         assert s_aux is None or cls.version == 3, "version 2 knows no sinks"
         cls.calls += 1
-        size, group = k.shape[1], q.shape[1] // k.shape[2]
+        size, heads = k.shape[1:3]
+        group, scales = q.shape[1] // heads, (q_descale, k_descale, v_descale)
+        if q.dtype is torch.float8_e4m3fn:
+            assert cls.version == 3 and out.dtype is not q.dtype, "version 3 alone reads fp8"
+            for scale in scales:
+                assert scale.dtype is torch.float32, "a scale is fp32"
+                assert scale.shape == (len(seqused_k), heads), "of each sequence and KV head"
         bounds = cu_seqlens_q.tolist()
         for row, length in enumerate(seqused_k.tolist()):
             a, b = bounds[row], bounds[row + 1]
@@ -103,6 +114,10 @@ class Flash:
             keys = k[pages].flatten(0, 1)[:length].repeat_interleave(group, 1).float()
             values = v[pages].flatten(0, 1)[:length].repeat_interleave(group, 1).float()
             scores = torch.einsum("qhd,khd->hqk", q[a:b].float(), keys) * softmax_scale
+            if q.dtype is torch.float8_e4m3fn:
+                asked, key, value = (each[row].repeat_interleave(group) for each in scales)
+                scores *= (asked * key)[:, None, None]
+                values *= value[:, None]
             if causal:
                 last = torch.arange(length - (b - a), length)[:, None]
                 hidden = torch.arange(length)[None] > last
@@ -117,13 +132,23 @@ class Flash:
 
 
 def reshape_and_cache_flash(
-    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor, *_: Any
-) -> None:
+    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor,
+    kv_cache_dtype: str, k_scale: Tensor, v_scale: Tensor,
+) -> None:  # fmt: skip
+    if kv_cache_dtype in ("fp8", "fp8_e4m3"):
+        assert key_cache.dtype is torch.uint8
+        key, value = e4m3(key / k_scale), e4m3(value / v_scale)
+        key_cache, value_cache = (each.view(key.dtype) for each in (key_cache, value_cache))
     rows = torch.nonzero(slots >= 0).flatten()
     size, slots = key_cache.shape[1], slots[rows]
     assert slots.unique().numel() == slots.numel(), "two tokens of a step share a slot"
     key_cache[slots // size, slots % size] = key[rows]
     value_cache[slots // size, slots % size] = value[rows]
+
+
+def e4m3(numbers: Tensor) -> Tensor:
+    """As CUDA converts them: the nearest, even ones first, and the greatest for what is beyond."""
+    return numbers.clamp(-448, 448).to(torch.float8_e4m3fn)
 
 
 def install(graphs: bool, version: int = 3) -> None:
@@ -142,6 +167,9 @@ def install(graphs: bool, version: int = 3) -> None:
     attend = opaque(Flash.attend)
     fa_utils.get_flash_attn_version = lambda *_, **__: version
     fa_utils.is_flash_attn_varlen_func_available = lambda: True
+    fa_utils.flash_attn_supports_kv_cache_dtype = lambda dtype, **_: (
+        version == 3 and dtype in ("fp8", "fp8_e4m3")  # on a GPU of compute capability 9
+    )
     fa_utils.compile_flash_attn_varlen_func_from_specs = None
     fa_utils.flash_attn_varlen_func = attend
     fa_utils.get_scheduler_metadata = get_scheduler_metadata

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -133,6 +134,8 @@ class Engine:
         unwritten rest of a page by zero. Returns the ids of blocks that returned while their
         request lived on, appended to as it happens.
         """
+        import torch
+
         caches = {layer.kv_cache.data_ptr(): layer.kv_cache for layer in self.layers.values()}
         pool, scheduler = self.pool, self.scheduler
         new_blocks, free_blocks = pool.get_new_blocks, pool.free_blocks
@@ -141,9 +144,12 @@ class Engine:
         def spoil(blocks: list[Any], value: float) -> None:
             for cache in caches.values():
                 size = cache.stride(0)
+                filling: float = value
+                if cache.dtype is torch.uint8:  # the same of e4m3 and of e5m2
+                    filling = 0x7F if math.isnan(value) else 0x7B
                 for block in blocks:  # its tokens and its digest
                     start = cache.storage_offset() + block.block_id * size
-                    cache.as_strided((size,), (1,), start).fill_(value)
+                    cache.as_strided((size,), (1,), start).fill_(filling)
 
         def get_new_blocks(count: int) -> list[Any]:
             blocks = new_blocks(count)

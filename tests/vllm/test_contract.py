@@ -500,6 +500,38 @@ def test_the_fused_write_of_keys_can_still_be_declined():
     )
 
 
+def test_caches_of_eight_bits_are_bytes_with_a_scale_for_a_layer():
+    """Every other dtype that vLLM keeps is plain, or refused with a reason of its own."""
+    from typing import get_args
+
+    import torch
+    from vllm.config.cache import CacheDType
+    from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+    from vllm.v1.kv_cache_interface import KVQuantMode, get_kv_quant_mode
+
+    from kvplug_vllm import eight_bits
+    from kvplug_vllm.refusals import PAGES, PLAIN
+
+    for dtype in eight_bits.NUMBERS:
+        assert STR_DTYPE_TO_TORCH_DTYPE[dtype] is torch.uint8, f"{MOVED}: see eight_bits"
+        assert get_kv_quant_mode(dtype) is KVQuantMode.FP8_PER_TENSOR, f"{MOVED}: see eight_bits"
+    named = [part for part, _ in PAGES]
+    others = {*get_args(CacheDType)} - {*PLAIN, *eight_bits.NUMBERS, "fp8_inc", "fp8_ds_mla"}
+    new = [dtype for dtype in others if not any(part in dtype for part in named)]
+    assert not new, f"{MOVED}: say in refusals.PAGES how pages of {new} differ"
+    layer = source_of("vllm.model_executor.layers.attention.attention")
+    assert "query_quant" in assigned_attributes(layer, "Attention"), f"{MOVED}: see eight_bits"
+    text = ast.unparse(layer)
+    for scale in ("_q_scale_float", "_k_scale_float", "_v_scale_float"):
+        assert f"layer.{scale} = " in text, f"{MOVED}: layers have no {scale}; see eight_bits"
+    for module, name in (
+        ("cpu_attn", "CPUAttentionBackendImpl"),
+        ("flash_attn", "FlashAttentionImpl"),
+    ):
+        tree = source_of(f"vllm.v1.attention.backends.{module}")
+        assert "kv_cache_dtype" in assigned_attributes(tree, name), f"{MOVED}: see PlannedImpl"
+
+
 def test_no_model_writes_keys_past_our_backends():
     """From 0.33 on FlashAttention allows it, and digests would never see those keys."""
     from vllm.v1.attention.backend import AttentionBackend

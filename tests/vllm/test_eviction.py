@@ -10,6 +10,8 @@ import torch
 import twin
 from recorded import opaque
 
+from tests.vllm import as_cached
+
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 PAGE = 32
@@ -86,9 +88,10 @@ class Shadow:
         check_attention = opaque(self.check_attention)  # replayed with the step it looks at
 
         @opaque
-        def keep(name, key, value, slot_mapping):
+        def keep(impl, layer, key, value, slot_mapping):
+            keys, values = as_cached.keys_and_values(impl, layer, key, value)
             for token, slot in enumerate(slot_mapping.tolist()):
-                self.rows[name][slot] = key[token].float().clone(), value[token].float().clone()
+                self.rows[layer.layer_name][slot] = keys[token].clone(), values[token].clone()
 
         @opaque
         def ask(name, query, slot_mapping):
@@ -97,15 +100,15 @@ class Shadow:
 
         def shadow_update(impl, layer, key, value, kv_cache, slot_mapping):
             update(impl, layer, key, value, kv_cache, slot_mapping)
-            keep(layer.layer_name, key, value, slot_mapping)
+            keep(impl, layer, key, value, slot_mapping)
 
         def shadow_pack(impl, layer, kv_cache, packing):
             pack(impl, layer, kv_cache, packing)
             if twin.MODE:  # copied within the cache, whose pages are plain
                 private = packing.slots // kv_cache.shape[2], packing.slots % kv_cache.shape[2]
-                keys, values = kv_cache[private[0], :, private[1]].chunk(2, -1)
-                keep(layer.layer_name, keys, values, packing.slots)
-            self.check_packing(impl, layer.layer_name, kv_cache.shape[2], packing)
+                packed = impl.as_numbers(kv_cache)[private[0], :, private[1]]
+                keep(impl, layer, *packed.chunk(2, -1), packing.slots)
+            self.check_packing(impl, layer, kv_cache.shape[2], packing)
 
         def shadow_forward(impl, layer, query, key, value, cache, metadata, output, **scales):
             if metadata is not None:
@@ -115,19 +118,21 @@ class Shadow:
             if plan is not None:
                 reads = plan.phases[-1].layers[compat.layer_index(layer.layer_name)]
                 whole = metadata if reads is None else reads.whole.metadata
-                check_attention(impl, layer.layer_name, query, whole, output)
+                check_attention(impl, layer, query, whole, output)
             return output
 
         monkeypatch.setattr(attention.PlannedImpl, "do_kv_cache_update", shadow_update)
         monkeypatch.setattr(attention.PlannedImpl, "pack", shadow_pack)
         monkeypatch.setattr(attention.PlannedImpl, "forward", shadow_forward)
 
-    def check_packing(self, impl, name, size, packing):
+    def check_packing(self, impl, layer, size, packing):
         """The private slots hold, head by head, what the plain definition keeps."""
         from kvplug import PromptKV, keep_tokens
         from kvplug_vllm import compat
 
+        name = layer.layer_name
         rows, scored = self.rows[name], packing.settings.policy.scored
+        scale = as_cached.factors(impl, layer)[0]
         length, keep = packing.event.tokens, packing.width
         natural = [
             int(packing.pages[0, position // size]) * size + position % size
@@ -146,7 +151,7 @@ class Shadow:
             values=keys[None],
             queries=queries,
             lengths=torch.tensor([length]),
-            scale=impl.scale,
+            scale=scale,
             first_head=compat.first_kv_head(name, impl.num_kv_heads),
             page_size=size,
         )
@@ -159,9 +164,10 @@ class Shadow:
                 assert torch.equal(packed_value[head], value[head])
         self.packed += 1
 
-    def check_attention(self, impl, name, query, metadata, output):
+    def check_attention(self, impl, layer, query, metadata, output):
         """The stock kernel over the rewritten table is plain attention over its tokens."""
-        rows, size = self.rows[name], PAGE
+        rows, size = self.rows[layer.layer_name], PAGE
+        scale, value_scale = as_cached.factors(impl, layer)
         group = impl.num_queries_per_kv
         bounds = metadata.query_start_loc.tolist()
         for row, (begin, end) in enumerate(itertools.pairwise(bounds)):
@@ -176,9 +182,10 @@ class Shadow:
             values = torch.stack([rows[slot][1] for slot in slots])
             for head in range(impl.num_kv_heads):
                 asked = query[begin, head * group : (head + 1) * group].float()
-                mass = (asked @ keys[:, head].T * impl.scale).softmax(-1)
+                mass = (asked @ keys[:, head].T * scale).softmax(-1)
+                expected = mass @ values[:, head] * value_scale
                 got = output[begin, head * group : (head + 1) * group].float()
-                torch.testing.assert_close(got, mass @ values[:, head], atol=1e-2, rtol=1e-2)
+                torch.testing.assert_close(got, expected, atol=1e-2, rtol=1e-2)
             self.attended += 1
 
 

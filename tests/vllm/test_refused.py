@@ -81,7 +81,32 @@ REFUSED = [
         {"policy": "dense", "allow": ["quest"]},
         ["one's answer to another of another policy"],
     ),
-    ({"kv_cache_dtype": "fp8"}, {"policy": "quest"}, ["quantised KV cache (fp8)"]),
+    (
+        {"kv_cache_dtype": "int8_per_token_head"},
+        {"policy": "quest"},
+        ["int8_per_token_head keeps a scale beside each token", "--kv-cache-dtype fp8 or auto"],
+    ),
+    (
+        {"kv_cache_dtype": "fp8_per_token_head"},
+        {"policy": "snapkv"},
+        ["fp8_per_token_head keeps a scale beside each token"],
+    ),
+    ({"kv_cache_dtype": "nvfp4"}, {"policy": "twilight"}, ["nvfp4 packs two numbers into a"]),
+    (
+        {"kv_cache_dtype": "turboquant_4bit_nc"},
+        {"policy": "streaming_llm"},
+        ["turboquant_4bit_nc keeps codes of rotated keys, and no policy can read it"],
+    ),
+    (
+        {"kv_cache_dtype": "fp8_inc"},
+        {"policy": "quest"},
+        ["fp8_inc is laid out for a kernel that kvplug does not plan"],
+    ),
+    (
+        {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]},
+        {"policy": "quest"},
+        ["the layers that --kv-cache-dtype-skip-layers names", "drop it, or"],
+    ),
     ({"enable_prompt_embeds": True}, {"policy": "quest"}, ["prompt embeddings"]),
     (
         {"disable_hybrid_kv_cache_manager": True},
@@ -209,6 +234,24 @@ def test_drafts_are_refused_where_a_step_does_not_wait_for_the_last_one(random_l
     config.scheduler_config.async_scheduling = True
     (reason,) = refusals(config)
     assert "add --no-async-scheduling" in reason
+
+
+def test_caches_of_eight_bits_are_refused_what_their_kernels_do_not_have(
+    random_llama, monkeypatch
+):
+    from types import SimpleNamespace
+
+    from vllm.platforms import current_platform
+
+    config = configure(random_llama(), {"policy": "quest"}, kv_cache_dtype="fp8_e5m2")
+    assert list(refusals(config)) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(type(current_platform), "is_cuda", lambda self: True)
+        (reason,) = refusals(config)
+        assert "reads no KV cache fp8_e5m2; use --kv-cache-dtype fp8_e4m3" in reason
+    config.quant_config = SimpleNamespace(kv_cache_scheme={"strategy": "attn_head"})
+    (reason,) = refusals(config)
+    assert "scales of the KV cache fp8_e5m2 for each head" in reason
 
 
 def test_a_request_is_refused_what_a_server_with_drafts_cannot_serve(random_llama):

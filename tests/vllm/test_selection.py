@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 
+import cpu_eight_bits
 import pytest
 import torch
 import twin
 from recorded import opaque
 
+from tests.vllm import as_cached
 from tests.vllm.test_eviction import add
 from tests.vllm.test_lifecycle import preemptions
 
@@ -33,7 +35,8 @@ BITS = {3: 2, 9: 1, 7: 2, 8: 4, 14: 2, 4: 1, 2: 4, 6: 2, 5: 1}
 
 
 class Shadow:
-    """Keys and values by layer and slot as the model made them, and a check of every selection.
+    """Keys and values by layer and slot as the model made them, or as a cache of eight bits keeps
+    them, and a check of every selection.
 
     The engine's own pages are packed by its kernel, so the truth is kept beside them.
     """
@@ -55,14 +58,15 @@ class Shadow:
 
         def update(impl, layer, key, value, kv_cache, slot_mapping):
             stock_update(impl, layer, key, value, kv_cache, slot_mapping)
-            keep(layer.layer_name, key, value, slot_mapping)
+            keep(impl, layer, key, value, slot_mapping)
 
         def store_kept(impl, layer, kv_cache, packing, prompt, tokens):
             stock_store(impl, layer, kv_cache, packing, prompt, tokens)
             if twin.MODE:  # copied within the cache, whose pages are plain
                 size = kv_cache.shape[2]
-                packed = kv_cache[packing.slots // size, :, packing.slots % size]
-                keep(layer.layer_name, *packed.chunk(2, -1), packing.slots)
+                cache = impl.as_numbers(kv_cache)
+                packed = cache[packing.slots // size, :, packing.slots % size]
+                keep(impl, layer, *packed.chunk(2, -1), packing.slots)
 
         def choose(*args, **kwargs):
             chosen.append(stock_choose(*args, **kwargs))
@@ -70,7 +74,7 @@ class Shadow:
 
         def selected(impl, layer, query, kv_cache, step, budget, output):
             stock_selected(impl, layer, query, kv_cache, step, budget, output)
-            self.check(impl, layer.layer_name, query, kv_cache, step, output, *chosen.pop())
+            self.check(impl, layer, query, kv_cache, step, output, *chosen.pop())
 
         monkeypatch.setattr(attention.PlannedImpl, "do_kv_cache_update", update)
         monkeypatch.setattr(attention.PlannedImpl, "_selected", selected)
@@ -78,19 +82,22 @@ class Shadow:
             monkeypatch.setattr(attention.PlannedImpl, "store_kept", store_kept)
         monkeypatch.setattr(attention, "choose_units", choose)
 
-    def keep(self, name, key, value, slot_mapping):
+    def keep(self, impl, layer, key, value, slot_mapping):
+        name = layer.layer_name
+        keys, values = as_cached.keys_and_values(impl, layer, key, value)
         for token, slot in enumerate(slot_mapping.tolist()):
             if slot >= 0:
-                self.keys[name][slot] = key[token].float().clone()
-                self.values[name][slot] = value[token].float().clone()
+                self.keys[name][slot] = keys[token].clone()
+                self.values[name][slot] = values[token].clone()
 
-    def check(self, impl, name, query, kv_cache, step, output, chosen, counts):
+    def check(self, impl, layer, query, kv_cache, step, output, chosen, counts):
         block, group = kv_cache.shape[2], impl.num_queries_per_kv
         size = step.page
-        name = impl.kv_sharing_target_layer_name or name
+        name = impl.kv_sharing_target_layer_name or layer.layer_name
+        scale, value_scale = as_cached.factors(impl, layer)
         assert block % size == 0
         assert size <= 64, "blocks are cut into pages"
-        loose = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 1e-4}[query.dtype]
+        loose = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 1e-4}[output.dtype]
         tokens = range(len(step.lengths)) if step.tokens is None else step.tokens.tolist()
         for row, token in enumerate(tokens):
             length = int(step.lengths[row])
@@ -110,7 +117,8 @@ class Shadow:
             for head in range(impl.num_kv_heads):
                 queries = query[token, head * group : (head + 1) * group].float()
                 evidence = bounds_of if unit == size else weights_of
-                worth = evidence(step.selector, queries, keys[:, head], size, query.dtype, impl)
+                dtype = impl.numbers or query.dtype
+                worth = evidence(step.selector, queries, keys[:, head], size, dtype, scale)
                 count = int(counts[row, head])
                 read = chosen[row, head, :count].tolist()
                 assert read == sorted(set(read)), "units are distinct and ascending"
@@ -124,7 +132,7 @@ class Shadow:
                     assert worth[free].min() >= worth[others].max() - slack, "the best are read"
                 spans = [torch.arange(u * unit, min((u + 1) * unit, length)) for u in read]
                 seen = torch.cat(spans)
-                logits = queries @ keys[seen, head].T * impl.scale
+                logits = queries @ keys[seen, head].T * scale
                 if cap := impl.logits_soft_cap:
                     logits = cap * torch.tanh(logits / cap)
                 if impl.sinks is not None:
@@ -132,12 +140,13 @@ class Shadow:
                     logits = torch.cat([logits, own[:, None]], 1)
                 expected = logits.softmax(-1)[:, : len(seen)] @ values[seen, head]
                 got = output[token, head * group : (head + 1) * group].float()
+                expected *= value_scale
                 torch.testing.assert_close(got, expected, atol=loose * 3, rtol=loose)
                 self.checked += 1
                 self.spared += units - count
 
 
-def bounds_of(selector, queries, keys, size, dtype, impl):
+def bounds_of(selector, queries, keys, size, dtype, scale):
     """Of a head's queries [G, D] and the keys of each page [T, D]. -> [P]"""
     parts = keys.split(size)
     return torch.stack(
@@ -145,18 +154,18 @@ def bounds_of(selector, queries, keys, size, dtype, impl):
     )
 
 
-def weights_of(selector, queries, keys, size, dtype, impl):
+def weights_of(selector, queries, keys, size, dtype, scale):
     """By the keys in a few bits. -> [T], 0 in the newest page, which has no codes"""
     full, levels = (len(keys) - 1) // size * size, 2**selector.bits - 1
     weights = torch.zeros(len(keys))
     if full:
         pages = keys[:full].unflatten(0, (-1, size))
         low, high = pages.amin(1, keepdim=True), pages.amax(1, keepdim=True)
-        step = ((high - low) / levels).to(dtype)
+        step = ((high - low) / levels).clamp(min=torch.finfo(dtype).tiny).to(dtype)
         short = step.float() * levels < high - low
-        step = torch.where(short, above(step), step).float()
+        step = torch.where(short, above(step).float(), step.float())
         coded = low + ((pages - low) / step + 0.5).floor().clamp(0, levels) * step
-        logits = queries @ coded.flatten(0, 1).T * impl.scale
+        logits = queries @ coded.flatten(0, 1).T * scale
         if selector.candidates is not None:
             least, most = low.flatten(1), (low + levels * step).flatten(1)
             bounds = torch.maximum(queries[:, None] * least, queries[:, None] * most)
@@ -169,8 +178,8 @@ def weights_of(selector, queries, keys, size, dtype, impl):
 
 def above(step):
     """The next number."""
-    bits = step.view(torch.int32 if step.dtype == torch.float32 else torch.int16)
-    return (bits + 1).view(step.dtype)
+    integers = {4: torch.int32, 2: torch.int16, 1: torch.int8}
+    return (step.view(integers[step.dtype.itemsize]) + 1).view(step.dtype)
 
 
 def generate(engine, model, policy, batches, shortcut=True, **options):
@@ -259,13 +268,18 @@ def test_min_context_serves_short_requests_dense(engine, random_llama, prompts):
 
 
 @pytest.mark.both
-def test_codes_are_those_of_their_pages_whoever_wrote_them(engine, random_llama, prompts):
+@pytest.mark.parametrize("cache", ["auto", "fp8"])
+def test_codes_are_those_of_their_pages_whoever_wrote_them(
+    engine, random_llama, prompts, monkeypatch, cache
+):
     """Prefilled in chunks, decoded by replayed steps, packed, preempted and written again."""
     from kvplug_kernels.key_codes import update_key_codes
 
     size, private = 32, 3
     line = "snapkv(budget=96) + twilight(budget=0.3, dense_layers=0)"
-    options = {"max_model_len": 640, "num_gpu_blocks_override": 26}
+    options = {"max_model_len": 640, "num_gpu_blocks_override": 26, "kv_cache_dtype": cache}
+    if twin.MODE == "":
+        cpu_eight_bits.install(monkeypatch)
     with engine(random_llama(), {"policy": line}, **options) as planned:
         core, checked = planned.llm.llm_engine, set()
         (manager,) = planned.scheduler.kv_cache_manager.coordinator.single_type_managers
