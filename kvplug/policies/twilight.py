@@ -7,8 +7,9 @@ A page carries its keys as codes, made once, when its last token has been writte
 S * bits / 8 bytes a channel. Of a page of 32 tokens in 16 bits that is 9.4 % of its bytes at two
 bits. A KV head reads the ``budget`` tokens that weigh most or, with ``top_p``, the fewest whose
 weights reach it. With ``candidates`` only that share of the full pages is scored, those with the
-highest bounds on q . k, which lo and step give as in Quest: half the work at a half, and the
-answers that a bound does not foresee.
+highest bounds on q . k, which lo and step give as in Quest: half the work at a half, without the
+answers that a bound does not foresee (on exact recall at 2K a half finds 86 % of the look-ups and
+a quarter 57 %, all pages 100 %: ``kvplug eval --suite recall-candidates``).
 
 Lin et al., "Twilight: Adaptive Attention Sparsity with Hierarchical Top-p Pruning", 2025,
 https://arxiv.org/abs/2502.02770
