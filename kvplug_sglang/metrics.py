@@ -24,7 +24,7 @@ BY_POLICY = {
     "read_bytes": "Bytes that they read, digests included, a rank.",
     "packed_prompts": "Prompts that were compressed.",
     "kept_tokens": "Tokens that a KV head kept of them.",
-    "dropped_tokens": "Tokens that a KV head dropped of them.",
+    "dropped_tokens": "Tokens that a KV head dropped, of answers too.",
     "packing_seconds": "Seconds the host spent compressing prompts.",
     "returned_blocks": "Blocks that living requests gave back.",
     "saved_bytes": "Bytes of them, less those of private blocks, a rank.",

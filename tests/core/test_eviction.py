@@ -180,8 +180,8 @@ def test_a_cache_of_eight_bits_keeps_what_its_numbers_say(policy, dtype):
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 def test_windows_of_queries_of_eight_bits_are_what_those_are(dtype):
     queries = torch.randn(9, 4, 16).to(dtype)
-    early = Observed(row=0, tokens=slice(2, 5), offset=0, window=6)
-    late = Observed(row=0, tokens=slice(3), offset=3, window=6)
+    early = Observed(row=0, era=0, tokens=slice(2, 5), offset=0, window=6)
+    late = Observed(row=0, era=0, tokens=slice(3), offset=3, window=6)
     first = window_queries(early, queries, None)
     window = window_queries(late, queries.bfloat16(), first)
     assert torch.equal(window.float(), queries[[2, 3, 4, 0, 1, 2]].float())

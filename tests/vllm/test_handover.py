@@ -27,8 +27,10 @@ def test_the_scheduler_serves_the_offer_of_the_workers(given):
     assert EvictionSettings.of(offer).offer() == offer
 
 
-def test_pages_that_are_packed_in_place_say_what_they_hold():
-    """As a GPU packs: the adapter's own, over pages whose digests another request has left."""
+@pytest.mark.parametrize("era", [0, 1])
+def test_pages_that_are_packed_in_place_say_what_they_hold(era):
+    """As a GPU packs: the adapter's own, over pages whose digests another request has left; and
+    into pages that it reads."""
     from kvplug_vllm import attention
 
     pages, heads, size, dim = 6, handover.HEADS, 4, handover.HEAD_DIM
@@ -39,10 +41,12 @@ def test_pages_that_are_packed_in_place_say_what_they_hold():
     impl = object.__new__(attention.PlannedImpl)
     impl.digest, impl.head_size, impl._views, impl._viewed = KeyExtremes(), dim, None, None
     impl.offer, impl.sinks = read_offer({"policy": "quest"}, environ={}), None
+    impl.numbers = None
     tail = impl.views(None, cache).tail
     tail.fill_(handover.STALE)
 
-    prompt_pages, private = torch.tensor([[1, 2, 3]]), torch.tensor([[5, 4]])
+    prompt_pages = torch.tensor([[5, 4, 3] if era else [1, 2, 3]])
+    private = torch.tensor([[5, 4]])
     keys, values = attention.PlannedImpl.read_pages(impl, None, cache, prompt_pages)
     lengths = torch.tensor([3 * size])
     prompt = PromptKV(
@@ -54,7 +58,8 @@ def test_pages_that_are_packed_in_place_say_what_they_hold():
     packing = SimpleNamespace(
         pages=prompt_pages,
         private=private,
-        keep=torch.tensor([2 * size]),
+        event=SimpleNamespace(era=era),
+        width=2 * size,
         slots=slots,
         kept=lambda rows, tokens: rows[0]
         .gather(0, tokens[0].T[..., None].expand(-1, -1, rows.shape[-1])),

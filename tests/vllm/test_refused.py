@@ -133,7 +133,11 @@ REFUSED = [
         {"policy": LOCAL},
         ["nor to keep them from engines of another policy", "drop --kv-transfer-config"],
     ),
-    ({"kv_cache_dtype": "fp8"}, {"policy": f"{LOCAL} + quest"}, ["quantised KV cache (fp8)"]),
+    (
+        {"kv_cache_dtype": "nvfp4"},
+        {"policy": f"{LOCAL} + quest"},
+        ["nvfp4 packs two numbers into a"],
+    ),
     ({}, {"policy": LOCAL, "protect": 9}, ["no protected span before it; drop protect"]),
     (
         {"enable_prompt_embeds": True},
