@@ -176,9 +176,9 @@ class BatchPlanner:
             if schedule.scored is None or not schedule.scored.needs_queries:
                 continue
             window, rows = schedule.scored.window, np.flatnonzero(choice == one)
-            row, era = schedule.between(computed[rows], total[rows] + window, prompt[rows])
-            row = rows[row]
-            at = schedule.at(era, prompt[row])
+            starts = schedule.begin(prompt[rows])
+            row, era = schedule.between(computed[rows], total[rows] + window, starts)
+            at, row = schedule.at(era, starts[row]), rows[row]
             begin = np.maximum(computed[row], np.maximum(at - window, 0))
             end = np.minimum(total[row], at)
             for n in np.flatnonzero(begin < end).tolist():

@@ -76,14 +76,17 @@ class Planner:
         decodes = position >= prompt[row]
         packed, private, phase = np.full(len(row), -1), np.zeros_like(row), np.zeros_like(row)
         if self.scored:
-            schedule, own = self.schedule, prompt[row]
+            schedule = self.schedule
+            own = schedule.begin(prompt)[row]
             era = schedule.era(position, own)
             compressed = era >= 0
-            first = np.where(compressed, schedule.first(era, own), first)
-            kept = np.where(compressed, schedule.kept(era, own), kept)
-            packed = np.where(compressed, schedule.column(own), packed)
-            private = np.where(compressed, schedule.private(own), private)
-            phase = np.where(compressed, schedule.phase(era, computed[row], own), phase)
+            if compressed.any():
+                inserted, behind = schedule.private(prompt)[row], schedule.first(era, own)
+                first = np.where(compressed, behind, first)
+                kept = np.where(compressed, np.minimum(behind, inserted), kept)
+                packed = np.where(compressed, schedule.column(own), packed)
+                private = np.where(compressed, inserted, private)
+                phase = np.where(compressed, schedule.phase(era, computed[row], own), phase)
         selects = decodes if self.selector else np.zeros(len(row), bool)
         if self.settings.shortcut:
             visible = position + 1 - (first - kept) * self.page_size

@@ -137,70 +137,65 @@ class Schedule:
             return np.full_like(prompt, self.most_private)
         return self.private_pages(prompt)
 
-    def column(self, prompt: Positions) -> Positions:
-        """Where they are: the first whole page behind the first event. [n] -> [n]"""
-        return -(-self.begin(prompt) // self.page_size)
+    # What follows is asked of ``begin``, the position of a request's first event. [n] each -> [n]
 
-    def era(self, position: Positions, prompt: Positions) -> Positions:
-        """[n] each -> [n]"""
-        begin, size = self.begin(prompt), self.page_size
-        era = np.zeros_like(position)
-        if self.every:
-            era = np.maximum(position // size - begin // size, 0) // self.every
-        return np.where(position >= begin, era, -1)
+    def column(self, begin: Positions) -> Positions:
+        """Where the private pages are: the first whole page behind the first event."""
+        return -(-begin // self.page_size)
 
-    def first(self, era: Positions, prompt: Positions) -> Positions:
-        """Pages that queries of an era see in packed form alone. [n] each -> [n]"""
-        return np.where(era < 0, 0, self.begin(prompt) // self.page_size + era * self.every)
+    def era(self, position: Positions, begin: Positions) -> Positions:
+        passed = position >= begin
+        if not self.every:
+            return passed.astype(np.int64) - 1
+        pages = np.maximum(position // self.page_size - begin // self.page_size, 0)
+        return np.where(passed, pages // self.every, -1)
 
-    def kept(self, era: Positions, prompt: Positions) -> Positions:
-        """Private pages that they see instead. [n] each -> [n]"""
-        return np.minimum(self.first(era, prompt), self.private(prompt))
+    def first(self, era: Positions, begin: Positions) -> Positions:
+        """Pages that queries of an era see in packed form alone."""
+        return np.where(era < 0, 0, begin // self.page_size + era * self.every)
 
-    def at(self, era: Positions, prompt: Positions) -> Positions:
-        """Position of an event. [n] each -> [n]"""
-        return np.where(era <= 0, self.begin(prompt), self.first(era, prompt) * self.page_size)
+    def at(self, era: Positions, begin: Positions) -> Positions:
+        """Position of an event."""
+        return np.where(era <= 0, begin, self.first(era, begin) * self.page_size)
 
-    def phase(self, era: Positions, computed: Positions, prompt: Positions) -> Positions:
-        """Of a step that computes from position ``computed`` on. [n] each -> [n]
+    def phase(self, era: Positions, computed: Positions, begin: Positions) -> Positions:
+        """Of a step that computes from position ``computed`` on.
 
         A request's first packing leaves what it reads in place: it may come before everything.
         """
-        return np.maximum(era - np.maximum(self.era(computed, prompt), 0), 0)
+        return np.maximum(era - np.maximum(self.era(computed, begin), 0), 0)
 
     def between(
-        self, computed: Positions, total: Positions, prompt: Positions
+        self, computed: Positions, total: Positions, begin: Positions
     ) -> tuple[Positions, Positions]:
         """Row and era of the events at positions [computed, total), in order. [B] -> [n] each"""
-        first = self.era(computed - 1, prompt) + 1
-        count = np.maximum(self.era(total - 1, prompt) + 1 - first, 0)
+        first = self.era(computed - 1, begin) + 1
+        count = np.maximum(self.era(total - 1, begin) + 1 - first, 0)
         row = np.repeat(np.arange(len(count)), count)
         return row, first[row] + np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
 
     def events(self, computed: Positions, total: Positions, prompt: Positions) -> list[Event]:
         """What a step packs that brings the queries [computed, total): all that they pass. [B]
         each; a row's in order"""
-        row, era = self.between(computed, total, prompt)
-        phase = self.phase(era, computed[row], prompt[row])
+        row, era = self.between(computed, total, self.begin(prompt))
         return [
-            self._event(*numbers, int(prompt[numbers[0]]))
-            for numbers in zip(row.tolist(), era.tolist(), phase.tolist(), strict=True)
+            self._event(n, m, int(computed[n]), int(prompt[n]))
+            for n, m in zip(row.tolist(), era.tolist(), strict=True)
         ]
 
-    def _event(self, row: int, era: int, phase: int, tokens: int) -> Event:
-        prompt, now, size = np.array([tokens]), np.array([era]), self.page_size
-        kept, first = int(self.kept(now, prompt)[0]), int(self.first(now, prompt)[0])
+    def _event(self, row: int, era: int, computed: int, prompt: int) -> Event:
+        course, size = self.course(prompt), self.page_size
+        first = course.begin // size + np.arange(era + 1) * self.every
+        kept = np.minimum(first, course.private)
         if not era:
-            begin = int(self.begin(prompt)[0])
-            private, pages, tokens = 0, range(-(-begin // size)), begin
+            private, pages, tokens = 0, range(course.column), course.begin
         else:
-            private = int(self.kept(now - 1, prompt)[0])
-            pages = range(int(self.first(now - 1, prompt)[0]), first)
+            private, pages = int(kept[-2]), range(int(first[-2]), int(first[-1]))
             tokens = (private + len(pages)) * size
-        protect = self._protect(private, pages)
+        passed = self.phase(*(np.array([n]) for n in (era, computed, course.begin)))
         return Event(
-            row=row, era=era, private=private, pages=pages, tokens=tokens, kept=kept,
-            protect=protect, phase=phase,
+            row=row, era=era, private=private, pages=pages, tokens=tokens, kept=int(kept[-1]),
+            protect=self._protect(private, pages), phase=int(passed[0]),
         )  # fmt: skip
 
     def _protect(self, private: int, pages: range) -> Sequence[tuple[int, int]]:
@@ -230,9 +225,9 @@ class Schedule:
     def most_pages(self, prompt: int, in_flight: int, tokens: int) -> int:
         """The most pages that a request of so many tokens holds while up to ``in_flight`` tokens
         are being computed."""
-        processed = np.arange(tokens)
-        asked = np.full_like(processed, prompt)
+        processed, course = np.arange(tokens), self.course(prompt)
+        begin = np.full_like(processed, course.begin)
         total = np.minimum(processed + in_flight, tokens)
-        inserted = self.private(asked) * (total > self.begin(asked))
-        gone = self.first(self.era(processed - 1, asked), asked)
+        inserted = course.private * (total > begin)
+        gone = self.first(self.era(processed - 1, begin), begin)
         return int((-(-total // self.page_size) + inserted - gone).max(initial=0))

@@ -116,8 +116,8 @@ class Compression:
 
     def _packing(self, common: Any, event: Event, rows: Rows, prompt: np.int64) -> Packing:
         planner = self.planner.planners[int(rows.choice[event.row])]
-        size, schedule, lengths = planner.page_size, planner.schedule, np.array([prompt])
-        column, private = int(schedule.column(lengths)[0]), int(schedule.private(lengths)[0])
+        size, course = planner.page_size, planner.schedule.course(int(prompt))
+        column, private = course.column, course.private
         pages = np.asarray(event.pages)
         # Pages before the private ones stand where they did, the others behind them.
         columns = np.concatenate(
