@@ -20,11 +20,14 @@ from kvplug import (
     parse,
     window_queries,
 )
+from kvplug.policies import r_kv as r_kv_module
 from kvplug.policies import snapkv as snapkv_module
 from kvplug.policies.keydiff import KeyDiff
 from kvplug.policies.knorm import KNorm
+from kvplug.policies.r_kv import RKV
 from kvplug.policies.random import Random
 from kvplug.policies.snapkv import SnapKV
+from kvplug.policies.tova import TOVA
 
 KVPRESS = np.load(Path(__file__).parent / "fixtures/kvpress.npz")
 NAN = float("nan")
@@ -144,12 +147,58 @@ def slow_snapkv(policy, keys, queries, scale):
     ]
 
 
+def slow_tova(policy, keys, queries, scale):
+    attention = [0.0] * len(keys)
+    for query in queries[-1]:
+        powers = [
+            math.exp(scale * sum(x * y for x, y in zip(query, key, strict=True))) for key in keys
+        ]
+        for j, power in enumerate(powers):
+            attention[j] += power / sum(powers) / len(queries[-1])
+    return attention
+
+
+def slow_r_kv(policy, keys, queries, scale):
+    P, W = len(keys), policy.window
+    before, attention = max(P - W, 0), [0.0] * P
+    for row in queries if before else []:
+        logits = [
+            max(scale * sum(x * y for x, y in zip(query, key, strict=True)) for query in row)
+            for key in keys[:before]
+        ]
+        powers = [math.exp(each) for each in logits]
+        for j, power in enumerate(powers):
+            attention[j] += power / sum(powers) / W
+    reach = policy.pool // 2
+    pooled = [max(attention[max(0, j - reach) : j + reach + 1]) for j in range(P)]
+    norms = [math.sqrt(sum(x * x for x in key)) for key in keys]
+    means = [0.0] * P
+    for i in range(P):
+        like = [
+            sum(x * y for x, y in zip(keys[i], keys[j], strict=True)) / norms[i] / norms[j]
+            if i != j else 0.0
+            for j in range(P)
+        ]  # fmt: skip
+        alike = [j for j in range(P) if like[j] > 0.5]
+        for j in range(P):
+            means[j] += like[j] / P if j not in alike[-1:] else 0
+    powers = [math.exp(mean) for mean in means]
+    weight = policy.attention
+    return [
+        weight * looked_at - (1 - weight) * power / sum(powers)
+        for looked_at, power in zip(pooled, powers, strict=True)
+    ]
+
+
 SLOW = [
     (KNorm(), slow_knorm),
     (KeyDiff(), slow_keydiff),
     (SnapKV(window=6), slow_snapkv),
     (SnapKV(window=6, pool=1), slow_snapkv),
     (SnapKV(window=6, pool=9), slow_snapkv),
+    (TOVA(), slow_tova),
+    (RKV(window=6), slow_r_kv),
+    (RKV(window=6, pool=1, attention=0.7), slow_r_kv),
 ]
 
 
@@ -157,6 +206,7 @@ SLOW = [
 @pytest.mark.parametrize("policy, slow", SLOW, ids=[str(policy) for policy, _ in SLOW])
 def test_a_score_is_its_definition_on_a_ragged_batch(policy, slow, dtype, monkeypatch):
     monkeypatch.setattr(snapkv_module, "BLOCK", 16)  # many blocks, the last one not full
+    monkeypatch.setattr(r_kv_module, "BLOCK", 300)
     prompt = prompts([40, 1, 17, 6, 3, 7], dtype=dtype)
     score = policy.score(prompt)
     assert score.dtype is torch.float32
@@ -208,7 +258,9 @@ def test_keydiff_of_a_zero_key_is_a_number():
     assert KeyDiff().score(prompt).eq(0).all()
 
 
-POLICIES = [KNorm(), KeyDiff(), SnapKV(window=6), Random(), Random(seed=7)]
+POLICIES = [
+    KNorm(), KeyDiff(), SnapKV(window=6), Random(), Random(seed=7), TOVA(), RKV(window=6),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
@@ -458,6 +510,11 @@ def test_the_printed_form_parses_back(policy):
     [
         ("snapkv", "snapkv(budget=1024, sinks=0, window=64, pool=5)"),
         ("keydiff", "keydiff(budget=1024, sinks=4, window=0)"),
+        ("tova", "tova(budget=1024, sinks=0, window=1, interval=128)"),
+        (
+            "r_kv(interval=256)",
+            "r_kv(budget=1024, sinks=0, window=8, interval=256, attention=0.1, pool=7)",
+        ),
         ("knorm(budget=512)", "knorm(budget=512, sinks=4, window=0)"),
         ("random(window=32)", "random(budget=1024, sinks=4, window=32, seed=0)"),
     ],
@@ -467,8 +524,18 @@ def test_a_line_prints_in_full(line, printed):
 
 
 def test_only_what_ignores_the_question_may_be_shared():
-    shared = {name: parse(name).publishes for name in ("snapkv", "keydiff", "knorm", "random")}
-    assert shared == {"snapkv": False, "keydiff": True, "knorm": True, "random": True}
+    shared = {
+        name: parse(name).publishes
+        for name in ("snapkv", "keydiff", "knorm", "random", "tova", "r_kv")
+    }
+    assert shared == {
+        "tova": False,
+        "r_kv": False,
+        "snapkv": False,
+        "keydiff": True,
+        "knorm": True,
+        "random": True,
+    }
     assert not parse("snapkv + quest").publishes
 
 
@@ -478,8 +545,10 @@ def test_a_budget_is_rounded_up_to_whole_pages():
     assert policy.pages(16, 40) == 3
 
 
-def test_only_snapkv_asks_for_queries():
-    assert [policy.name for policy in POLICIES if policy.needs_queries] == ["snapkv"]
+def test_who_asks_for_queries():
+    assert [policy.name for policy in POLICIES if policy.needs_queries] == [
+        "snapkv", "tova", "r_kv",
+    ]  # fmt: skip
 
 
 BAD = [

@@ -44,7 +44,7 @@ def test_answers_are_those_of_a_plain_llama_that_packs_at_the_same_positions(
 
 
 @pytest.mark.parametrize(
-    "policy", [QUERIES, f"{KEYS} + twilight(budget=0.5, dense_layers=0)", KEYS]
+    "policy", ["tova(budget=96, interval=64)", f"{KEYS} + twilight(budget=0.5, dense_layers=0)"]
 )
 def test_retracted_answers_are_packed_again_as_before(
     engine, random_llama, prompts, monkeypatch, policy

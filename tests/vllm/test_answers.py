@@ -13,10 +13,11 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 S = 32
 KEYS = "keydiff(budget=96, interval=64)"
 QUERIES = "snapkv(budget=128, window=32, interval=64)"
+REDUNDANCY = "r_kv(budget=96, interval=64)"
 
 
 @pytest.mark.both
-@pytest.mark.parametrize("policy", [KEYS, QUERIES])
+@pytest.mark.parametrize("policy", [KEYS, QUERIES, REDUNDANCY])
 def test_answers_are_those_of_a_plain_llama_that_packs_at_the_same_positions(
     engine, random_llama, prompts, policy
 ):
@@ -39,9 +40,7 @@ def test_answers_are_those_of_a_plain_llama_that_packs_at_the_same_positions(
 
 
 @pytest.mark.parametrize("caching", [False, True])
-@pytest.mark.parametrize(
-    "policy", [QUERIES, f"{KEYS} + twilight(budget=0.5, dense_layers=0)", KEYS]
-)
+@pytest.mark.parametrize("policy", [QUERIES, f"{KEYS} + twilight(budget=0.5, dense_layers=0)"])
 def test_preempted_answers_are_packed_again_as_before(
     engine, random_llama, prompts, policy, caching
 ):
@@ -72,10 +71,7 @@ def test_preempted_answers_are_packed_again_as_before(
         assert again.num_cached_tokens == (caching and (333 - last) // S * S)
 
 
-@pytest.mark.parametrize("prompt", [100, 400])
-def test_an_answer_of_a_thousand_tokens_holds_what_its_course_says(
-    engine, random_llama, prompts, prompt
-):
+def test_an_answer_of_a_thousand_tokens_holds_what_its_course_says(engine, random_llama, prompts):
     """The engine's own metric at every step; no pool of dense pages would hold it."""
     with engine(
         random_llama(),
@@ -89,7 +85,7 @@ def test_an_answer_of_a_thousand_tokens_holds_what_its_course_says(
         core, held = planned.llm.llm_engine, []
         core.add_request(
             "long",
-            {"prompt_token_ids": prompts(prompt)[0]},
+            {"prompt_token_ids": prompts(100)[0]},
             SamplingParams(temperature=0, max_tokens=1000, ignore_eos=True, detokenize=False),
         )
         while core.has_unfinished_requests():
@@ -100,7 +96,7 @@ def test_an_answer_of_a_thousand_tokens_holds_what_its_course_says(
         assert max(behind) <= 3 + 2 + 2, "kept, new since, and the step's own"
         assert min(behind) >= 3
         in_flight = planned.llm.llm_engine.vllm_config.max_in_flight_tokens
-        assert max(held) <= schedule.most_pages(prompt, in_flight, prompt + 1000)
+        assert max(held) <= schedule.most_pages(100, in_flight, 1100)
         assert planned.free_blocks == free
 
 
