@@ -74,18 +74,16 @@ class Planner:
         hidden = kept < first
         first, kept = np.where(hidden, first, 0), np.where(hidden, kept, 0)
         decodes = position >= prompt[row]
-        packed, private, phase = np.full(len(row), -1), np.zeros_like(row), np.zeros_like(row)
+        packed, phase = np.full(len(row), -1), np.zeros_like(row)
         if self.scored:
             schedule = self.schedule
             own = schedule.begin(prompt)[row]
             era = schedule.era(position, own)
             compressed = era >= 0
             if compressed.any():
-                inserted, behind = schedule.private(prompt)[row], schedule.first(era, own)
-                first = np.where(compressed, behind, first)
-                kept = np.where(compressed, np.minimum(behind, inserted), kept)
+                first = np.where(compressed, schedule.first(era, own), first)
+                kept = np.where(compressed, schedule.private(prompt)[row], kept)
                 packed = np.where(compressed, schedule.column(own), packed)
-                private = np.where(compressed, inserted, private)
                 phase = np.where(compressed, schedule.phase(era, computed[row], own), phase)
         selects = decodes if self.selector else np.zeros(len(row), bool)
         if self.settings.shortcut:
@@ -111,7 +109,6 @@ class Planner:
             kept=kept[begin],
             first=first[begin],
             packed=packed[begin],
-            private=private[begin],
             phase=phase[begin],
             choice=np.zeros(len(begin), np.int64),
             selects=selects[begin],

@@ -9,9 +9,9 @@ time is an event, 0 the first; a query is of the *era* of the last event at or b
     at(m) = first(m) S
     first(m) = begin // S + m C
 
-a query of era m sees min(first(m), k) private pages instead of those before first(m), and all
-from there on. Event m packs what a query of era m - 1 sees before at(m): the private pages and C
-others, into the same private pages.
+a query of era m sees k private pages instead of those before first(m), and all from there on.
+Event m packs what a query of era m - 1 sees before at(m), the private pages and C others, into the
+same private pages.
 """
 
 from __future__ import annotations
@@ -123,13 +123,13 @@ class Schedule:
 
     def begin(self, prompt: Positions) -> Positions:
         """Position of the first event; NEVER without. [n] -> [n]"""
-        late = NEVER
-        if self.every:
-            late, size = self.page_size, self.page_size
-            if self.settings.shortcut:
-                late = max(self.most_private + self.every, self.settings.min_context // size + 1)
-                late = min(late * size, NEVER)
-        return np.where(self.private_pages(prompt) > 0, prompt, late)
+        if not self.every:
+            return np.where(self.private_pages(prompt) > 0, prompt, NEVER)
+        size = self.page_size
+        if not self.settings.shortcut:  # as soon as it fills the private pages
+            return np.where(prompt // size < self.most_private, self.most_private * size, prompt)
+        late = max(self.most_private + self.every, self.settings.min_context // size + 1) * size
+        return np.where(self.private_pages(prompt) > 0, prompt, min(late, NEVER))
 
     def private(self, prompt: Positions) -> Positions:
         """Pages inserted into a row from the first event on. [n] -> [n]"""
@@ -185,16 +185,15 @@ class Schedule:
 
     def _event(self, row: int, era: int, computed: int, prompt: int) -> Event:
         course, size = self.course(prompt), self.page_size
-        first = course.begin // size + np.arange(era + 1) * self.every
-        kept = np.minimum(first, course.private)
         if not era:
             private, pages, tokens = 0, range(course.column), course.begin
         else:
-            private, pages = int(kept[-2]), range(int(first[-2]), int(first[-1]))
+            last = course.begin // size + era * self.every
+            private, pages = course.private, range(last - self.every, last)
             tokens = (private + len(pages)) * size
         passed = self.phase(*(np.array([n]) for n in (era, computed, course.begin)))
         return Event(
-            row=row, era=era, private=private, pages=pages, tokens=tokens, kept=int(kept[-1]),
+            row=row, era=era, private=private, pages=pages, tokens=tokens, kept=course.private,
             protect=self._protect(private, pages), phase=int(passed[0]),
         )  # fmt: skip
 

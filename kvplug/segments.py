@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from kvplug.policy import Positions
 
 _PER_SEGMENT = (
-    "row", "token", "start", "stop", "kept", "first", "packed", "private", "phase", "choice",
-    "selects", "decodes",
+    "row", "token", "start", "stop", "kept", "first", "packed", "phase", "choice", "selects",
+    "decodes",
 )  # fmt: skip
 
 
@@ -38,9 +38,8 @@ class Segments:
     kept: Positions
     first: Positions
     packed: Positions
-    """Column of the request's table where its private pages begin; -1 without."""
-    private: Positions
-    """Private pages there, which push the request's others to the right."""
+    """Column of the request's table where its private pages begin, which push others to the right;
+    -1 without."""
     phase: Positions
     """Of the step: its events of this phase (``kvplug.schedule``) come before, later ones behind;
     0 where a request reads before no event or behind its first."""

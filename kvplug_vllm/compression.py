@@ -101,7 +101,7 @@ class Compression:
         tokens = behind.flat
         position = tokens - behind.token[segment] + behind.start[segment]
         page = position // behind.page_size
-        column = page + np.where(page >= behind.packed[segment], behind.private[segment], 0)
+        column = page + np.where(page >= behind.packed[segment], behind.kept[segment], 0)
         at = self.tensor(behind.row[segment])
         block = common.block_table_tensor[at, self.tensor(column)]
         offset = self.tensor(position % behind.page_size)

@@ -287,9 +287,8 @@ class PlannedBuilder:
         held = np.append(self.planner.planners[OWN].held, 0)
         start = self._tensor(held, torch.int64)[column.clamp(max=len(held) - 1)]
         packed = self._tensor(segments.packed, torch.int64)[:, None]
-        private = self._tensor(segments.private, torch.int64)[:, None]
         page = column - kept + first
-        page = torch.where((packed >= 0) & (page >= packed), page + private, page)
+        page = torch.where((packed >= 0) & (page >= packed), page + kept, page)
         start = torch.where(packed >= 0, packed + column, start)
         page = torch.where(column < kept, start, page)
         table = table.gather(1, page.clamp(max=most - 1))

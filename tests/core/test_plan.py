@@ -513,7 +513,7 @@ def test_a_mixed_batch_is_planned_as_each_request_alone(requests, shortcut):
         mine, its = segments.where(segments.row == row), alone.plan(*only)
         assert set(mine.choice.tolist()) == {one}
         assert (mine.token - offset[row] == its.token).all()
-        for name in ("start", "stop", "kept", "first", "packed", "private", "selects"):
+        for name in ("start", "stop", "kept", "first", "packed", "phase", "selects"):
             assert (getattr(mine, name) == getattr(its, name)).all(), name
         packs = [replace(event, row=0) for event in packed if event.row == row]
         assert packs == alone.schedule.events(*only)

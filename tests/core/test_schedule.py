@@ -45,11 +45,11 @@ def eras(
         if found:
             due = C > 0 and position % S == 0 and whole == found[-1][1] + C
         elif position == prompt:
-            due = whole > 0
+            due = whole >= k if C else whole > 0
             if settings.shortcut:
                 due = whole > k and position > settings.min_context
         else:
-            due = C > 0 and position > prompt and position % S == 0
+            due = C > 0 and position > prompt and position % S == 0 and whole >= k
             if settings.shortcut:
                 due = due and whole >= k + C and position > settings.min_context
         if due:
@@ -247,4 +247,4 @@ def test_columns_of_a_schedule_without_an_interval_are_those_of_the_plan():
     planner = Planner(Settings(policy=parse("knorm(budget=64)")), 16)
     segments = planner.plan(np.array([130]), np.array([131]), np.array([100]))
     assert columns(segments, 0, 130) == [7, 8, 9, 10, 6, 11, 12]
-    assert (segments.private[0], segments.phase[0]) == (4, 0)
+    assert (segments.kept[0], segments.phase[0]) == (4, 0)
