@@ -39,8 +39,10 @@ def test_answers_are_those_of_a_plain_llama_that_packs_at_the_same_positions(
     assert all(dense.agrees(*each) < 260 for each in zip(batch, answers, strict=True))
 
 
-@pytest.mark.parametrize("caching", [False, True])
-@pytest.mark.parametrize("policy", [QUERIES, f"{KEYS} + twilight(budget=0.5, dense_layers=0)"])
+@pytest.mark.parametrize(
+    "policy, caching",
+    [(QUERIES, True), (f"{KEYS} + twilight(budget=0.5, dense_layers=0)", False)],
+)
 def test_preempted_answers_are_packed_again_as_before(
     engine, random_llama, prompts, policy, caching
 ):
