@@ -178,7 +178,7 @@ def test_what_is_too_narrow_is_what_takes_from_a_window(line, size):
             for first, last in planner.evictable(position) if planner.eviction else ():
                 taken |= bool(seen & set(range(first * size, last * size)))
             for prompt in range(1, position + 1) if planner.scored else ():
-                pages = int(planner.private_pages(np.array([prompt]))[0])
+                pages = int(planner.schedule.private_pages(np.array([prompt]))[0])
                 end = prompt // size * size
                 taken |= pages > 0 and bool(seen & set(range(end - pages * size)))
         try:
