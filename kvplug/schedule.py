@@ -43,6 +43,8 @@ class Event:
     """That lie in what is read."""
     kept: int
     """Private pages that are written."""
+    stay: int
+    """Tokens that are left of those read, a prompt's partial last page among them."""
     protect: Sequence[tuple[int, int]]
     """Spans of what is read that no head may evict."""
     phase: int
@@ -194,7 +196,8 @@ class Schedule:
         passed = self.phase(*(np.array([n]) for n in (era, computed, course.begin)))
         return Event(
             row=row, era=era, private=private, pages=pages, tokens=tokens, kept=course.private,
-            protect=self._protect(private, pages), phase=int(passed[0]),
+            stay=course.private * size + tokens % size, protect=self._protect(private, pages),
+            phase=int(passed[0]),
         )  # fmt: skip
 
     def _protect(self, private: int, pages: range) -> Sequence[tuple[int, int]]:

@@ -93,12 +93,12 @@ class Metrics:
             self._add("cached_bytes", policy, cached)
             self._add("read_bytes", policy, read)
 
-    def count_packed(self, policy: str, event: Event, keep: int, share: float) -> None:
-        """keep: of the event's tokens, those that stay. What a prompt kept is counted once."""
+    def count_packed(self, policy: str, event: Event, share: float) -> None:
+        """What a prompt kept is counted once."""
         if not event.era:
             self._add("packed_prompts", policy, share)
-            self._add("kept_tokens", policy, share * keep)
-        self._add("dropped_tokens", policy, share * (event.tokens - keep))
+            self._add("kept_tokens", policy, share * event.stay)
+        self._add("dropped_tokens", policy, share * (event.tokens - event.stay))
 
     def count_packing(self, policy: str, seconds: float) -> None:
         """Of one layer."""

@@ -246,9 +246,8 @@ class StepPlanner:
         assert planner.scored is not None
         assert tenant.private >= event.kept, "a request has not the private pages it should have"
         if self.engine.metrics is not None:
-            whole = event.tokens % size if not event.era else 0  # the partial last page
-            keep, policy = event.kept * size + whole, str(planner.settings.policy)
-            self.engine.metrics.count_packed(policy, event, keep, self.share)
+            policy = str(planner.settings.policy)
+            self.engine.metrics.count_packed(policy, event, self.share)
         private = tokens_of(self.engine.router.pages[tenant.row, None, : tenant.private], size)[0]
         begin = event.pages.start * size
         rows = self.req_to_token[tenant.row, begin : begin + event.tokens - event.private * size]

@@ -124,8 +124,7 @@ class Compression:
             [column + np.arange(event.private), pages + private * (pages >= column)]
         )
         if self.metrics is not None:
-            whole = event.tokens % size if not event.era else 0  # the partial last page
-            self.metrics.count_packed(event, event.kept * size + whole, planner.settings)
+            self.metrics.count_packed(event, planner.settings)
         table = common.block_table_tensor[event.row].long()
         blocks = table[self.tensor(column + np.arange(event.kept))]
         offset = torch.arange(size, device=blocks.device)

@@ -73,12 +73,12 @@ class Metrics:
             add(DENSE_BYTES, cached, str(settings.policy))
             add(READ_BYTES, read, str(settings.policy))
 
-    def count_packed(self, event: Event, keep: int, settings: Settings) -> None:
-        """keep: of the event's tokens, those that stay. What a prompt kept is counted once."""
+    def count_packed(self, event: Event, settings: Settings) -> None:
+        """What a prompt kept is counted once."""
         if not event.era:
             self._add(PACKED, 1, settings)
-            self._add(KEPT, keep, settings)
-        self._add(DROPPED, event.tokens - keep, settings)
+            self._add(KEPT, event.stay, settings)
+        self._add(DROPPED, event.tokens - event.stay, settings)
 
     def _add(self, counter: Counter, amount: float, settings: Settings) -> None:
         add(counter, amount * self.share, str(settings.policy))

@@ -22,12 +22,14 @@ POLICIES = [
     "snapkv(budget=4096)",
     "knorm(budget=4096)",
     "random(budget=4096)",
+    "tova(interval=None, budget=4096)",
+    "r_kv(interval=None, budget=4096)",
     "keydiff(budget=4096) + quest(budget=4096, dense_layers=0)",
     "streaming_llm(window=4096) + quest(budget=4096, dense_layers=1)",
     "twilight(budget=1.0, dense_layers=0)",
     "twilight(budget=1.0, candidates=1.0, dense_layers=0)",
 ]
-SIZES = {POLICIES[-2]: [16, 128], POLICIES[-1]: [16]}
+SIZES = {POLICIES[-2]: [16, 128], POLICIES[-1]: [16], POLICIES[7]: [16], POLICIES[8]: [16]}
 """Of a page, where not 1 and 16: four keys in two bits share a byte; 128 are four of ours."""
 PYRAMID = "pyramid(snapkv(budget=4096), beta=2)"
 """Its last layers keep half of that, which is enough."""

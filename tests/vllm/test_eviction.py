@@ -19,6 +19,8 @@ FULL = [
     "knorm(budget=4096)",
     "snapkv(budget=4096)",
     "random(budget=4096)",
+    "tova(budget=4096, interval=None)",
+    "r_kv(budget=4096, interval=None)",
     "snapkv(budget=4096) + twilight(budget=4096, dense_layers=0)",
     "keydiff(budget=4096) + quest(budget=4096, dense_layers=0)",
     "pyramid(snapkv(budget=4096), beta=1.2)",
