@@ -9,8 +9,8 @@ import sys
 import pytest
 
 COUNT = """
-import numpy as np, resource
-from types import SimpleNamespace
+import resource
+from kvplug import Event
 from kvplug_sglang.metrics import Metrics
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -18,7 +18,10 @@ from prometheus_client.multiprocess import MultiProcessCollector
 def count():
     metrics = Metrics("dense")
     for n in range(40):
-        metrics.count_packed(f"snapkv(budget={n})", np.array([64]), np.array([n]), 1.0)
+        event = Event(
+            row=0, era=0, private=0, pages=range(2), tokens=64, kept=1, stay=32, protect=(), phase=0
+        )
+        metrics.count_packed(f"snapkv(budget={n})", event, 1.0)
     metrics.count_whole()
 
 def page(folder):

@@ -94,7 +94,7 @@ def test_smollm2(engine, smollm2, prompts):
 
 OFFER = {
     "policy": POLICIES[1],
-    "allow": ["snapkv", "knorm", "random", "keydiff"],
+    "allow": ["snapkv", "knorm", "random", "tova", "r_kv", "keydiff"],
     "max_budget": 4096,
 }
 CHOSEN = [policy for policy in POLICIES if not policy.startswith(("streaming", "twilight"))]
@@ -178,7 +178,7 @@ def test_two_ranks_equal_stock(two_ranks, conversation, expected, page_size, sho
     planned, packed, selected = counts
     assert min(planned) > 20
     prompts_of_a_page = sum(len(p) >= page_size for batch in conversation for p in batch)
-    assert packed == [4 * prompts_of_a_page, *(0 for _ in alone)], "snapkv, knorm, random, keydiff"
+    assert packed == [len(OFFER["allow"]) * prompts_of_a_page, *(0 for _ in alone)]
     layers = (2 + 2 + 2, 0, 1, 2)  # that select: of those that mix, then of each of ALONE
     queries = 11 * 10  # decoded by ten requests in each of them
     assert selected == [layer * queries for layer in layers[: 1 + len(alone)]]
