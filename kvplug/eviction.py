@@ -34,8 +34,8 @@ def keep_tokens(
     never to go, sinks go before protected spans before the window, each from its own end: the
     first sinks, the first protected tokens, the most recent tokens. Nothing synchronises.
 
-    With protected spans and an ``interval``, what is never to go comes before the rest, each in
-    its own order: the next time it is known to stand there.
+    With protected spans, of a request that is packed more than once, what is never to go comes
+    before the rest, each in its own order: the next time it is known to stand there.
 
     Raises ValueError if the policy's score has another shape or dtype than it should.
     """
@@ -63,7 +63,7 @@ def keep_tokens(
     best = ((grade << 32) + place).topk(min(width, T)).indices
     count = keep.long()[:, None, None].minimum(candidates)
     unused = torch.arange(best.shape[2], device=best.device) >= count
-    if protect and policy.interval is not None:
+    if protect and policy.every is not None:
         best = best + T * (grade.gather(2, best) < PROTECTED)
         kept = best.masked_fill(unused, 2 * T).sort().values
         kept = torch.where(kept < 2 * T, kept % T, T)

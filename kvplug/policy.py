@@ -352,7 +352,8 @@ class PromptKV:
 @dataclass(frozen=True, kw_only=True)
 class ScoredEviction(Policy):
     """Keeps the tokens of a prompt that score highest, once, when its prefill has ended; with an
-    ``interval`` those of an answer too, every so many tokens.
+    ``interval`` those of an answer too, every so many tokens; with a ``chunk`` those of prompt and
+    answer as they come.
 
     Each KV head of a layer keeps its own ``budget`` tokens of the prompt's whole pages. The
     prompt's partial last page and what is decoded later stay, until the next time.
@@ -373,13 +374,30 @@ class ScoredEviction(Policy):
     interval: int | None = None
     """Tokens of an answer between two times that what is kept is chosen anew, from what was kept
     and those tokens; rounded up to whole pages. None keeps the whole answer."""
+    chunk: int | None = None
+    """Tokens of prompt and answer between two such times, from where the first ``budget + chunk``
+    end: later queries, the rest of the prompt's too, see what was kept, and the cache never holds
+    more. For scores by keys and values alone. None waits for the prompt's end."""
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.interval, int) and not isinstance(self.interval, bool)
-        if self.interval is not None and not (whole and 1 <= self.interval < LIMIT):
+        for name in ("interval", "chunk"):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (whole and 1 <= value < LIMIT):
+                raise ValueError(
+                    f"{self.name}: {name} must be a number of tokens, at least 1, or None, got "
+                    f"{value!r}; write {self.name}({name}=128)"
+                )
+        if self.chunk is not None and self.needs_queries:
             raise ValueError(
-                f"{self.name}: interval must be a number of tokens, at least 1, or None, got "
-                f"{self.interval!r}; write {self.name}(interval=128)"
+                f"{self.name}: chunk packs a prompt before its last tokens are there, whose "
+                f"queries {self.name} scores by; leave chunk out, or use keydiff(chunk="
+                f"{self.chunk})"
+            )
+        if self.chunk is not None and self.interval is not None:
+            raise ValueError(
+                f"{self.name}: chunk={self.chunk} packs answers too, as they come; leave "
+                "interval out"
             )
         for field, least in (("budget", 1), ("sinks", 0), ("window", int(self.needs_queries))):
             value = getattr(self, field)
@@ -404,6 +422,11 @@ class ScoredEviction(Policy):
     def needs_queries(self) -> bool:
         """Whether ``score`` reads the queries of the last ``window`` tokens."""
         return self.evidence is Evidence.WINDOW_QUERIES
+
+    @property
+    def every(self) -> int | None:
+        """Tokens between two times that a request is packed; None where it is packed once."""
+        return self.interval if self.chunk is None else self.chunk
 
     def pages(self, page_size: int, budget: int | None = None) -> int:
         """Pages of ``page_size`` tokens that a layer with this budget keeps at most."""
@@ -440,10 +463,10 @@ class LayerBudgets(Policy):
                 f"{self.name} wraps a policy that scores a prompt's tokens, got {self.base}; "
                 f"write {self.name}(snapkv(budget=1024))"
             )
-        if self.base.interval is not None:
+        if self.base.every is not None:
             raise ValueError(
-                f"{self.name}: layers that keep different budgets pack prompts alone, got "
-                f"{self.base}; leave interval out"
+                f"{self.name}: layers that keep different budgets pack prompts alone, at their "
+                f"end, got {self.base}; leave interval and chunk out"
             )
 
     @abstractmethod

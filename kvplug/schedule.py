@@ -1,11 +1,11 @@
 """When a request's cache is packed, and what its queries see from then on, by lengths alone.
 
 A request is packed at positions that follow from its prompt and its policy: at the prompt's end,
-if that is long enough, and every ``interval`` tokens of what follows, if the policy says so. Each
-time is an event, 0 the first; a query is of the *era* of the last event at or before its position
-(-1: none). With S tokens a page, C pages between events and k private pages,
+if that is long enough, and every ``interval`` tokens of what follows, if the policy says so; or
+every ``chunk`` tokens of prompt and answer alike, wherever the prompt ends. Each time is an event,
+0 the first; a query is of the *era* of the last event at or before its position (-1: none). With S tokens a page, C pages between events and k private pages,
 
-    at(0) = begin        the prompt's end, or a page's end behind which k + C pages lie
+    at(0) = begin        the prompt's end, or the end of the first k + C pages
     at(m) = first(m) S
     first(m) = begin // S + m C
 
@@ -106,8 +106,10 @@ class Schedule:
         least = narrowest or budget
         self._short = scored.pages(page_size, least) if scored else 0
         """Whole pages that a prompt may have and stay as it is."""
-        self.every = -(-scored.interval // page_size) if scored and scored.interval else 0
+        self.every = -(-(scored.every or 0) // page_size) if scored else 0
         """Pages between events; 0 where prompts alone are packed."""
+        self.streams = scored is not None and scored.chunk is not None
+        """Whether prompts are packed as they come, so that events do not depend on their end."""
 
     def private_pages(self, prompt: Positions) -> Positions:
         """Pages that hold what a prompt of so many tokens keeps at its end; 0 where it stays
@@ -127,11 +129,12 @@ class Schedule:
         """Position of the first event; NEVER without. [n] -> [n]"""
         if not self.every:
             return np.where(self.private_pages(prompt) > 0, prompt, NEVER)
-        size = self.page_size
+        pages = max(self.most_private + self.every, self.settings.min_context // self.page_size + 1)
+        ends = self.private_pages(prompt) > 0
         if not self.settings.shortcut:  # as soon as it fills the private pages
-            return np.where(prompt // size < self.most_private, self.most_private * size, prompt)
-        late = max(self.most_private + self.every, self.settings.min_context // size + 1) * size
-        return np.where(self.private_pages(prompt) > 0, prompt, min(late, NEVER))
+            pages, ends = self.most_private, prompt // self.page_size >= self.most_private
+        early = min(pages * self.page_size, NEVER)
+        return np.where(ends & (not self.streams), prompt, early)
 
     def private(self, prompt: Positions) -> Positions:
         """Pages inserted into a row from the first event on. [n] -> [n]"""
@@ -227,7 +230,9 @@ class Schedule:
     def most_pages(self, prompt: int, in_flight: int, tokens: int) -> int:
         """The most pages that a request of so many tokens holds while up to ``in_flight`` tokens
         are being computed."""
-        processed, course = np.arange(tokens), self.course(prompt)
+        course = self.course(prompt)
+        once = course.begin + self.every * self.page_size + 1  # then it holds as much again
+        processed = np.arange(min(tokens, once) if self.every else tokens)
         begin = np.full_like(processed, course.begin)
         total = np.minimum(processed + in_flight, tokens)
         inserted = course.private * (total > begin)

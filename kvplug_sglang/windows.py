@@ -22,7 +22,7 @@ def check(planner: Planner, window: int, longest: int) -> None:
         raise Refused(
             "answers beside a window",
             f"kvplug: {policy} takes tokens of an answer that the model's windowed layers, whose "
-            "tokens share their slots, still see; leave interval out",
+            "tokens share their slots, still see; leave interval and chunk out",
         )
     if planner.scored is not None and private * size < needed:
         raise Refused(

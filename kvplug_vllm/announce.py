@@ -35,13 +35,16 @@ def describe(planner: Planner, spec: Any, tokens: int, vllm_config: Any) -> str:
     parts = [f"kvplug: {policy}, min_context {settings.min_context:,}, {_protected(planner)}."]
     if not policy.plans:
         return f"{parts[0]} Attention and cache are vLLM's own."
-    held = f"holds {whole:,} blocks of {size} tokens"
+    in_flight, schedule = vllm_config.max_in_flight_tokens, planner.schedule
+    held, most = f"holds {whole:,} blocks of {size} tokens", None
     if planner.eviction is not None:
-        most = planner.most_pages(vllm_config.max_in_flight_tokens, tokens)
+        most = planner.most_pages(in_flight, tokens)
+    elif schedule.streams:
+        most = schedule.most_pages(tokens - 1, in_flight, tokens)
+    if most is not None:
         held = f"holds at most {most:,} blocks of {size} tokens instead of {whole:,}"
     elif planner.scored is not None:
         prompt = tokens - 1
-        schedule = planner.schedule
         private = int(schedule.private_pages(np.array([prompt]))[0])
         left = private + (prompt % size > 0) if private else whole
         held = f"holds {left:,} blocks of {size} tokens once its prompt is done, {whole:,} before"

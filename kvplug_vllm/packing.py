@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, ClassVar
 
-import numpy as np
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -61,17 +61,18 @@ class PackingSpec(FullAttentionSpec):
         return super().max_num_blocks_per_req(vllm_config, max_len) + self.private_blocks
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
-        whole = super().max_memory_usage_bytes(vllm_config)
-        private = self.most_private(vllm_config.model_config.max_model_len)
-        return whole + private * self.page_size_bytes
+        return self.most_blocks(vllm_config.model_config.max_model_len) * self.page_size_bytes
 
-    def most_private(self, tokens: int) -> int:
-        """Private blocks of any request of so many tokens, the first of its answer among them."""
+    @cache  # noqa: B019 -- frozen and hashable
+    def most_blocks(self, tokens: int) -> int:
+        """That any request of so many tokens holds at once, the first of its answer among them:
+        its prompt may be all the others."""
         prompt = tokens - 1
         if self.settings.offer().mixed:
-            return min(self.private_blocks, prompt // self.block_size)
+            whole = -(-tokens // self.block_size)
+            return whole + min(self.private_blocks, prompt // self.block_size)
         planner = Planner(self.settings.offer().settings, self.block_size, self.budget)
-        return int(planner.schedule.private(np.array([prompt]))[0])
+        return planner.schedule.most_pages(prompt, self.in_flight, tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

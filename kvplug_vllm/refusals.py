@@ -220,12 +220,12 @@ def beside(settings: Settings, vllm_config: Any) -> Iterator[tuple[str, str]]:
         yield "drafts", reason
     scored, model = settings.policy.scored, vllm_config.model_config
     text = None if model is None else model.hf_text_config
-    interval = None if scored is None else scored.interval
-    if getattr(text, "num_kv_shared_layers", 0) and interval is not None:
+    every = None if scored is None else scored.every
+    if getattr(text, "num_kv_shared_layers", 0) and every is not None:
         yield (
             "shared caches",
             f"{scored} packs a cache anew that other layers still read in the same step; leave "
-            "interval out",
+            "interval and chunk out",
         )
 
 
@@ -233,10 +233,10 @@ def _beside_drafts(settings: Settings, vllm_config: Any) -> Iterator[str]:
     if vllm_config.speculative_config is None:
         return
     selector, scored = settings.policy.selector, settings.policy.scored
-    if scored is not None and scored.interval is not None:
+    if scored is not None and scored.every is not None:
         yield (
             f"speculative decoding with {scored}: an answer would be packed with drafts that may "
-            "be rejected; leave interval out, or drop --speculative-config"
+            "be rejected; leave interval and chunk out, or drop --speculative-config"
         )
     if selector is None:
         return

@@ -28,7 +28,8 @@ class Plain:
 
     def attend(self, module, query, key, value, attention_mask, scaling, **kwargs):
         """query [1, Hq, T, D], key, value [1, H, T, D]"""
-        seen = self.seen(query[0], key[0], value[0], scaling)  # [H, T, T]
+        first_head = module.layer_idx * key.shape[1]
+        seen = self.seen(query[0], key[0], value[0], scaling, first_head)  # [H, T, T]
         group = query.shape[1] // key.shape[1]
         keys, values = (x[0].repeat_interleave(group, 0) for x in (key, value))
         logits = query[0] @ keys.mT * scaling
@@ -36,7 +37,7 @@ class Plain:
         out = logits.softmax(-1) @ values
         return out.transpose(0, 1)[None].contiguous(), None
 
-    def seen(self, query, key, value, scaling):
+    def seen(self, query, key, value, scaling, first_head):
         (H, T, _), S = key.shape, self.size
         seen = torch.ones(T, T, dtype=torch.bool).tril().repeat(H, 1, 1)
         step = tuple(np.array([n]) for n in (0, T, self.prompt))
@@ -56,7 +57,7 @@ class Plain:
                 queries = window.unflatten(1, (H, -1))[None]
             given = PromptKV(
                 keys=keys, values=values, queries=queries, lengths=torch.tensor([event.tokens]),
-                scale=scaling, page_size=S, event=event.era,
+                scale=scaling, first_head=first_head, page_size=S, event=event.era,
             )  # fmt: skip
             keep = event.kept * S
             kept = keep_tokens(self.scored, given, torch.tensor([keep]), keep)[0]

@@ -589,7 +589,7 @@ BAD = [
     ("random(seed=4294967296)", "below 2 ** 32, got 4294967296"),
     ("random(seed=False)", "below 2 ** 32, got False"),
     ("random(seed=None)", "below 2 ** 32, got None"),
-    ("knorm(pool=5)", "knorm has no option 'pool'. Known: budget, interval, sinks, window."),
+    ("knorm(pool=5)", "knorm has no option 'pool'. Known: budget, chunk, interval, sinks, window."),
     ("snapkv + knorm", "snapkv and knorm both answer the stage 'compress'; keep one of them"),
     ("streaming_llm + snapkv", "streaming_llm and snapkv both answer the stage 'compress'"),
     ("snap_kv", "unknown policy 'snap_kv'. Did you mean 'snapkv'?"),

@@ -23,7 +23,8 @@ LONGEST = 300
 @st.composite
 def scheduled(draw):
     budget = draw(st.integers(1, 60))
-    policy = f"knorm(budget={max(budget, 4)}, interval={draw(st.integers(1, 70))})"
+    knob = draw(st.sampled_from(["interval", "chunk"]))
+    policy = f"knorm(budget={max(budget, 4)}, {knob}={draw(st.integers(1, 70))})"
     return Settings(
         policy=parse(policy),
         min_context=draw(st.just(0) | st.integers(0, 100)),
@@ -38,18 +39,19 @@ def eras(
     """The definition: (position, pages packed by then, private pages written) of each event, as a
     request grows token by token."""
     scored = settings.policy.scored
-    k, C = -(-scored.budget // S), -(-(scored.interval or 0) // S)
+    k, C = -(-scored.budget // S), -(-(scored.interval or scored.chunk or 0) // S)
     found = []
     for position in range(longest):
         whole = position // S
         if found:
             due = C > 0 and position % S == 0 and whole == found[-1][1] + C
-        elif position == prompt:
+        elif position == prompt and not scored.chunk:
             due = whole >= k if C else whole > 0
             if settings.shortcut:
                 due = whole > k and position > settings.min_context
         else:
-            due = C > 0 and position > prompt and position % S == 0 and whole >= k
+            behind = position > prompt or scored.chunk
+            due = C > 0 and behind and position % S == 0 and whole >= k
             if settings.shortcut:
                 due = due and whole >= k + C and position > settings.min_context
         if due:
@@ -153,6 +155,17 @@ def test_an_answer_of_any_length_holds_a_bounded_number_of_pages():
     ]
 
 
+def test_a_prompt_that_streams_in_holds_a_bounded_number_of_pages():
+    """4 private pages beside 6 and those in flight, whatever the prompt; and what every query
+    sees follows from its position alone."""
+    schedule = Planner(Settings(policy=parse("knorm(budget=64, chunk=32)")), 16).schedule
+    for prompt in (1, 96, 97, 500, 9_999):
+        assert schedule.course(prompt) == schedule.course(100_000)
+        assert schedule.most_pages(prompt, 1, 10_000) == 6 + 4 + 1
+        assert schedule.most_pages(prompt, 100, 10_000) == 6 + 4 + 7
+    assert schedule.most_pages(50, 100, 90) == 6, "it never comes so far"
+
+
 @pytest.mark.parametrize("line", ["snapkv(budget=64, window=32, interval=48)", "knorm(budget=64)"])
 def test_the_windows_queries_of_an_event_are_those_before_it(line):
     planner = BatchPlanner(16)
@@ -214,10 +227,15 @@ def test_what_is_never_to_go_stays_through_every_event():
         ("knorm(interval=True)", "interval must be a number of tokens"),
         ("knorm(interval=1.5)", "interval must be a number of tokens"),
         ("snapkv(interval=32)", "interval must be at least window = 64 tokens"),
-        ("pyramid(snapkv(interval=64))", "leave interval out"),
+        ("pyramid(snapkv(interval=64))", "leave interval and chunk out"),
+        ("pyramid(keydiff(chunk=64))", "leave interval and chunk out"),
+        ("knorm(chunk=0)", "chunk must be a number of tokens, at least 1, or None"),
+        ("knorm(chunk=64, interval=64)", "packs answers too, as they come; leave interval out"),
+        ("snapkv(chunk=64)", "leave chunk out, or use keydiff"),
+        ("tova(chunk=64)", "whose queries tova scores by; leave chunk out"),
     ],
 )
-def test_intervals_that_cannot_be(line, message):
+def test_intervals_and_chunks_that_cannot_be(line, message):
     with pytest.raises(ValueError, match=message):
         parse(line)
 

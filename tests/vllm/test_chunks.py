@@ -1,0 +1,159 @@
+"""Prompts that are packed as they come: against a plain Llama that packs at the same positions."""
+
+from __future__ import annotations
+
+import pytest
+from vllm import SamplingParams
+
+from tests.plain_llama import Plain
+from tests.vllm.test_lifecycle import preemptions, solo
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+S = 32
+KEYS = "keydiff(budget=96, chunk=64)"
+LOTS = "random(budget=64, chunk=128)"
+
+
+@pytest.mark.both
+@pytest.mark.parametrize("policy", [KEYS, LOTS])
+def test_answers_are_those_of_a_plain_llama_that_packs_at_the_same_positions(
+    engine, random_llama, prompts, policy
+):
+    """Steps of up to 256 tokens, shared by the requests: none, one or several events in each."""
+    model = random_llama(layers=3)
+    batch = prompts(300, 97, 512, 700, 160)
+    with engine(model, {"policy": policy}, dtype="float32", enable_prefix_caching=False) as planned:
+        planned.poison(freed=True)
+        free = planned.free_blocks
+        seen = events_in_steps(planned)
+        answers = planned.generate(batch, 60)
+        assert planned.free_blocks == free
+        alone = planned.generate(batch[3:4], 60)
+    plain = Plain(model, policy, S)
+    assert [plain.agrees(*each) for each in zip(batch, answers, strict=True)] == [60] * 5
+    assert alone == answers[3:4]
+    assert {0, 1, 2} <= set(seen), "events of one request in a step"
+    dense = Plain(model, "keydiff(budget=4096)", S)
+    assert all(dense.agrees(*each) < 60 for each in zip(batch[2:4], answers[2:4], strict=True))
+
+
+def events_in_steps(engine) -> list[int]:
+    """How many events of one request each step has at most, appended to as it happens."""
+    found: list[int] = []
+    planner = engine.builders[0].planner
+    events = planner.events
+
+    def count(*batch):
+        seen = events(*batch)
+        found.append(max((sum(e.row == f.row for f in seen) for e in seen), default=0))
+        return seen
+
+    planner.events = count
+    return found
+
+
+@pytest.mark.parametrize(
+    "policy, caching",
+    [(KEYS, True), (f"{KEYS} + twilight(budget=0.5, dense_layers=0)", False)],
+)
+def test_preempted_requests_are_packed_again_as_before(
+    engine, random_llama, prompts, policy, caching
+):
+    batch = prompts(40, 333, 50, 60, 45, 35, 460)
+    with engine(
+        random_llama(),
+        {"policy": policy},
+        enable_prefix_caching=caching,
+        num_gpu_blocks_override=32,
+        max_model_len=1024,
+        max_num_batched_tokens=128,
+    ) as planned:
+        planned.poison(freed=not caching)
+        free = planned.free_blocks
+        expected = solo(planned, batch, 120)
+        seen = preemptions(planned)
+        hostages = planned.pool.get_new_blocks(planned.free_blocks - 18)
+        assert planned.generate(batch, 120) == expected
+        assert len(seen) >= 3, "the pool was meant to be too small"
+        planned.pool.free_blocks(hostages)
+        assert planned.free_blocks == free
+        for _ in range(2):
+            (again,) = planned.run(batch[1:2], 120)
+            assert list(again.outputs[0].token_ids) == expected[1]
+        assert again.num_cached_tokens == (caching and (96 + 64 - 1) // S * S), "up to its event"
+
+
+def test_prompts_of_many_times_the_pool_are_served(engine, random_llama, prompts):
+    """Blocks are counted where they are allocated; a large pool answers the same."""
+    batch, lengths = prompts(2300, 1500, 3100), (2300, 1500, 3100)
+    options = {"max_model_len": 3200, "max_num_batched_tokens": 128}
+    with engine(random_llama(), {"policy": KEYS}, **options) as roomy:
+        expected = roomy.generate(batch, 20)
+    with engine(random_llama(), {"policy": KEYS}, num_gpu_blocks_override=24, **options) as planned:
+        free, config = planned.free_blocks, planned.llm.llm_engine.vllm_config
+        assert max(lengths) > 4 * free * S
+        schedule = planned.builders[0].planner.planners[0].schedule
+        row, held = held_at_most(planned), {}
+        assert planned.generate(batch, 20) == expected
+        for request, blocks in row.items():
+            held[request] = max(blocks)
+        most = schedule.most_pages(3100, config.max_in_flight_tokens, 3120)
+        assert most <= free
+        assert len(held) == 3
+        assert all(6 < blocks <= most for blocks in held.values())
+        assert planned.free_blocks == free
+
+
+def held_at_most(engine) -> dict[str, list[int]]:
+    """By request, the blocks that it holds whenever it was given some."""
+    (manager,) = engine.scheduler.kv_cache_manager.coordinator.single_type_managers
+    held: dict[str, list[int]] = {}
+    allocate = manager.allocate_new_blocks
+
+    def count(request_id, *args, **kwargs):
+        given = allocate(request_id, *args, **kwargs)
+        row = manager.req_to_blocks[request_id]
+        held.setdefault(request_id, []).append(sum(not block.is_null for block in row))
+        return given
+
+    manager.allocate_new_blocks = count
+    return held
+
+
+def test_requests_with_and_without_a_chunk_share_a_batch(engine, random_llama, prompts):
+    batch = prompts(300, 333, 97, 230)
+    lines = [KEYS, "keydiff(budget=96)", "dense", "keydiff(budget=96, interval=64)"]
+    with engine(
+        random_llama(), {"policy": "dense", "allow": ["keydiff"], "max_budget": 128},
+        max_model_len=1024,
+    ) as planned:  # fmt: skip
+        planned.poison(freed=False)
+
+        def ask(which):
+            given = [
+                SamplingParams(
+                    temperature=0, max_tokens=100, ignore_eos=True, detokenize=False,
+                    extra_args={"kvplug": lines[n]},
+                )
+                for n in which
+            ]  # fmt: skip
+            said = planned.llm.generate(
+                [{"prompt_token_ids": batch[n]} for n in which], given, use_tqdm=False
+            )
+            return [list(each.outputs[0].token_ids) for each in said]
+
+        alone = []
+        for n in range(4):
+            planned.forget()
+            alone += ask([n])
+        planned.forget()
+        assert ask(range(4)) == alone
+        assert ask(range(4)) == alone, "nothing of a packed prompt was found by another"
+        planned.generate(batch[:1], 1)
+        (dense,) = planned.run(batch[:1], 1)
+        assert dense.num_cached_tokens == 288, "its own"
+    model = random_llama()
+    for n, line in enumerate(lines):
+        policy = line if n != 2 else "keydiff(budget=4096)"
+        assert Plain(model, policy, S).agrees(batch[n], alone[n]) == 100
