@@ -171,20 +171,20 @@ def stay_whole(engine: Engine, req: Any, tenant: Tenant) -> None:
 
 
 def checkpoint(original: Any, self: Any, req: Any, *, up_to: int, **kwargs: Any) -> None:
-    """Around the tree's checkpoint: only the prompt goes in, and once it has and is packed, it is
-    given up."""
+    """Around the tree's checkpoint: of the prompt goes in what comes before it is packed, and once
+    that has and is packed, it is given up."""
     tenant = Engine.serving().router.tenants.get(req.rid)
     if tenant is None or tenant.course is None:
         original(self, req, up_to=up_to, **kwargs)
         return
-    original(self, req, up_to=min(up_to, tenant.prompt), **kwargs)
+    original(self, req, up_to=min(up_to, tenant.prompt, tenant.course.begin), **kwargs)
     if tenant.course.begin == tenant.prompt <= up_to and not req.finished():
         swap(self, req, tenant)
 
 
 def give_back(result: None, batch: Any) -> None:
     """Behind ``ScheduleBatch.maybe_evict_swa``, which SGLang calls before it allocates a step:
-    tokens of answers that were packed."""
+    tokens that were packed, but for a prompt that waits for the tree."""
     engine = Engine.serving()
     for req in batch.reqs:
         tenant = engine.router.tenants.get(req.rid)
