@@ -104,7 +104,7 @@ class Composition:
         policy = self.stage(Stage.COMPRESS)
         if isinstance(policy, LayerBudgets):
             return policy.layer_budgets(layers)
-        return (self.scored.budget,) * layers
+        return (int(self.scored.budget),) * layers
 
     @property
     def selector(self) -> Selector | None:

@@ -62,6 +62,12 @@ class Offer:
         own, classes = self.settings.policy, [policy_class(name) for name in self.allow]
         if own.local is not None:
             self._check_local(own.local)
+        if own.scored is not None and own.scored.appends and self.settings.min_context:
+            raise ValueError(
+                f"kvplug: {own.scored} packs each chunk of a context alike, so that others may "
+                f"find it packed, and min_context is {self.settings.min_context:,}; write "
+                '{"min_context": 0}, or a budget in tokens'
+            )
         if not self.mixed:
             if self.max_budget is not None:
                 raise ValueError(
@@ -69,6 +75,12 @@ class Offer:
                     '"allow"; add {"allow": ["snapkv"]} or drop max_budget'
                 )
             return
+        if own.scored is not None and own.scored.appends:
+            raise ValueError(
+                f"kvplug: {own.scored} cannot share a server with other policies: it packs "
+                "prompts where they lie in the prefix cache, and leaves nothing there that others "
+                'would compute; drop "allow", or write a budget in tokens'
+            )
         for name, cls in zip(self.allow, classes, strict=True):
             if issubclass(cls, PositionalEviction) or own.eviction is not None:
                 part = own.eviction.name if own.eviction else name
@@ -129,7 +141,7 @@ class Offer:
         if self.max_budget is not None:
             return self.max_budget
         scored = self.settings.policy.scored
-        return 0 if scored is None else scored.budget
+        return 0 if scored is None or scored.appends else int(scored.budget)
 
     @property
     def scorers(self) -> list[ScoredEviction]:
@@ -245,7 +257,14 @@ class Offer:
                 f"kvplug: this server's pages do not carry what {selector} reads, but "
                 f"{self.digest}; ask for a policy that reads it, or leave its options out",
             )
-        if asked.policy.scored is not None and asked.policy.scored.budget > self.max_tokens:
+        scored = asked.policy.scored
+        if scored is not None and scored.appends:
+            raise Refused(
+                "other pages",
+                f"kvplug: {scored} packs prompts where they lie, for a server of its own; ask for "
+                "a budget in tokens",
+            )
+        if scored is not None and scored.budget > self.max_tokens:
             raise Refused(
                 "over max_budget",
                 f"kvplug: a request may keep at most {self.max_tokens} tokens here (the server's "

@@ -36,10 +36,13 @@ class Planner:
         self.eviction = settings.policy.eviction
         self.selector = settings.policy.selector
         self.held = self._held_pages()
-        """Pages at the start and under protected spans, ascending: never evicted. [n] int64"""
+        """Pages at the start and under protected spans, ascending: never evicted by position. [n]
+        int64"""
         self.scored = settings.policy.scored
         self.schedule = Schedule(settings, page_size, budget, narrowest)
         """When requests are packed."""
+        self.chunk = self.schedule.every if self.schedule.appends else 0
+        """Pages of which each the first few are held, with what was kept of it."""
         self.page = self.selector.page(page_size) if self.selector else page_size
         """Tokens of what a digest describes: a page, or a part of it."""
         self.unit = self.selector.unit(self.page) if self.selector else page_size
@@ -54,10 +57,25 @@ class Planner:
 
     def first_pages(self, positions: Positions) -> Positions:
         """The oldest page, beside the held ones, that a query at each position sees. [n] -> [n]"""
+        if self.chunk:
+            return positions // self.page_size // self.chunk * self.chunk
         if self.eviction is None:
             return np.zeros_like(positions)
         first = self.eviction.first_token(positions) // self.page_size
         return np.where(positions < self.settings.min_context, 0, first)
+
+    def held_before(self, first: Positions) -> Positions:
+        """How many of the held pages come before what ``first_pages`` says. [n] -> [n]"""
+        if self.chunk:
+            return first // self.chunk * self.schedule.kept
+        return np.searchsorted(self.held, first)
+
+    def held_pages(self, count: int) -> Positions:
+        """The first so many of the held pages, at most, ascending. -> [n]"""
+        if not self.chunk:
+            return self.held[:count]
+        index = np.arange(count)
+        return index // self.schedule.kept * self.chunk + index % self.schedule.kept
 
     def plan(self, computed: Positions, total: Positions, prompt: Positions) -> Segments:
         """Segments of a step. Each request b brings the queries [computed[b], total[b]);
@@ -70,7 +88,7 @@ class Planner:
         position = token - offset[row] + computed[row]
 
         first = self.first_pages(position)
-        kept = np.searchsorted(self.held, first)
+        kept = self.held_before(first)
         hidden = kept < first
         first, kept = np.where(hidden, first, 0), np.where(hidden, kept, 0)
         decodes = position >= prompt[row]
@@ -80,7 +98,9 @@ class Planner:
             own = schedule.begin(prompt)[row]
             era = schedule.era(position, own)
             compressed = era >= 0
-            if compressed.any():
+            if self.chunk:
+                phase = schedule.phase(era, computed[row], own)
+            elif compressed.any():
                 first = np.where(compressed, schedule.first(era, own), first)
                 kept = np.where(compressed, schedule.private(prompt)[row], kept)
                 packed = np.where(compressed, schedule.column(own), packed)
@@ -149,19 +169,19 @@ class Planner:
 
     def evictable(self, processed: int) -> list[tuple[int, int]]:
         """Ranges of pages [first, last) that no query from position ``processed`` on will see."""
-        first = int(self.first_pages(np.array([processed]))[0])
-        edges = [-1, *(page for page in self.held.tolist() if page < first), first]
+        first = self.first_pages(np.array([processed]))
+        edges = [-1, *self.held_pages(int(self.held_before(first)[0])).tolist(), int(first[0])]
         return [(a + 1, b) for a, b in pairwise(edges) if a + 1 < b]
 
     def needed(self, tokens: int) -> Positions:
         """Pages before position ``tokens`` that queries from there on see. -> [n] ascending"""
-        first = int(self.first_pages(np.array([tokens]))[0])
-        last = tokens // self.page_size
-        return np.concatenate([self.held[self.held < min(first, last)], np.arange(first, last)])
+        first, last = self.first_pages(np.array([tokens])), tokens // self.page_size
+        held = self.held_pages(int(self.held_before(np.minimum(first, last))[0]))
+        return np.concatenate([held, np.arange(first[0], last)])
 
     def most_pages(self, in_flight: int, max_tokens: int) -> int:
         """The most pages a request holds while up to ``in_flight`` tokens are being computed."""
         processed = np.arange(max_tokens)
         first = self.first_pages(processed)
         last = (np.minimum(processed + in_flight, max_tokens) - 1) // self.page_size
-        return int((np.searchsorted(self.held, first) + last - first + 1).max(initial=0))
+        return int((self.held_before(first) + last - first + 1).max(initial=0))

@@ -23,6 +23,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from enum import Enum
+from math import ceil
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -365,8 +366,10 @@ class ScoredEviction(Policy):
     memory = "budget, plus the answer or interval of it"
     reads = "budget, plus the answer or interval of it"
 
-    budget: int = 1024
-    """Tokens kept per KV head and layer, rounded up to whole pages."""
+    budget: int | float = 1024
+    """Tokens kept per KV head and layer, rounded up to whole pages; as a share of each ``chunk``
+    where it is a fraction, such as 0.25: what is kept of a chunk then stays as it is, a function
+    of the tokens up to its end."""
     sinks: int = 4
     """First tokens of a prompt that are always kept."""
     window: int = 0
@@ -399,17 +402,20 @@ class ScoredEviction(Policy):
                 f"{self.name}: chunk={self.chunk} packs answers too, as they come; leave "
                 "interval out"
             )
-        for field, least in (("budget", 1), ("sinks", 0), ("window", int(self.needs_queries))):
+        self._check_share()
+        counts = [("sinks", 0), ("window", int(self.needs_queries))]
+        for field, least in counts if self.appends else [("budget", 1), *counts]:
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(
                     f"{self.name}: {field} must be a number of tokens, at least {least}, got "
                     f"{value!r}; write {self.name}({field}={getattr(type(self), field)})"
                 )
-        if self.budget < self.sinks + self.window:
+        kept = int(self.budget * self.chunk) if self.appends and self.chunk else self.budget
+        if kept < self.sinks + self.window:
             raise ValueError(
                 f"{self.name}: budget must be at least sinks + window = "
-                f"{self.sinks + self.window} tokens, got {self.budget}; raise the budget or lower "
+                f"{self.sinks + self.window} tokens, got {kept}; raise the budget or lower "
                 "the other two"
             )
         if self.needs_queries and self.interval is not None and self.interval < self.window:
@@ -417,6 +423,29 @@ class ScoredEviction(Policy):
                 f"{self.name}: interval must be at least window = {self.window} tokens, whose "
                 f"queries score what came since, got {self.interval}; raise it or lower the window"
             )
+
+    def _check_share(self) -> None:
+        if not self.appends:
+            return
+        if not 0 < self.budget < 1:
+            raise ValueError(
+                f"{self.name}: budget must be a number of tokens, at least 1, or a share of each "
+                f"chunk, above 0 and below 1, got {self.budget!r}; write {self.name}(budget=1024) "
+                f"or {self.name}(budget=0.25, chunk=512)"
+            )
+        if self.chunk is None:
+            share = (
+                "" if self.needs_queries else f"(budget={self.budget}, chunk=512) or {self.name}"
+            )
+            raise ValueError(
+                f"{self.name}: budget must be a number of tokens, got {self.budget}, a share of "
+                f"what is not known beforehand; write {self.name}{share}(budget=1024)"
+            )
+
+    @property
+    def appends(self) -> bool:
+        """Whether what is kept of a chunk is never chosen from again: a context grows by it."""
+        return isinstance(self.budget, float)
 
     @property
     def needs_queries(self) -> bool:
@@ -429,8 +458,19 @@ class ScoredEviction(Policy):
         return self.interval if self.chunk is None else self.chunk
 
     def pages(self, page_size: int, budget: int | None = None) -> int:
-        """Pages of ``page_size`` tokens that a layer with this budget keeps at most."""
-        return -(-(budget or self.budget) // page_size)
+        """Pages of ``page_size`` tokens that a layer with this budget keeps at most; of a chunk,
+        where it is a share of it. Raises ValueError where that is all of it."""
+        if not self.appends:
+            return int(-(-(budget or self.budget) // page_size))
+        assert self.chunk is not None
+        chunk = -(-self.chunk // page_size)
+        kept = ceil(self.budget * chunk)
+        if kept == chunk:
+            raise ValueError(
+                f"{self.name}: {self.budget:.0%} of a chunk of {self.chunk} tokens are all of its "
+                f"{chunk} pages of {page_size} tokens; write a larger chunk, or a smaller budget"
+            )
+        return kept
 
     @abstractmethod
     def score(self, prompt: PromptKV) -> Tensor:

@@ -3,7 +3,8 @@
 A request is packed at positions that follow from its prompt and its policy: at the prompt's end,
 if that is long enough, and every ``interval`` tokens of what follows, if the policy says so; or
 every ``chunk`` tokens of prompt and answer alike, wherever the prompt ends. Each time is an event,
-0 the first; a query is of the *era* of the last event at or before its position (-1: none). With S tokens a page, C pages between events and k private pages,
+0 the first; a query is of the *era* of the last event at or before its position (-1: none). With S
+tokens a page, C pages between events and k private pages,
 
     at(0) = begin        the prompt's end, or the end of the first k + C pages
     at(m) = first(m) S
@@ -12,17 +13,21 @@ every ``chunk`` tokens of prompt and answer alike, wherever the prompt ends. Eac
 a query of era m sees k private pages instead of those before first(m), and all from there on.
 Event m packs what a query of era m - 1 sees before at(m), the private pages and C others, into the
 same private pages.
+
+Where a budget is a share of a chunk, nothing is inserted: at(m) = (m + 1) C S, and event m packs
+the C pages before it into the first k of them, behind the step that computes the last of their
+tokens. A query sees k pages of each chunk before its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from kvplug.config import Settings
-from kvplug.policy import LIMIT, Positions
+from kvplug.policy import LIMIT, Positions, ScoredEviction
 
 NEVER = LIMIT
 """A position that no request has."""
@@ -42,13 +47,20 @@ class Event:
     tokens: int
     """That lie in what is read."""
     kept: int
-    """Private pages that are written."""
+    """Pages that are written."""
+    into: int
+    """Column of the row that the first of them has."""
     stay: int
     """Tokens that are left of those read, a prompt's partial last page among them."""
     protect: Sequence[tuple[int, int]]
     """Spans of what is read that no head may evict."""
     phase: int
     """Of the step: after its reads of earlier phases, before those of its own."""
+
+    @property
+    def in_place(self) -> bool:
+        """Whether pages are written that are read, too."""
+        return bool(self.private) or self.into == self.pages.start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +113,11 @@ class Schedule:
         self.settings = settings
         self.page_size = page_size
         self.scored = scored = settings.policy.scored
-        self.most_private = scored.pages(page_size, budget) if scored else 0
+        self.kept = scored.pages(page_size, budget) if scored else 0
+        """Pages that an event leaves, at most."""
+        self.appends = scored is not None and scored.appends
+        """Whether each event leaves pages of its own, where those that it packs have been."""
+        self.most_private = 0 if self.appends else self.kept
         """Private pages of a request, at most."""
         least = narrowest or budget
         self._short = scored.pages(page_size, least) if scored else 0
@@ -117,7 +133,7 @@ class Schedule:
 
         A prompt's whole pages are packed; its partial last page stays as it is.
         """
-        if self.scored is None:
+        if self.scored is None or self.appends:
             return np.zeros_like(prompt)
         whole = prompt // self.page_size
         if not self.settings.shortcut:
@@ -129,7 +145,11 @@ class Schedule:
         """Position of the first event; NEVER without. [n] -> [n]"""
         if not self.every:
             return np.where(self.private_pages(prompt) > 0, prompt, NEVER)
-        pages = max(self.most_private + self.every, self.settings.min_context // self.page_size + 1)
+        if self.appends:
+            return np.full_like(prompt, self.every * self.page_size)
+        pages = max(
+            self.most_private + self.every, self.settings.min_context // self.page_size + 1
+        )
         ends = self.private_pages(prompt) > 0
         if not self.settings.shortcut:  # as soon as it fills the private pages
             pages, ends = self.most_private, prompt // self.page_size >= self.most_private
@@ -166,9 +186,11 @@ class Schedule:
     def phase(self, era: Positions, computed: Positions, begin: Positions) -> Positions:
         """Of a step that computes from position ``computed`` on.
 
-        A request's first packing leaves what it reads in place: it may come before everything.
+        A request's first packing leaves what it reads in place, unless it appends: it may come
+        before everything.
         """
-        return np.maximum(era - np.maximum(self.era(computed, begin), 0), 0)
+        before = self.era(computed, begin)
+        return era - before if self.appends else np.maximum(era - np.maximum(before, 0), 0)
 
     def between(
         self, computed: Positions, total: Positions, begin: Positions
@@ -180,9 +202,9 @@ class Schedule:
         return row, first[row] + np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
 
     def events(self, computed: Positions, total: Positions, prompt: Positions) -> list[Event]:
-        """What a step packs that brings the queries [computed, total): all that they pass. [B]
-        each; a row's in order"""
-        row, era = self.between(computed, total, self.begin(prompt))
+        """What a step packs that brings the queries [computed, total): all that they pass, or
+        that end with one of them. [B] each; a row's in order"""
+        row, era = self.between(computed + self.appends, total + self.appends, self.begin(prompt))
         return [
             self._event(n, m, int(computed[n]), int(prompt[n]))
             for n, m in zip(row.tolist(), era.tolist(), strict=True)
@@ -192,30 +214,40 @@ class Schedule:
         course, size = self.course(prompt), self.page_size
         if not era:
             private, pages, tokens = 0, range(course.column), course.begin
+        elif self.appends:
+            pages = range(era * self.every, (era + 1) * self.every)
+            private, tokens = 0, len(pages) * size
         else:
             last = course.begin // size + era * self.every
             private, pages = course.private, range(last - self.every, last)
             tokens = (private + len(pages)) * size
+        kept = self.kept if self.appends else course.private
         passed = self.phase(*(np.array([n]) for n in (era, computed, course.begin)))
         return Event(
-            row=row, era=era, private=private, pages=pages, tokens=tokens, kept=course.private,
-            stay=course.private * size + tokens % size, protect=self._protect(private, pages),
+            row=row, era=era, private=private, pages=pages, tokens=tokens, kept=kept,
+            into=pages.start if self.appends else course.column,
+            stay=kept * size + tokens % size, protect=self._protect(private, pages),
             phase=int(passed[0]),
         )  # fmt: skip
 
     def _protect(self, private: int, pages: range) -> Sequence[tuple[int, int]]:
         """Spans of [private pages | pages]. What is never to go stands first in private pages."""
         spans, size = self.settings.protect, self.page_size
-        if not private or not spans or self.scored is None:
+        if self.scored is None or not spans or not (private or pages.start):
             return spans
         begin, end = pages.start * size, pages.stop * size
         before = np.zeros(begin, bool)
         for first, last in [(0, self.scored.sinks), *spans]:
             before[first:last] = True
-        found = [(0, min(int(before.sum()), private * size))]
+        found = [(0, min(int(before.sum()), private * size))] if private else []
         shift = private * size - begin
         inside = [(max(first, begin), min(last, end)) for first, last in spans]
         return found + [(a + shift, b + shift) for a, b in inside if a < b]
+
+    def scorer(self, event: int) -> ScoredEviction:
+        """What chooses at an event: only the first of those that append has the first tokens."""
+        assert self.scored is not None
+        return replace(self.scored, sinks=0) if self.appends and event else self.scored
 
     def course(self, prompt: int) -> Course:
         """Of one request."""

@@ -155,10 +155,13 @@ def refusals(view: Any, model: Any, given: object) -> Iterator[str]:
         )
     elif (window := compat.declared_window(model)) > 0:
         yield from too_narrow(offer.settings, model, window, view.page_size or 1)
-    if offer.settings.policy.eviction is not None and compat.masks_images(model):
+    policy = offer.settings.policy
+    streams = policy.scored if policy.scored is not None and policy.scored.chunk else None
+    during = policy.eviction or streams
+    if during is not None and compat.masks_images(model):
         yield (
             "the model's images see themselves both ways by a mask over the whole prompt, and "
-            f"{offer.settings.policy.eviction.name} takes parts of it while it is prefilled; use "
+            f"{during.name} takes parts of it while it is prefilled; use "
             "snapkv, or the policy 'dense'"
         )
     if compat.attends_in_chunks(model):
@@ -188,6 +191,12 @@ def unsupported(offer: Offer) -> Iterator[str]:
                 f"{part} lets layers see a window, and SGLang lays out its pools, and frees their "
                 "slots, by the windows of a model's configuration alone; serve it in vLLM, or use "
                 "streaming_llm, whose window is every layer's"
+            )
+        elif isinstance(part, ScoredEviction) and part.appends:
+            yield (
+                f"{part} leaves fewer slots than tokens of a chunk, and SGLang's tree counts one "
+                f"slot a token; write a budget in tokens, such as {part.name}(budget=1024, "
+                f"chunk={part.chunk})"
             )
         elif not isinstance(part, (PositionalEviction, ScoredEviction, LayerBudgets, Selector)):
             yield (

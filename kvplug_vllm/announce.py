@@ -37,7 +37,7 @@ def describe(planner: Planner, spec: Any, tokens: int, vllm_config: Any) -> str:
         return f"{parts[0]} Attention and cache are vLLM's own."
     in_flight, schedule = vllm_config.max_in_flight_tokens, planner.schedule
     held, most = f"holds {whole:,} blocks of {size} tokens", None
-    if planner.eviction is not None:
+    if planner.eviction is not None or schedule.appends:
         most = planner.most_pages(in_flight, tokens)
     elif schedule.streams:
         most = schedule.most_pages(tokens - 1, in_flight, tokens)

@@ -279,8 +279,7 @@ class PlannedImpl:
         """Copy what each KV head keeps into the request's private blocks."""
         if self.kv_sharing_target_layer_name is not None:
             return  # its owner does, by its keys
-        scored, event = packing.settings.policy.scored, packing.event
-        assert scored is not None
+        scored, event = packing.scored, packing.event
         self.packed_prompts += not event.era
         keys, values = self.read_pages(layer, kv_cache, packing.pages)  # [1, T, H, D]
         window = None
@@ -315,7 +314,7 @@ class PlannedImpl:
         self, layer: Any, kv_cache: Tensor, packing: Packing, prompt: PromptKV, tokens: Tensor
     ) -> None:
         """Copy what was kept within the cache, keys and values at once. tokens [1, H, n]"""
-        if packing.event.era:  # into pages that it lies in
+        if packing.event.in_place:
             rows = torch.cat([prompt.keys, prompt.values], -1).view(kv_cache.dtype)
             pages, offset = packing.slots // kv_cache.shape[2], packing.slots % kv_cache.shape[2]
             kv_cache[pages, :, offset] = packing.kept(rows, tokens)

@@ -12,6 +12,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 from kvplug import LocalLayers, digest_bytes
 from kvplug_vllm import compat
 from kvplug_vllm.announce import say
+from kvplug_vllm.appending import AppendingSpec
 from kvplug_vllm.packing import PackingSpec
 from kvplug_vllm.settings import Engine, EvictionSettings
 from kvplug_vllm.streaming import EvictingSpec
@@ -51,10 +52,11 @@ def customize_spec(spec: Any, layer_class: int = 0) -> Any:
         pages, rows = offer.digest_rows(spec.block_size, item)
         digest = digest_bytes(pages * rows, spec.num_kv_heads, spec.head_size, item)
         spec = replace(spec, page_size_padded=spec.unpadded_page_size_bytes + digest)
-    if policy.eviction is not None:
+    appends = policy.scored is not None and policy.scored.appends
+    if policy.eviction is not None or appends:
         spec = replace_as(
             spec,
-            EvictingSpec,
+            AppendingSpec if appends else EvictingSpec,
             drop=("sliding_window", "attention_chunk_size", "non_causal"),
             settings=EvictionSettings.of(offer),
             in_flight=engine.vllm_config.max_in_flight_tokens,

@@ -170,6 +170,17 @@ def ensure_builtin_specs() -> None:
     KVCacheSpecRegistry._ensure_registered()
 
 
+def name_block(pool: Any, name: bytes, group: int, block: Any, tokens: int) -> None:
+    """Let a prefix cache's look-ups find a block of a request that lives on by a name of our own.
+
+    tokens: of the prefix that it belongs to. Until BlockPool offers it in public.
+    """
+    from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
+
+    named = make_block_hash_with_group_id(BlockHash(name), group)
+    pool._insert_block_hash(named, block, num_tokens=tokens)
+
+
 def show_rows_beside_drafts(seen_by: Callable[..., Any]) -> None:
     """Let Model Runner V1 show its rows to ``seen_by(vllm_config, device, is_pin_memory)``, a
     logits processor, also where it speculates.

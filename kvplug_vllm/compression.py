@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvplug import BatchPlanner, Event, Observed, Segments, Settings
+from kvplug import BatchPlanner, Event, Observed, ScoredEviction, Segments, Settings
 from kvplug.policy import Positions
 from kvplug_vllm.metrics import Metrics
 from kvplug_vllm.metrics import packing as packing_time
@@ -26,12 +26,13 @@ class Packing:
     """A request whose kept tokens are packed in this step: n of T."""
 
     settings: Settings
+    scored: ScoredEviction
     event: Event
     stay: int
     pages: Tensor
     """What is packed, in order, a prompt's partial last page too. [1, P] int64"""
     private: Tensor
-    """The pages that what stays is packed into, in order. [1, Kp] int64"""
+    """The pages that it is packed into, in order. [1, Kp] int64"""
     slots: Tensor
     """Where kept token k goes. [n] int64"""
 
@@ -126,10 +127,11 @@ class Compression:
         if self.metrics is not None:
             self.metrics.count_packed(event, planner.settings)
         table = common.block_table_tensor[event.row].long()
-        blocks = table[self.tensor(column + np.arange(event.kept))]
+        blocks = table[self.tensor(event.into + np.arange(event.kept))]
         offset = torch.arange(size, device=blocks.device)
         return Packing(
             settings=planner.settings,
+            scored=planner.schedule.scorer(event.era),
             event=event,
             stay=int(rows.stay[event.row]),
             pages=table[self.tensor(columns)][None],

@@ -94,9 +94,10 @@ def refusals(vllm_config: Any) -> Iterator[str]:
                 f"{policy} gives layers different budgets, which needs the hybrid KV cache "
                 "manager; drop --disable-hybrid-kv-cache-manager"
             )
-        if policy.eviction and getattr(model.hf_text_config, "sliding_window", None):
+        evicts = policy.eviction or (policy.scored and policy.scored.appends and policy.scored)
+        if evicts and getattr(model.hf_text_config, "sliding_window", None):
             yield (
-                f"{policy.eviction.name} beside the model's own windowed layers needs the hybrid "
+                f"{evicts.name} beside the model's own windowed layers needs the hybrid "
                 "KV cache manager; drop --disable-hybrid-kv-cache-manager"
             )
 

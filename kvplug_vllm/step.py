@@ -126,6 +126,8 @@ class PlannedBuilder:
         self.resumed_page = 0
         """Tokens of pages whose digests keep what the next step writes over, a draft's key; 0
         where there are no drafts, or none is kept."""
+        self.behind: list[Packing] = []
+        """What is to be packed behind a step that may have been replayed: before the next one."""
         self.unseen: list[tuple[int, Observed]] = []
         """Of a step that may have been replayed: the next one takes them from memory."""
         self.selected_queries = dict.fromkeys(self.layers, 0)
@@ -178,12 +180,14 @@ class PlannedBuilder:
         self._count(segments, rows)
         self.compression.observe(self.unseen)
         self.unseen = []
+        self.compression.pack_now(self.behind)
+        self.behind = []
         self.fixed = common.max_query_len == 1 and common.num_reqs <= self.most_replayed
         observations = self.compression.observations(rows, planner.observed(*batch))
         events = self.compression.ended(planner.events(*batch), rows, prompt)
         if self.fixed:
             self.unseen, observations = observations, []
-        elif segments.untouched and planner.planners[OWN].settings.shortcut:
+        elif segments.untouched and not events and planner.planners[OWN].settings.shortcut:
             resumed = self._resumed(common, rows)
             if not observations and resumed is None:
                 return None
@@ -193,13 +197,15 @@ class PlannedBuilder:
             self.compression.redirect(common, segments)
         packings = self.compression.packings(common, events, rows, prompt)
         if self.fixed:
-            self.compression.pack_now(packings)
+            self.behind = [each for each in packings if each.event.phase]
+            self.compression.pack_now([each for each in packings if not each.event.phase])
             packings = []
         whole = partial(self._whole, common, metadata, segments)
         selected = partial(self._selected, common)
         fixed = common.num_reqs if self.fixed else None
         phases = []
-        for number in range(int(segments.phase.max(initial=0)) + 1):
+        last = max([0, *segments.phase.tolist(), *(each.event.phase for each in packings)])
+        for number in range(last + 1):
             part = segments.where(segments.phase == number)
             layers = planner.by_layer(part, self.layers, whole, selected, fixed)
             mine = [packing for packing in packings if packing.event.phase == number]
@@ -284,7 +290,8 @@ class PlannedBuilder:
         column = torch.arange(int(segments.pages.max(initial=1)), device=table.device)[None]
         kept = self._tensor(segments.kept, torch.int64)[:, None]
         first = self._tensor(segments.first, torch.int64)[:, None]
-        held = np.append(self.planner.planners[OWN].held, 0)
+        held = self.planner.planners[OWN].held_pages(int(segments.kept.max(initial=0)))
+        held = np.append(held, 0)
         start = self._tensor(held, torch.int64)[column.clamp(max=len(held) - 1)]
         packed = self._tensor(segments.packed, torch.int64)[:, None]
         page = column - kept + first

@@ -60,10 +60,13 @@ class Plain:
                 scale=scaling, first_head=first_head, page_size=S, event=event.era,
             )  # fmt: skip
             keep = event.kept * S
-            kept = keep_tokens(self.scored, given, torch.tensor([keep]), keep)[0]
+            kept = keep_tokens(self.schedule.scorer(event.era), given, torch.tensor([keep]), keep)[0]
             held = source.gather(1, kept)
-            seen[:, at:, : at // S * S] = False
+            first = event.pages.start if self.schedule.appends else 0
+            seen[:, at:, first * S : at // S * S] = False
             seen[:, at:] |= torch.zeros(H, T, dtype=torch.bool).scatter(1, held, True)[:, None]
+            if self.schedule.appends:
+                held = held[:, :0]
             seen &= torch.ones(T, T, dtype=torch.bool).tril()
             self.events += 1
         return seen

@@ -556,7 +556,7 @@ BAD = [
         "snapkv(budget=0)",
         "snapkv: budget must be a number of tokens, at least 1, got 0; write snapkv(budget=1024)",
     ),
-    ("knorm(budget=0.5)", "knorm: budget must be a number of tokens, at least 1, got 0.5"),
+    ("knorm(budget=0.5)", "write knorm(budget=0.5, chunk=512) or knorm(budget=1024)"),
     ("keydiff(budget=True)", "keydiff: budget must be a number of tokens, at least 1, got True"),
     ("random(budget='1k')", "random: budget must be a number of tokens, at least 1, got '1k'"),
     (
@@ -589,7 +589,10 @@ BAD = [
     ("random(seed=4294967296)", "below 2 ** 32, got 4294967296"),
     ("random(seed=False)", "below 2 ** 32, got False"),
     ("random(seed=None)", "below 2 ** 32, got None"),
-    ("knorm(pool=5)", "knorm has no option 'pool'. Known: budget, chunk, interval, sinks, window."),
+    (
+        "knorm(pool=5)",
+        "knorm has no option 'pool'. Known: budget, chunk, interval, sinks, window.",
+    ),
     ("snapkv + knorm", "snapkv and knorm both answer the stage 'compress'; keep one of them"),
     ("streaming_llm + snapkv", "streaming_llm and snapkv both answer the stage 'compress'"),
     ("snap_kv", "unknown policy 'snap_kv'. Did you mean 'snapkv'?"),

@@ -118,6 +118,14 @@ def test_what_is_not_on_offer_is_refused_by_a_reason_to_count():
         ({"policy": "streaming_llm", "allow": ["quest"]}, "cannot share a server"),
         ({"policy": "pyramid(snapkv)", "allow": ["snapkv"]}, "groups of their own"),
         ({"policy": "snapkv", "allow": ["pyramid"]}, "groups of their own"),
+        (
+            {"policy": "keydiff(budget=0.25, chunk=512)", "allow": ["quest"]},
+            "keydiff(budget=0.25, sinks=4, window=0, chunk=512) cannot share a server",
+        ),
+        (
+            {"policy": "keydiff(budget=0.25, chunk=512)", "min_context": 9},
+            'write {"min_context": 0}, or a budget in tokens',
+        ),
         ({"policy": "snapkv", "allow": "quest"}, 'write {"allow": ["snapkv", "quest"]}'),
         ({"policy": "snapkv", "allow": [1]}, 'write {"allow": ["snapkv", "quest"]}'),
         ({"policy": "snapkv", "allow": ["ques"]}, "Did you mean 'quest'"),

@@ -4,6 +4,8 @@ unchunked request would find."""
 
 import functools
 import itertools
+import math
+import re
 
 import numpy as np
 import pytest
@@ -129,6 +131,68 @@ def test_every_query_reads_what_it_would_had_the_request_come_token_by_token(
 
 @claims
 @given(
+    st.integers(2, 5), st.floats(0.05, 0.95), sizes, st.sets(st.integers(1, LONGEST - 1)),
+    st.booleans(),
+)  # fmt: skip
+def test_chunks_that_are_packed_where_they_lie_are_read_as_they_were_left(
+    C, share, S, cuts, shortcut
+):
+    """A query sees, of each chunk before its own, what was kept, and all pages of its own."""
+    k = math.ceil(share * C)
+    line = f"knorm(budget={share!r}, chunk={C * S}, sinks=0)"
+    if k == C:
+        with pytest.raises(ValueError, match=r"all of its \d pages .* write a larger chunk"):
+            Planner(Settings(policy=parse(line)), S)
+        return
+    planner = Planner(Settings(policy=parse(line), shortcut=shortcut), S)
+    row: dict[int, object] = {}
+    for start, stop in itertools.pairwise([0, *sorted(cuts), LONGEST]):
+        step = tuple(np.array([n]) for n in (start, stop, 7))
+        segments, events = planner.plan(*step), planner.schedule.events(*step)
+        for page in range(start // S, (stop - 1) // S + 1):
+            row[page] = ("page", page)
+        last = max([0, *segments.phase.tolist(), *(event.phase for event in events)])
+        for phase in range(last + 1):
+            for event in (each for each in events if each.phase == phase):
+                m = event.era
+                assert start < (m + 1) * C * S <= stop
+                assert event.in_place
+                assert [row[p] for p in event.pages] == [("page", m * C + n) for n in range(C)]
+                assert (event.tokens, event.kept, event.stay) == (C * S, k, k * S)
+                for n in range(k):
+                    row[event.into + n] = ("kept", m, n)
+            for n in np.flatnonzero(segments.phase == phase).tolist():
+                for i in range(int(segments.start[n]), int(segments.stop[n])):
+                    own = i // (C * S)
+                    kept = planner.held_pages(int(segments.kept[n])).tolist()
+                    pages = [*kept, *range(int(segments.first[n]), i // S + 1)]
+                    assert [row[page] for page in pages] == [
+                        *(("kept", m, j) for m in range(own) for j in range(k)),
+                        *(("page", page) for page in range(own * C, i // S + 1)),
+                    ]
+        assert len(events) == stop // (C * S) - start // (C * S)
+        for first, end in planner.evictable(stop):
+            for page in range(first, end):
+                row.pop(page, None)
+        assert sorted(row) == sorted({*planner.needed(stop).tolist(), *range(stop // S // C * C,
+            (stop - 1) // S + 1)})  # fmt: skip
+        assert len(row) <= planner.most_pages(stop - start, LONGEST)
+
+
+def test_protected_tokens_of_a_chunk_stay_with_it():
+    settings = Settings(policy=parse("knorm(budget=0.5, chunk=64)"), protect=((70, 75), (120, 140)))
+    schedule = Planner(settings, 16).schedule
+    events = schedule.events(np.array([0]), np.array([192]), np.array([50]))
+    assert [list(event.protect) for event in events] == [
+        [(70, 75), (120, 140)],
+        [(6, 11), (56, 64)],
+        [(0, 12)],
+    ]
+    assert [schedule.scorer(event.era).sinks for event in events] == [4, 0, 0]
+
+
+@claims
+@given(
     scheduled(), sizes, st.integers(1, LONGEST - 1), st.integers(1, 90), st.integers(1, LONGEST)
 )
 def test_most_pages_is_the_most_that_some_position_holds(settings, S, prompt, in_flight, tokens):
@@ -232,11 +296,16 @@ def test_what_is_never_to_go_stays_through_every_event():
         ("knorm(chunk=0)", "chunk must be a number of tokens, at least 1, or None"),
         ("knorm(chunk=64, interval=64)", "packs answers too, as they come; leave interval out"),
         ("snapkv(chunk=64)", "leave chunk out, or use keydiff"),
+        ("knorm(budget=0.25)", "write knorm(budget=0.25, chunk=512) or knorm(budget=1024)"),
+        ("knorm(budget=1.5, chunk=64)", "a share of each chunk, above 0 and below 1"),
+        ("knorm(budget=0.0, chunk=64)", "a share of each chunk, above 0 and below 1"),
+        ("snapkv(budget=0.25)", "write snapkv(budget=1024)"),
+        ("knorm(budget=0.25, chunk=8)", "at least sinks + window = 4 tokens, got 2"),
         ("tova(chunk=64)", "whose queries tova scores by; leave chunk out"),
     ],
 )
 def test_intervals_and_chunks_that_cannot_be(line, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         parse(line)
 
 

@@ -46,7 +46,13 @@ def test_requests_retracted_and_chosen_apart_are_packed_as_before(
 ):
     """By SGLang's own switch for tests, beside requests of other policies."""
     batch = prompts(40, 333, 97, 230, 150, seed=4)
-    lines = [KEYS, KEYS, "dense", f"{KEYS} + quest(budget=96, dense_layers=0)", "keydiff(budget=96)"]
+    lines = [
+        KEYS,
+        KEYS,
+        "dense",
+        f"{KEYS} + quest(budget=96, dense_layers=0)",
+        "keydiff(budget=96)",
+    ]
     offer = '{"policy": "dense", "allow": ["keydiff", "quest"], "max_budget": 128}'
     with engine(random_llama(), offer) as planned:
         import sglang.srt.managers.scheduler as scheduling

@@ -23,7 +23,9 @@ def test_answers_are_those_of_a_plain_llama_that_packs_at_the_same_positions(
     """Steps of up to 256 tokens, shared by the requests: none, one or several events in each."""
     model = random_llama(layers=3)
     batch = prompts(300, 97, 512, 700, 160)
-    with engine(model, {"policy": policy}, dtype="float32", enable_prefix_caching=False) as planned:
+    with engine(
+        model, {"policy": policy}, dtype="float32", enable_prefix_caching=False
+    ) as planned:
         planned.poison(freed=True)
         free = planned.free_blocks
         seen = events_in_steps(planned)
@@ -90,7 +92,9 @@ def test_prompts_of_many_times_the_pool_are_served(engine, random_llama, prompts
     options = {"max_model_len": 3200, "max_num_batched_tokens": 128}
     with engine(random_llama(), {"policy": KEYS}, **options) as roomy:
         expected = roomy.generate(batch, 20)
-    with engine(random_llama(), {"policy": KEYS}, num_gpu_blocks_override=24, **options) as planned:
+    with engine(
+        random_llama(), {"policy": KEYS}, num_gpu_blocks_override=24, **options
+    ) as planned:
         free, config = planned.free_blocks, planned.llm.llm_engine.vllm_config
         assert max(lengths) > 4 * free * S
         schedule = planned.builders[0].planner.planners[0].schedule
@@ -157,3 +161,93 @@ def test_requests_with_and_without_a_chunk_share_a_batch(engine, random_llama, p
     for n, line in enumerate(lines):
         policy = line if n != 2 else "keydiff(budget=4096)"
         assert Plain(model, policy, S).agrees(batch[n], alone[n]) == 100
+
+
+SHARE = "keydiff(budget=0.25, chunk=128)"
+
+
+@pytest.mark.both
+@pytest.mark.parametrize("policy", [SHARE, "random(budget=0.5, chunk=64, sinks=0)"])
+def test_chunks_packed_where_they_lie_are_those_of_a_plain_llama(
+    engine, random_llama, prompts, policy
+):
+    model = random_llama(layers=3)
+    batch = prompts(300, 97, 512, 700, 160)
+    with engine(model, {"policy": policy}, enable_prefix_caching=False) as planned:
+        planned.poison(freed=True)
+        free = planned.free_blocks
+        seen = events_in_steps(planned)
+        answers = planned.generate(batch, 60)
+        assert planned.free_blocks == free
+        assert planned.generate(batch[3:4], 60) == answers[3:4]
+        planned.generate(batch[1:2], 1)
+    plain = Plain(model, policy, S)
+    assert [plain.agrees(*each) for each in zip(batch, answers, strict=True)] == [60] * 5
+    assert {0, 1, 2} <= set(seen), "events of one request in a step"
+    dense = Plain(model, "keydiff(budget=4096)", S)
+    assert all(dense.agrees(*each) < 60 for each in zip(batch[2:4], answers[2:4], strict=True))
+
+
+@pytest.mark.both
+def test_what_was_packed_is_found_by_who_comes_with_its_prefix(engine, random_llama, prompts):
+    """Whole chunks, by the next turn, by another who shares some of them, and by nobody else;
+    with the answers of an empty cache."""
+    model, (first, second, question, other) = random_llama(layers=3), prompts(700, 520, 40, 90)
+    with engine(model, {"policy": SHARE}) as planned:
+        planned.poison(freed=False)
+        free = planned.free_blocks
+
+        def ask(prompt):
+            (said,) = planned.run([prompt], 40)
+            return list(said.outputs[0].token_ids), said.num_cached_tokens
+
+        answer, cached = ask(first)
+        assert cached == 0
+        asked = {
+            "turn": (first + answer + question, 640),
+            "shares 600": (first[:600] + other, 512),
+            "last token of a chunk differs": (first[:511] + [first[511] + 1] + other, 384),
+            "ends at an event": (first[:513], 512),
+            "one token short of it": (first[:512], 384),
+            "nothing in common": (second, 0),
+        }
+        warm = {name: ask(prompt) for name, (prompt, _) in asked.items()}
+        assert {name: cached for name, (_, cached) in warm.items()} == {
+            name: cached for name, (_, cached) in asked.items()
+        }
+        assert planned.free_blocks == free
+        held = sum(block.block_hash is not None for block in planned.pool.blocks)
+        assert held <= 5 + 1 + 4 + 4, "one block a chunk, of each prefix that ran"
+        for name, (prompt, _) in asked.items():
+            planned.forget()
+            assert ask(prompt) == (warm[name][0], 0), name
+        packed = ask(first + answer + question)[0]
+        # What leaves the pool shortens the hit to the chunk before.
+        hostages = planned.pool.get_new_blocks(planned.free_blocks)
+        planned.pool.free_blocks(hostages)
+        assert ask(first + answer + question) == (packed, 0)
+    plain = Plain(model, SHARE, S)
+    assert plain.agrees(first, answer) == 40
+    assert all(plain.agrees(asked[name][0], warm[name][0]) == 40 for name in asked)
+
+
+def test_a_shared_context_costs_its_packed_size_once(engine, random_llama, prompts):
+    """Eight clients over one context, three turns each, in a pool that holds no dense copy of
+    it; preempted and aborted on the way."""
+    context, *questions = prompts(1280, *[30 + n for n in range(8)])
+    options = {"max_model_len": 2048, "max_num_batched_tokens": 128}
+    with engine(
+        random_llama(), {"policy": SHARE}, num_gpu_blocks_override=29, **options
+    ) as planned:
+        free = planned.free_blocks
+        assert len(context) > free * S, "dense, it would not fit"
+        seen = preemptions(planned)
+        planned.generate([context], 1)
+        turns = [context + question for question in questions]
+        first = planned.generate(turns, 30)
+        again = planned.run([a + b + q for a, b, q in zip(turns, first, questions, strict=True)], 30)
+        assert min(each.num_cached_tokens for each in again) >= 1280 - 128
+        assert len(seen) >= 1
+        assert planned.free_blocks == free
+    with engine(random_llama(), {"policy": SHARE}, **options) as roomy:
+        assert roomy.generate(turns, 30) == first

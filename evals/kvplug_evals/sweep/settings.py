@@ -273,7 +273,7 @@ def budget_of(line: str) -> int:
         return parse_stock(line).sliding_window
     policy = parse(line)
     if policy.scored is not None:
-        return policy.scored.budget
+        return 0 if policy.scored.appends else int(policy.scored.budget)
     if policy.eviction is not None:
         return policy.eviction.most_tokens()
     budget = 0 if policy.selector is None else policy.selector.budget
