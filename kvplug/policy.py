@@ -23,6 +23,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from enum import Enum
+from itertools import chain
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -62,6 +63,7 @@ class Evidence(Enum):
 
     NONE = "none"
     KEYS = "keys"
+    KEYS_AND_VALUES = "keys and values"
     WINDOW_QUERIES = "window queries"
     CURRENT_QUERY = "current query"
 
@@ -111,7 +113,7 @@ class Policy(ABC):
 
     def __str__(self) -> str:
         """The line that parses back to this policy."""
-        options = [(f.name, getattr(self, f.name), f.default) for f in fields(self)]
+        options = [(f.name, getattr(self, f.name), f.default) for f in fields(self) if f.init]
         wrapped = [str(value) for _, value, _ in options if isinstance(value, Policy)]
         shown = [
             f"{name}={value!r}"
@@ -120,6 +122,13 @@ class Policy(ABC):
         ]
         inside = ", ".join(wrapped + shown)
         return f"{self.name}({inside})" if inside else self.name
+
+    @property
+    def parts(self) -> list[Policy]:
+        """The policy and those that it wraps."""
+        values = [getattr(self, f.name) for f in fields(self)]
+        wrapped = [value.parts for value in values if isinstance(value, Policy)]
+        return [self, *chain.from_iterable(wrapped)]
 
     @property
     def publishes(self) -> bool:
