@@ -73,5 +73,5 @@ class LagKV(ScoredEviction):
         last = self.sinks + (scored + 1) * self.lag
         parts = states[:, self.sinks : last].float().unflatten(1, (scored + 1, self.lag))
         least, most = parts[:, 1:].amin(2, keepdim=True), parts[:, 1:].amax(2, keepdim=True)
-        share = ((parts[:, :-1] - least) / (most - least)).masked_fill(most == least, 0)
+        share = (parts[:, :-1] - least).div_(most - least).masked_fill_(most == least, 0)
         return share.std(4).softmax(2).permute(0, 3, 1, 2)

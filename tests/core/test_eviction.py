@@ -371,6 +371,7 @@ def test_a_window_stays_and_counts_for_no_chunk():
 
 
 def test_a_chunk_is_what_its_base_is():
+    assert {f.name for f in dataclasses.fields(ChunkKV) if f.init} == {"base", "length"}
     for base in (SnapKV(budget=512, interval=128), CUR(budget=99), Random(window=3)):
         chunked = ChunkKV(base=base)
         for field in dataclasses.fields(ScoredEviction):

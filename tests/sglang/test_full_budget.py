@@ -24,12 +24,13 @@ POLICIES = [
     "random(budget=4096)",
     "tova(interval=None, budget=4096)",
     "r_kv(interval=None, budget=4096)",
+    "chunkkv(lagkv(budget=4096))",
     "keydiff(budget=4096) + quest(budget=4096, dense_layers=0)",
     "streaming_llm(window=4096) + quest(budget=4096, dense_layers=1)",
     "twilight(budget=1.0, dense_layers=0)",
     "twilight(budget=1.0, candidates=1.0, dense_layers=0)",
 ]
-SIZES = {POLICIES[-2]: [16, 128], POLICIES[-1]: [16], POLICIES[7]: [16], POLICIES[8]: [16]}
+SIZES = {POLICIES[-2]: [16, 128], POLICIES[-1]: [16], **dict.fromkeys(POLICIES[7:10], [16])}
 """Of a page, where not 1 and 16: four keys in two bits share a byte; 128 are four of ours."""
 PYRAMID = "pyramid(snapkv(budget=4096), beta=2)"
 """Its last layers keep half of that, which is enough."""
@@ -94,7 +95,7 @@ def test_smollm2(engine, smollm2, prompts):
 
 OFFER = {
     "policy": POLICIES[1],
-    "allow": ["snapkv", "knorm", "random", "tova", "r_kv", "keydiff"],
+    "allow": ["snapkv", "knorm", "random", "tova", "r_kv", "chunkkv", "lagkv", "keydiff"],
     "max_budget": 4096,
 }
 CHOSEN = [policy for policy in POLICIES if not policy.startswith(("streaming", "twilight"))]
