@@ -76,7 +76,7 @@ def _value(node: ast.expr, option: str, name: str) -> object:
 
 def _build(name: str, wrapped: list[Policy], options: dict[str, object]) -> Policy:
     cls = policy_class(name)
-    known = {f.name: f for f in fields(cls)}
+    known = {f.name: f for f in fields(cls) if f.init}
     for option in options:
         if option not in known:
             if not known:

@@ -54,7 +54,8 @@ class Offer:
 
     settings: Settings
     allow: tuple[str, ...] = ()
-    """Names of policies that a request may ask for; the server's own and dense join them."""
+    """Names of policies that a request may ask for, alone or wrapped by one; the server's own,
+    what those wrap, and dense join them."""
     max_budget: int | None = None
     """The most tokens that a KV head may keep of a prompt's whole pages."""
 
@@ -162,7 +163,7 @@ class Offer:
     @property
     def names(self) -> list[str]:
         """What a request may name, sorted."""
-        own = (policy.name for policy in self.settings.policy)
+        own = (part.name for policy in self.settings.policy for part in policy.parts)
         return sorted({DENSE, *self.allow, *own})
 
     @property
@@ -243,7 +244,7 @@ class Offer:
                 f"kvplug: this server lets no request choose: it serves {own}, got {asked}; start "
                 f'it with {{"allow": {json.dumps([p.name for p in asked.policy] or [DENSE])}}}',
             )
-        for policy in asked.policy:
+        for policy in (part for each in asked.policy for part in each.parts):
             if policy.name not in self.names:
                 raise Refused(
                     "not allowed",
@@ -327,7 +328,7 @@ def _read(given: object) -> Mapping[str, object]:
 
 
 def _with_budget(policy: Composition, budget: object) -> Composition:
-    bounded = [part for part in policy if "budget" in {f.name for f in fields(part)}]
+    bounded = [part for part in policy if "budget" in {f.name for f in fields(part) if f.init}]
     if len(bounded) != 1:
         raise ValueError(
             f"kvplug: budget={budget!r} fits one policy that has a budget, and {str(policy)!r} "

@@ -21,8 +21,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
+from itertools import chain
 from math import ceil
 from typing import ClassVar, Protocol
 
@@ -63,6 +64,7 @@ class Evidence(Enum):
 
     NONE = "none"
     KEYS = "keys"
+    KEYS_AND_VALUES = "keys and values"
     WINDOW_QUERIES = "window queries"
     CURRENT_QUERY = "current query"
 
@@ -112,7 +114,7 @@ class Policy(ABC):
 
     def __str__(self) -> str:
         """The line that parses back to this policy."""
-        options = [(f.name, getattr(self, f.name), f.default) for f in fields(self)]
+        options = [(f.name, getattr(self, f.name), f.default) for f in fields(self) if f.init]
         wrapped = [str(value) for _, value, _ in options if isinstance(value, Policy)]
         shown = [
             f"{name}={value!r}"
@@ -121,6 +123,13 @@ class Policy(ABC):
         ]
         inside = ", ".join(wrapped + shown)
         return f"{self.name}({inside})" if inside else self.name
+
+    @property
+    def parts(self) -> list[Policy]:
+        """The policy and those that it wraps."""
+        values = [getattr(self, f.name) for f in fields(self)]
+        wrapped = [value.parts for value in values if isinstance(value, Policy)]
+        return [self, *chain.from_iterable(wrapped)]
 
     @property
     def publishes(self) -> bool:
@@ -456,6 +465,10 @@ class ScoredEviction(Policy):
     def every(self) -> int | None:
         """Tokens between two times that a request is packed; None where it is packed once."""
         return self.interval if self.chunk is None else self.chunk
+
+    def without_sinks(self) -> ScoredEviction:
+        """The same for tokens that do not begin a context."""
+        return replace(self, sinks=0)
 
     def pages(self, page_size: int, budget: int | None = None) -> int:
         """Pages of ``page_size`` tokens that a layer with this budget keeps at most; of a chunk,

@@ -22,7 +22,7 @@ tokens. A query sees k pages of each chunk before its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -247,7 +247,7 @@ class Schedule:
     def scorer(self, event: int) -> ScoredEviction:
         """What chooses at an event: only the first of those that append has the first tokens."""
         assert self.scored is not None
-        return replace(self.scored, sinks=0) if self.appends and event else self.scored
+        return self.scored.without_sinks() if self.appends and event else self.scored
 
     def course(self, prompt: int) -> Course:
         """Of one request."""

@@ -10,10 +10,10 @@ kvpress asks for transformers < 5.3 and vLLM brings a later one.
 
 Each press runs whole: ``compress`` on the hidden states and keys of one real LlamaAttention with
 random weights (no attention weights are given, so SnapKV makes its window queries itself: projects
-hidden states, rotates). The values carry their own positions, so what comes back says what was
-kept. Written beside it are the same window queries, computed with transformers' own rotation.
+hidden states, rotates). No two keys are equal, so those that come back say what was kept. Written
+beside it are the same window queries, computed with transformers' own rotation.
 
-keys are drawn as halves of 16 bits, so that they are stored exactly in half the bytes.
+keys and values are drawn as halves of 16 bits, so that they are stored exactly in half the bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from kvpress import KeyDiffPress, KnormPress, SnapKVPress
+from kvpress import (
+    ChunkKVPress,
+    CURPress,
+    KeyDiffPress,
+    KnormPress,
+    LagKVPress,
+    SnapKVPress,
+)
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -33,26 +40,33 @@ from transformers.models.llama.modeling_llama import (
 
 OUT = Path(__file__).parents[1] / "tests/core/fixtures/kvpress.npz"
 
-# requests, tokens, KV heads, query heads per KV head, head dim, window, pool, shares evicted
+# requests, tokens, KV heads, query heads per KV head, head dim, window, pool, lag, shares evicted
 SHAPES = [
-    (2, 64, 2, 1, 16, 16, 5, (0.25, 0.5)),
-    (1, 77, 3, 3, 24, 32, 7, (0.3, 0.5)),
-    (2, 160, 2, 4, 16, 32, 5, (0.5, 0.75)),
-    (1, 320, 1, 3, 16, 64, 5, (0.5, 0.75)),
-    (1, 320, 2, 4, 16, 64, 1, (0.2, 0.7)),
+    (2, 64, 2, 1, 16, 16, 5, 16, (0.25, 0.5)),
+    (1, 77, 3, 3, 24, 32, 7, 16, (0.3, 0.5)),
+    (2, 160, 2, 4, 16, 32, 5, 16, (0.5, 0.75)),
+    (1, 320, 1, 3, 16, 64, 5, 32, (0.5, 0.75)),
+    (1, 320, 2, 4, 16, 64, 1, 32, (0.2, 0.7)),
 ]
+CHUNK = 24
 CLEAR = 1e-6
 """Kept and evicted scores are at least so far apart, relatively: no other fp32 order of sums
 changes a set."""
 
 
-def kept(press, module, hidden, keys, kwargs) -> np.ndarray:
+def kept(press, module, hidden, keys, values, kwargs) -> np.ndarray:
     """Ascending positions that a press keeps. -> [B, H, K]"""
-    B, H, n, D = keys.shape
-    values = torch.arange(n).float()[:, None].expand(B, H, n, D).contiguous()
-    tokens = press.compress(module, hidden, keys, values, None, kwargs)[1][..., 0]
-    score = press.score(module, hidden, keys, values, None, kwargs).sort(-1, descending=True)[0]
-    K = tokens.shape[-1]
+    left = press.compress(module, hidden, keys, values, None, kwargs)[0]
+    same = (left[:, :, :, None] == keys[:, :, None]).all(-1)  # [B, H, K, n]
+    assert same.sum(-1).eq(1).all()
+    tokens = same.float().argmax(-1)
+    scorer, K = press, tokens.shape[-1]
+    if isinstance(press, ChunkKVPress):
+        scorer, K = press.press, len((tokens[0, 0] // press.chunk_length).unique())
+    score = scorer.score(module, hidden, keys, values, None, kwargs)
+    if isinstance(press, ChunkKVPress):
+        score = torch.stack([part.mean(-1) for part in score.split(press.chunk_length, -1)], -1)
+    score = score.sort(-1, descending=True)[0]
     gap = (score[..., K - 1] - score[..., K]) / score[..., K].abs()
     assert gap.min() > CLEAR, f"{press}: a tie, choose another seed"
     return tokens.sort(-1)[0].to(torch.int16).numpy()
@@ -61,7 +75,7 @@ def kept(press, module, hidden, keys, kwargs) -> np.ndarray:
 @torch.no_grad()
 def main() -> None:
     arrays: dict[str, np.ndarray] = {}
-    for case, (B, n, H, G, D, W, pool, ratios) in enumerate(SHAPES):
+    for case, (B, n, H, G, D, W, pool, lag, ratios) in enumerate(SHAPES):
         torch.manual_seed(case)
         config = LlamaConfig(
             hidden_size=32, num_attention_heads=H * G, num_key_value_heads=H, head_dim=D
@@ -75,9 +89,12 @@ def main() -> None:
         keys = (torch.randn(B, H, n, D) + 0.3 * torch.randn(1, H, 1, D)).half().float()
         queries = module.q_proj(hidden).view(B, n, H * G, D).transpose(1, 2)
         queries = apply_rotary_pos_emb(queries, queries, cos, sin)[0][:, :, -W:]
+        values = torch.randn(B, H, n, D) * (1 + torch.rand(B, H, n, 1))
+        values = values.half().float()
 
-        arrays[f"{case}/shape"] = np.array([B, n, H, G, D, W, pool])
+        arrays[f"{case}/shape"] = np.array([B, n, H, G, D, W, pool, lag])
         arrays[f"{case}/keys"] = keys.transpose(1, 2).half().numpy()  # [B, T, H, D]
+        arrays[f"{case}/values"] = values.transpose(1, 2).half().numpy()  # as keys
         arrays[f"{case}/queries"] = (  # [B, W, H, G, D]
             queries.reshape(B, H, G, W, D).permute(0, 3, 1, 2, 4).contiguous().numpy()
         )
@@ -86,9 +103,13 @@ def main() -> None:
                 "snapkv": SnapKVPress(ratio, window_size=W, kernel_size=pool),
                 "keydiff": KeyDiffPress(ratio),
                 "knorm": KnormPress(ratio),
+                "lagkv": LagKVPress(ratio, lag_size=lag),
+                "cur": CURPress(ratio),
             }
+            if B == H == 1:  # it keeps one set of the first request, for all heads
+                presses["chunkkv"] = ChunkKVPress(KeyDiffPress(ratio), chunk_length=CHUNK)
             for name, press in presses.items():
-                tokens = kept(press, module, hidden, keys, kwargs)
+                tokens = kept(press, module, hidden, keys, values, kwargs)
                 arrays[f"{case}/{name}/{tokens.shape[-1]}"] = tokens
     OUT.parent.mkdir(exist_ok=True)
     np.savez_compressed(OUT, version=np.array(version("kvpress")), **arrays)

@@ -8,8 +8,8 @@ from kvplug import parse, policy_class, policy_names, read_settings, registry
 
 EXAMPLE = "write, for example, 'quest(budget=2048)' or 'streaming_llm(sinks=4, window=1020)'"
 KNOWN = (
-    "Known: dense, keydiff, knorm, local, pyramid, quest, r_kv, random, snapkv, streaming_llm, "
-    "tova, twilight."
+    "Known: chunkkv, cur, dense, keydiff, knorm, lagkv, local, pyramid, quest, r_kv, random, "
+    "snapkv, streaming_llm, tova, twilight."
 )
 TOKENS = "must be a number of tokens, at least 0 and below 2 ** 62, got "
 POSITIONS = TOKENS.replace("62", "24")

@@ -1,5 +1,6 @@
 """Scored eviction: each score against its definition, the kept sets against what they promise."""
 
+import dataclasses
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,8 +23,11 @@ from kvplug import (
 )
 from kvplug.policies import r_kv as r_kv_module
 from kvplug.policies import snapkv as snapkv_module
+from kvplug.policies.chunkkv import ChunkKV
+from kvplug.policies.cur import CUR
 from kvplug.policies.keydiff import KeyDiff
 from kvplug.policies.knorm import KNorm
+from kvplug.policies.lagkv import LagKV
 from kvplug.policies.r_kv import RKV
 from kvplug.policies.random import Random
 from kvplug.policies.snapkv import SnapKV
@@ -109,11 +113,11 @@ def kept(policy, prompt, keep, protect=()):
 # Scores, against their definitions in doubles, one number at a time.
 
 
-def slow_knorm(policy, keys, queries, scale):
+def slow_knorm(policy, keys, values, queries, scale):
     return [-math.sqrt(sum(x * x for x in key)) for key in keys]
 
 
-def slow_keydiff(policy, keys, queries, scale):
+def slow_keydiff(policy, keys, values, queries, scale):
     norms = [math.sqrt(sum(x * x for x in key)) for key in keys]
     mean = [
         sum(key[d] / norm for key, norm in zip(keys, norms, strict=True)) / len(keys)
@@ -126,7 +130,7 @@ def slow_keydiff(policy, keys, queries, scale):
     ]
 
 
-def slow_snapkv(policy, keys, queries, scale):
+def slow_snapkv(policy, keys, values, queries, scale):
     P, W = len(keys), policy.window
     rows = range(max(0, P - W), P)  # positions of the window's queries
     G = len(queries[0])
@@ -147,7 +151,7 @@ def slow_snapkv(policy, keys, queries, scale):
     ]
 
 
-def slow_tova(policy, keys, queries, scale):
+def slow_tova(policy, keys, values, queries, scale):
     attention = [0.0] * len(keys)
     for query in queries[-1]:
         powers = [
@@ -158,7 +162,7 @@ def slow_tova(policy, keys, queries, scale):
     return attention
 
 
-def slow_r_kv(policy, keys, queries, scale):
+def slow_r_kv(policy, keys, values, queries, scale):
     P, W = len(keys), policy.window
     before, attention = max(P - W, 0), [0.0] * P
     for row in queries if before else []:
@@ -190,6 +194,56 @@ def slow_r_kv(policy, keys, queries, scale):
     ]
 
 
+def slow_lagkv(policy, keys, values, queries, scale):
+    scores = [float(j + 1) for j in range(len(keys))]
+
+    def alien(rows, following):
+        spreads = []
+        for row in rows:
+            shares = []
+            for d, x in enumerate(row):
+                column = [other[d] for other in following]
+                least, most = min(column), max(column)
+                shares.append((x - least) / (most - least) if most > least else 0.0)
+            mean = sum(shares) / len(shares)
+            spreads.append(math.sqrt(sum((u - mean) ** 2 for u in shares) / (len(shares) - 1)))
+        return [math.exp(s) / sum(math.exp(each) for each in spreads) for s in spreads]
+
+    first, lag = policy.sinks, policy.lag
+    while first + 2 * lag <= len(keys):
+        own, following = slice(first, first + lag), slice(first + lag, first + 2 * lag)
+        pairs = zip(alien(keys[own], keys[following]), alien(values[own], values[following]),
+                    strict=True)  # fmt: skip
+        worth = [k + v for k, v in pairs]
+        for j, each in enumerate(worth):
+            scores[first + j] = sum(other < each for other in worth) / lag
+        first += lag
+    return scores
+
+
+def slow_cur(policy, keys, values, queries, scale):
+    scores = []
+    for j in range(len(keys)):
+        local = policy.local or len(keys)
+        block = range(j // local * local, min(j // local * local + local, len(keys)))
+        score = 1.0
+        for rows in (keys, values):
+            score *= sum(x * x for x in rows[j]) / sum(x * x for i in block for x in rows[i])
+        scores.append(score)
+    return scores
+
+
+def slow_chunkkv(policy, keys, values, queries, scale):
+    slow = {KNorm: slow_knorm, SnapKV: slow_snapkv}[type(policy.base)]
+    scores = slow(policy.base, keys, values, queries, scale)
+    chunked = []
+    for j in range(len(keys)):
+        first = j // policy.length * policy.length
+        chunk = scores[first : min(first + policy.length, len(keys) - policy.window)]
+        chunked.append(sum(chunk) / len(chunk) if chunk else 0.0)
+    return chunked
+
+
 SLOW = [
     (KNorm(), slow_knorm),
     (KeyDiff(), slow_keydiff),
@@ -199,6 +253,18 @@ SLOW = [
     (TOVA(), slow_tova),
     (RKV(window=6), slow_r_kv),
     (RKV(window=6, pool=1, attention=0.7), slow_r_kv),
+    (LagKV(lag=8), slow_lagkv),
+    (LagKV(lag=5, sinks=0), slow_lagkv),
+    (LagKV(lag=20, sinks=1), slow_lagkv),
+    (LagKV(lag=1 << 60), slow_lagkv),
+    (CUR(), slow_cur),
+    (CUR(local=7), slow_cur),
+    (CUR(local=None), slow_cur),
+    (CUR(local=1 << 60), slow_cur),
+    (ChunkKV(base=SnapKV(window=6), length=7), slow_chunkkv),
+    (ChunkKV(base=KNorm(), length=10), slow_chunkkv),
+    (ChunkKV(base=KNorm(), length=1), slow_chunkkv),
+    (ChunkKV(base=KNorm(), length=1 << 60), slow_chunkkv),
 ]
 
 
@@ -213,13 +279,16 @@ def test_a_score_is_its_definition_on_a_ragged_batch(policy, slow, dtype, monkey
     for b, length in enumerate(prompt.lengths.tolist()):
         for h in range(2):
             keys = prompt.keys[b, :length, h].double().tolist()
+            values = prompt.values[b, :length, h].double().tolist()
             queries = prompt.queries[b, :, h].double().tolist()
-            wanted = torch.tensor(slow(policy, keys, queries, prompt.scale))
+            wanted = torch.tensor(slow(policy, keys, values, queries, prompt.scale))
             torch.testing.assert_close(score[b, h, :length], wanted, atol=2e-6, rtol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
-@pytest.mark.parametrize("policy", [KNorm(), KeyDiff(), SnapKV(window=6), Echo()], ids=str)
+@pytest.mark.parametrize(
+    "policy", [KNorm(), KeyDiff(), SnapKV(window=6), LagKV(lag=16), CUR(), Echo()], ids=str
+)
 def test_a_cache_of_eight_bits_keeps_what_its_numbers_say(policy, dtype):
     small = prompts([70, 33], dtype=dtype)
     small = replace(small, queries=small.queries.float())
@@ -258,8 +327,64 @@ def test_keydiff_of_a_zero_key_is_a_number():
     assert KeyDiff().score(prompt).eq(0).all()
 
 
+def test_a_channel_without_range_counts_as_nothing_to_lagkv():
+    prompt = prompts([40])
+    prompt.keys[..., 0] = prompt.values[..., 0] = 0
+    other = replace(prompt, keys=prompt.keys.clone(), values=prompt.values.clone())
+    other.keys[:, :20, :, 0] = 7  # ahead of where the next partition is all 0
+    score = LagKV(lag=20, sinks=0).score(prompt)
+    assert score.isfinite().all()
+    assert score.equal(LagKV(lag=20, sinks=0).score(other))
+    prompt.keys[:] = prompt.values[:] = 0
+    ranks = LagKV(lag=20, sinks=0).score(prompt)[0, 0, :20] * 20
+    assert ranks.round().tolist() == list(range(19, -1, -1))
+
+
+def test_lagkv_keeps_equally_many_of_each_partition_and_the_newest_of_what_has_no_next():
+    policy, prompt = LagKV(lag=8, sinks=4), prompts([4 + 5 * 8 + 3], page_size=1)
+    for head in kept(policy, prompt, [4 + 11 + 4 * 3])[0]:
+        assert head[:4] == [0, 1, 2, 3]
+        assert head[-11:] == list(range(36, 47))
+        assert np.bincount((np.array(head[4:-11]) - 4) // 8).tolist() == [3, 3, 3, 3]
+    assert kept(policy, prompt, [9]) == [[[0, 1, 2, 3, 42, 43, 44, 45, 46]] * 2]
+
+
+def test_cur_of_zero_rows_is_a_number():
+    prompt = prompts([20])
+    prompt.values[:, :16] = 0
+    assert CUR().score(prompt)[..., :16].eq(0).all()
+    assert CUR().score(prompt)[..., 16:20].gt(0).all()
+
+
+def test_chunks_stay_whole_and_what_is_left_goes_to_the_next_chunks_first_tokens():
+    scores = [[9.0, 0, 0, 0, 0, 8, 8, 8, 8, 8, 1, 1, 1, 1, 1, 5, 5, 5, 5, 5, 2, 2]]
+    prompt = scored([scores], [22], 1)
+    policy = ChunkKV(base=Echo(sinks=0), length=5)
+    assert kept(policy, prompt, [12]) == [[[*range(5, 10), *range(15, 20), 20, 21]]]
+    assert kept(policy, prompt, [14]) == [[[0, 1, *range(5, 10), *range(15, 22)]]]
+
+
+def test_a_window_stays_and_counts_for_no_chunk():
+    scores = [[3.0, 3, 3, 3, 3, 4, 4, -99, -99, -99]]
+    policy = ChunkKV(base=Echo(sinks=0, window=3), length=5)
+    assert kept(policy, scored([scores], [10], 1), [5]) == [[[5, 6, 7, 8, 9]]]
+
+
+def test_a_chunk_is_what_its_base_is():
+    assert {f.name for f in dataclasses.fields(ChunkKV) if f.init} == {"base", "length"}
+    for base in (SnapKV(budget=512, interval=128), CUR(budget=99), Random(window=3)):
+        chunked = ChunkKV(base=base)
+        for field in dataclasses.fields(ScoredEviction):
+            assert getattr(chunked, field.name) == getattr(base, field.name)
+        for name in ("evidence", "needs_queries", "query_agnostic", "publishes"):
+            assert getattr(chunked, name) == getattr(base, name)
+    with pytest.raises(ValueError, match="budget"):
+        replace(ChunkKV(), budget=3)
+
+
 POLICIES = [
     KNorm(), KeyDiff(), SnapKV(window=6), Random(), Random(seed=7), TOVA(), RKV(window=6),
+    LagKV(lag=16), CUR(), CUR(local=None), ChunkKV(base=SnapKV(window=6)), ChunkKV(base=CUR()),
 ]  # fmt: skip
 
 
@@ -449,21 +574,27 @@ def test_a_wrong_score_says_what_it_should_be(wrong):
 
 # kvpress 0.5.5, asked by tools/kvpress_fixtures.py.
 
+KV = "keys", "values"
 CASES = [name.split("/") for name in KVPRESS.files if name.count("/") == 2]
 
 
 @pytest.mark.parametrize("case, name, count", CASES, ids=map("-".join, CASES))
 def test_kvpress_keeps_the_same_tokens(case, name, count):
-    """With pages of one token and no sinks, as kvpress has neither. No set differs."""
-    window, pool = KVPRESS[f"{case}/shape"][5:].tolist()
-    options = {"window": window, "pool": pool} if name == "snapkv" else {}
-    policy = parse(f"{name}(sinks=0)").scored
-    policy = replace(policy, budget=int(count), **options)
-    keys = torch.from_numpy(KVPRESS[f"{case}/keys"]).float()
+    """With pages of one token, which kvpress has not, and its sinks. No set differs."""
+    window, pool, lag = KVPRESS[f"{case}/shape"][5:].tolist()
+    policy = {
+        "snapkv": SnapKV(window=window, pool=pool),
+        "keydiff": KeyDiff(sinks=0),
+        "knorm": KNorm(sinks=0),
+        "lagkv": LagKV(lag=lag),
+        "cur": CUR(),
+        "chunkkv": ChunkKV(base=KeyDiff(sinks=0), length=24),
+    }[name]
+    keys, values = (torch.from_numpy(KVPRESS[f"{case}/{each}"]).float() for each in KV)
     B, T, _, D = keys.shape
     prompt = PromptKV(
         keys=keys,
-        values=torch.full_like(keys, NAN),
+        values=values,
         queries=torch.from_numpy(KVPRESS[f"{case}/queries"]),
         lengths=torch.full((B,), T),
         scale=D**-0.5,
@@ -474,7 +605,8 @@ def test_kvpress_keeps_the_same_tokens(case, name, count):
 
 
 def test_kvpress_answered_for_every_policy_and_group():
-    assert {name for _, name, _ in CASES} == {"snapkv", "keydiff", "knorm"}
+    names = {"snapkv", "keydiff", "knorm", "lagkv", "cur", "chunkkv"}
+    assert {name for _, name, _ in CASES} == names
     groups = {int(KVPRESS[f"{case}/shape"][3]) for case, _, _ in CASES}
     assert groups == {1, 3, 4}
 
@@ -491,6 +623,13 @@ scored_evictions = st.one_of(
     ),
     st.builds(KeyDiff, **budgets, window=st.integers(0, 900)),
     st.builds(KNorm, **budgets, window=st.integers(0, 900)),
+    st.builds(LagKV, **budgets, window=st.integers(0, 900), lag=st.integers(2, 1 << 40)),
+    st.builds(CUR, **budgets, local=st.none() | st.integers(2, 1 << 40)),
+    st.builds(
+        ChunkKV,
+        base=st.builds(CUR, **budgets, local=st.none()),
+        length=st.integers(1, 1 << 40),
+    ),
     st.builds(Random, **budgets, window=st.integers(0, 900), seed=st.integers(0, (1 << 32) - 1)),
 )
 
@@ -517,6 +656,17 @@ def test_the_printed_form_parses_back(policy):
         ),
         ("knorm(budget=512)", "knorm(budget=512, sinks=4, window=0)"),
         ("random(window=32)", "random(budget=1024, sinks=4, window=32, seed=0)"),
+        ("lagkv", "lagkv(budget=1024, sinks=4, window=0, lag=128)"),
+        ("cur", "cur(budget=1024, sinks=4, window=0, local=16)"),
+        ("cur(local=None)", "cur(budget=1024, sinks=4, window=0, local=None)"),
+        (
+            "chunkkv",
+            "chunkkv(snapkv(budget=1024, sinks=0, window=64, pool=5), length=10)",
+        ),
+        (
+            "chunkkv(cur(interval=128), length=16)",
+            "chunkkv(cur(budget=1024, sinks=4, window=0, interval=128, local=16), length=16)",
+        ),
     ],
 )
 def test_a_line_prints_in_full(line, printed):
@@ -526,8 +676,11 @@ def test_a_line_prints_in_full(line, printed):
 def test_only_what_ignores_the_question_may_be_shared():
     shared = {
         name: parse(name).publishes
-        for name in ("snapkv", "keydiff", "knorm", "random", "tova", "r_kv")
-    }
+        for name in (
+            "snapkv", "keydiff", "knorm", "random", "tova", "r_kv", "lagkv", "cur", "chunkkv",
+            "chunkkv(cur)",
+        )
+    }  # fmt: skip
     assert shared == {
         "tova": False,
         "r_kv": False,
@@ -535,6 +688,10 @@ def test_only_what_ignores_the_question_may_be_shared():
         "keydiff": True,
         "knorm": True,
         "random": True,
+        "lagkv": True,
+        "cur": True,
+        "chunkkv": False,
+        "chunkkv(cur)": True,
     }
     assert not parse("snapkv + quest").publishes
 
@@ -547,7 +704,7 @@ def test_a_budget_is_rounded_up_to_whole_pages():
 
 def test_who_asks_for_queries():
     assert [policy.name for policy in POLICIES if policy.needs_queries] == [
-        "snapkv", "tova", "r_kv",
+        "snapkv", "tova", "r_kv", "chunkkv",
     ]  # fmt: skip
 
 
@@ -589,6 +746,30 @@ BAD = [
     ("random(seed=4294967296)", "below 2 ** 32, got 4294967296"),
     ("random(seed=False)", "below 2 ** 32, got False"),
     ("random(seed=None)", "below 2 ** 32, got None"),
+    (
+        "lagkv(lag=1)",
+        "lagkv: lag must be a number of tokens, at least 2, got 1; write lagkv(lag=128)",
+    ),
+    ("lagkv(lag=True)", "lag must be a number of tokens, at least 2, got True"),
+    (
+        "cur(local=1)",
+        "cur: local must be a number of tokens, at least 2, or None, got 1; write cur(local=16)",
+    ),
+    ("cur(local=16.0)", "at least 2, or None, got 16.0"),
+    (
+        "chunkkv(snapkv, length=0)",
+        "chunkkv: length must be a number of tokens, at least 1, got 0; write "
+        "chunkkv(snapkv(budget=1024), length=10)",
+    ),
+    ("chunkkv(knorm, length='10')", "at least 1, got '10'"),
+    (
+        "chunkkv(quest)",
+        "chunkkv wraps a policy that scores a prompt's tokens, got quest(budget=2048, "
+        "dense_layers=2); write chunkkv(snapkv(budget=1024))",
+    ),
+    ("chunkkv(snapkv(budget=10))", "snapkv: budget must be at least sinks + window = 64 tokens"),
+    ("chunkkv(budget=64)", "chunkkv has no option 'budget'. Known: base, length."),
+    ("chunkkv(snapkv) + knorm", "chunkkv and knorm both answer the stage 'compress'"),
     (
         "knorm(pool=5)",
         "knorm has no option 'pool'. Known: budget, chunk, interval, sinks, window.",

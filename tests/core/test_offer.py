@@ -105,6 +105,20 @@ def test_what_is_not_on_offer_is_refused_by_a_reason_to_count():
     assert reason("dense", policy="quest") == "nothing to choose"
 
 
+def test_what_a_policy_wraps_must_be_on_offer_too():
+    both = offer(policy="dense", allow=["chunkkv", "keydiff"], max_budget=2048)
+    assert both.settings_for("chunkkv(keydiff(budget=64))").policy.scored.budget == 64
+    with pytest.raises(Refused, match="does not allow snapkv"):
+        both.settings_for("chunkkv")
+    with pytest.raises(Refused, match="at most 2048 tokens"):
+        both.settings_for("chunkkv(keydiff(budget=4096))")
+    own = offer(policy="chunkkv(keydiff)", allow=["quest"])
+    assert own.names == ["chunkkv", "dense", "keydiff", "quest"]
+    assert own.settings_for("chunkkv(keydiff, length=7)").policy.scored.length == 7
+    with pytest.raises(ValueError, match="names 0; write the whole line"):
+        own.settings_for({"budget": 64})
+
+
 @pytest.mark.parametrize(
     "given, message",
     [

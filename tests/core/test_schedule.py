@@ -180,7 +180,9 @@ def test_chunks_that_are_packed_where_they_lie_are_read_as_they_were_left(
 
 
 def test_protected_tokens_of_a_chunk_stay_with_it():
-    settings = Settings(policy=parse("knorm(budget=0.5, chunk=64)"), protect=((70, 75), (120, 140)))
+    settings = Settings(
+        policy=parse("knorm(budget=0.5, chunk=64)"), protect=((70, 75), (120, 140))
+    )
     schedule = Planner(settings, 16).schedule
     events = schedule.events(np.array([0]), np.array([192]), np.array([50]))
     assert [list(event.protect) for event in events] == [

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import free_port
 
+from kvplug import parse
+
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 POLICIES = [
@@ -24,12 +26,13 @@ POLICIES = [
     "random(budget=4096)",
     "tova(interval=None, budget=4096)",
     "r_kv(interval=None, budget=4096)",
+    "chunkkv(lagkv(budget=4096))",
     "keydiff(budget=4096) + quest(budget=4096, dense_layers=0)",
     "streaming_llm(window=4096) + quest(budget=4096, dense_layers=1)",
     "twilight(budget=1.0, dense_layers=0)",
     "twilight(budget=1.0, candidates=1.0, dense_layers=0)",
 ]
-SIZES = {POLICIES[-2]: [16, 128], POLICIES[-1]: [16], POLICIES[7]: [16], POLICIES[8]: [16]}
+SIZES = {POLICIES[-2]: [16, 128], POLICIES[-1]: [16], **{line: [16] for line in POLICIES[7:10]}}
 """Of a page, where not 1 and 16: four keys in two bits share a byte; 128 are four of ours."""
 PYRAMID = "pyramid(snapkv(budget=4096), beta=2)"
 """Its last layers keep half of that, which is enough."""
@@ -94,7 +97,7 @@ def test_smollm2(engine, smollm2, prompts):
 
 OFFER = {
     "policy": POLICIES[1],
-    "allow": ["snapkv", "knorm", "random", "tova", "r_kv", "keydiff"],
+    "allow": ["snapkv", "knorm", "random", "tova", "r_kv", "chunkkv", "lagkv", "keydiff"],
     "max_budget": 4096,
 }
 CHOSEN = [policy for policy in POLICIES if not policy.startswith(("streaming", "twilight"))]
@@ -178,7 +181,8 @@ def test_two_ranks_equal_stock(two_ranks, conversation, expected, page_size, sho
     planned, packed, selected = counts
     assert min(planned) > 20
     prompts_of_a_page = sum(len(p) >= page_size for batch in conversation for p in batch)
-    assert packed == [len(OFFER["allow"]) * prompts_of_a_page, *(0 for _ in alone)]
+    packers = sum(parse(policy).scored is not None for policy in CHOSEN)
+    assert packed == [packers * prompts_of_a_page, *(0 for _ in alone)]
     layers = (2 + 2 + 2, 0, 1, 2)  # that select: of those that mix, then of each of ALONE
     queries = 11 * 10  # decoded by ten requests in each of them
     assert selected == [layer * queries for layer in layers[: 1 + len(alone)]]

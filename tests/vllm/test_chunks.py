@@ -206,7 +206,7 @@ def test_what_was_packed_is_found_by_who_comes_with_its_prefix(engine, random_ll
         asked = {
             "turn": (first + answer + question, 640),
             "shares 600": (first[:600] + other, 512),
-            "last token of a chunk differs": (first[:511] + [first[511] + 1] + other, 384),
+            "last token of a chunk differs": ([*first[:511], first[511] + 1, *other], 384),
             "ends at an event": (first[:513], 512),
             "one token short of it": (first[:512], 384),
             "nothing in common": (second, 0),
@@ -245,7 +245,9 @@ def test_a_shared_context_costs_its_packed_size_once(engine, random_llama, promp
         planned.generate([context], 1)
         turns = [context + question for question in questions]
         first = planned.generate(turns, 30)
-        again = planned.run([a + b + q for a, b, q in zip(turns, first, questions, strict=True)], 30)
+        again = planned.run(
+            [a + b + q for a, b, q in zip(turns, first, questions, strict=True)], 30
+        )
         assert min(each.num_cached_tokens for each in again) >= 1280 - 128
         assert len(seen) >= 1
         assert planned.free_blocks == free

@@ -21,6 +21,7 @@ FULL = [
     "random(budget=4096)",
     "tova(budget=4096, interval=None)",
     "r_kv(budget=4096, interval=None)",
+    "chunkkv(lagkv(budget=4096))",
     "snapkv(budget=4096) + twilight(budget=4096, dense_layers=0)",
     "keydiff(budget=4096) + quest(budget=4096, dense_layers=0)",
     "pyramid(snapkv(budget=4096), beta=1.2)",
