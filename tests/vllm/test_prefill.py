@@ -51,8 +51,11 @@ def test_a_prompt_by_position_is_a_plain_llama_s(engine, random_llama, prompts, 
     "policy",
     [
         "tri_shape(sinks=40, window=64, last=20) + snapkv(budget=96, window=32)",
-        "a_shape(sinks=40, window=60) + streaming_llm(sinks=4, window=150) + "
-        "quest(budget=96, dense_layers=0)",
+        pytest.param(
+            "a_shape(sinks=40, window=60) + streaming_llm(sinks=4, window=150) + "
+            "quest(budget=96, dense_layers=0)",
+            marks=pytest.mark.cpu,
+        ),
     ],
 )
 def test_chunks_and_preemption_change_no_token(engine, random_llama, prompts, policy):
