@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from kvplug.config import Settings
 from kvplug.plan import Planner
+from kvplug.policy import Positions
 from kvplug.segments import Segments
 
 
@@ -46,7 +49,8 @@ def byte_share(tokens: int, budget: int | float, page_size: int, rows: float = 2
 
 @dataclass(frozen=True, kw_only=True)
 class StepReads:
-    """Decode work of one step, summed over its queries; tokens are means over the layers."""
+    """Work of one step, summed over its queries that decode; tokens are means over the layers.
+    Those of prompts are counted apart."""
 
     queries: int
     cached: float
@@ -54,6 +58,8 @@ class StepReads:
     read: float
     scanned: float = 0.0
     """Tokens of the pages whose digests were read."""
+    prefill: StepReads | None = None
+    """The same of prompts' queries; None in itself."""
 
     def bytes(self, token: float, digest: float) -> tuple[float, float]:
         """What dense attention would read in a layer, and what is read, digests included.
@@ -66,29 +72,59 @@ class StepReads:
 def step_reads(
     segments: Segments, planner: Planner, budgets: Sequence[int | float | None]
 ) -> StepReads:
-    """budgets: what each planned layer may read, None for everything (``layer_budget``).
+    """budgets: what each planned layer may read as it decodes, None for everything
+    (``layer_budget``).
 
     A selection by mass may read less than this: the bound is what the host knows.
     """
-    decode = segments.where(segments.decodes)
+    blocks = planner.blocks
+    of_prompts = [blocks.budget if blocks else None] * len(budgets)
+    prefill = _reads(segments.where(~segments.decodes), planner, False, of_prompts)
+    decode = _reads(segments.where(segments.decodes), planner, True, budgets)
+    return replace(decode, prefill=prefill)
+
+
+def _reads(
+    segments: Segments, planner: Planner, decodes: bool, budgets: Sequence[int | float | None]
+) -> StepReads:
     spared = scanned = 0.0
-    if planner.selector is not None and budgets:
-        selecting = decode.where(decode.selects)
-        units = -(-selecting.visible // planner.unit)
+    chooser = planner.chooser(decodes)
+    if chooser is not None and budgets:
+        selecting = segments.where(segments.selects)
+        unit = planner.unit if decodes else planner.page_size
+        page = planner.page if decodes else planner.page_size
         for budget in budgets:
             if budget is not None:
-                spared += float((units - planner.reads(selecting.visible, budget)).sum())
-                scanned += float((-(-selecting.visible // planner.page)).sum())
-        spared *= planner.unit / len(budgets)
-        scanned *= planner.page / len(budgets) if planner.selector.digest else 0.0
+                keep = (
+                    planner.reads(selecting.visible, budget)
+                    if decodes
+                    else planner.selection(selecting)
+                )
+                left = -(-selecting.visible // unit) - keep
+                spared += float((left * selecting.queries).sum())
+                scanned += float((-(-selecting.visible // page)).sum())
+        spared *= unit / len(budgets)
+        scanned *= page / len(budgets) if chooser.digest else 0.0
     # A segment of several queries grows by one token a query.
-    triangle = decode.queries * (decode.queries - 1) / 2
+    triangle = segments.queries * (segments.queries - 1) / 2
     return StepReads(
-        queries=int(decode.queries.sum()),
-        cached=float((decode.stop * decode.queries - triangle).sum()),
-        read=float((decode.visible * decode.queries - triangle).sum()) - spared,
+        queries=int(segments.queries.sum()),
+        cached=float((segments.stop * segments.queries - triangle).sum()),
+        read=float((segments.visible * segments.queries - triangle).sum()) - spared,
         scanned=scanned,
     )
+
+
+def dense_reads(computed: Positions, total: Positions, prompt: Positions) -> StepReads:
+    """Of a step without a plan: each query reads all up to itself. [B] each"""
+    begin, end = np.maximum(computed, prompt), np.minimum(total, prompt)
+    return replace(_whole(begin, total), prefill=_whole(computed, end))
+
+
+def _whole(begin: Positions, end: Positions) -> StepReads:
+    queries = np.maximum(end - begin, 0)
+    cached = float((queries * (begin + 1 + end)).sum()) / 2
+    return StepReads(queries=int(queries.sum()), cached=cached, read=cached)
 
 
 def reads_by_policy(

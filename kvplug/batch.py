@@ -130,13 +130,14 @@ class BatchPlanner:
 
     def by_layer(
         self, segments: Segments, layers: Iterable[int],
-        whole: Callable[[Segments, tuple[int, ...]], Whole],
+        whole: Callable[[Segments, tuple[tuple[int, bool], ...]], Whole],
         selected: Callable[[Segments], Selected], rows: int | None = None,
     ) -> dict[int, LayerReads[Whole, Selected]]:  # fmt: skip
         """What each layer reads of a step: where a policy does not select, its queries read all.
 
-        ``selected`` puts the selecting segments of one choice into an adapter's terms, ``whole``
-        those that remain, if any: once for all layers in which the same choices select.
+        ``selected`` puts the selecting segments of one choice that decode, or its blocks of
+        prompts, into an adapter's terms, ``whole`` those that remain, if any: once for all layers
+        in which the same (choice, decodes) select.
 
         rows: of a decode step under the first choice whose shapes must follow from its size
         alone: every row is then in all that a layer reads, with nothing to read where it has no
@@ -146,19 +147,29 @@ class BatchPlanner:
         def shaped(part: Segments) -> Segments:
             return part if rows is None else part.one_per_row(rows)
 
-        chosen = segments.where(segments.selects).by_choice()
-        if rows is not None:
+        decoding = segments.selects & segments.decodes
+        blocks = segments.selects & ~segments.decodes
+        chosen = {(one, True): part for one, part in segments.where(decoding).by_choice().items()}
+        if rows is None:
+            parts = segments.where(blocks).by_choice()
+            chosen |= {(one, False): part for one, part in parts.items()}
+        else:  # a block of one query, ahead of its prompt's end, reads all that it sees
             own = self.planners[0].selector is not None
-            chosen = {0: segments.where(segments.selects)} if own else {}
+            chosen = {(0, True): segments.where(decoding)} if own else {}
         terms = {one: selected(shaped(part)) for one, part in chosen.items()}
-        others: dict[tuple[int, ...], Whole | None] = {}
+        others: dict[tuple[tuple[int, bool], ...], Whole | None] = {}
         reads = {}
         for layer in layers:
-            asked = [(one, self.planners[one].layer_budget(layer)) for one in chosen]
+            asked = [
+                ((one, decodes), self.planners[one].layer_budget(layer, decodes))
+                for one, decodes in chosen
+            ]
             here = tuple(one for one, budget in asked if budget is not None)
             if here not in others:
-                rest = segments.where(~(segments.selects & np.isin(segments.choice, here)))
-                rest = shaped(rest)
+                read = np.zeros(len(segments.row), bool)
+                for one, decodes in here:
+                    read |= (decoding if decodes else blocks) & (segments.choice == one)
+                rest = shaped(segments.where(~read))
                 others[here] = whole(rest, here) if len(rest.row) else None
             mine = [(terms[one], budget) for one, budget in asked if budget is not None]
             reads[layer] = LayerReads(others[here], mine)

@@ -17,6 +17,8 @@ from kvplug.policy import (
     PositionalEviction,
     ScoredEviction,
     Selector,
+    Sharing,
+    SparsePrefill,
     Stage,
 )
 
@@ -112,9 +114,15 @@ class Composition:
         return policy if isinstance(policy, Selector) else None
 
     @property
-    def publishes(self) -> bool:
-        """Whether pages written under this composition may serve another request's prefix."""
-        return all(policy.publishes for policy in self.policies)
+    def generate(self) -> SparsePrefill | None:
+        policy = self.stage(Stage.GENERATE)
+        return policy if isinstance(policy, SparsePrefill) else None
+
+    @property
+    def publishes(self) -> Sharing:
+        """Whom pages written under this composition may serve: as few as its policies say."""
+        order = list(Sharing)
+        return max((p.publishes for p in self.policies), key=order.index, default=Sharing.PLAIN)
 
 
 def _place(policy: Policy) -> tuple[Stage, bool]:

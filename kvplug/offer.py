@@ -25,6 +25,7 @@ from kvplug.policy import (
     PositionalEviction,
     ScoredEviction,
     Selector,
+    SparsePrefill,
 )
 from kvplug.registry import did_you_mean, policy_class
 
@@ -159,6 +160,27 @@ class Offer:
         allowed = [cls() for cls in classes if issubclass(cls, kind)]
         others = [each for each in allowed if type(each) is not type(own)]
         return others if own is None else [own, *others]
+
+    @property
+    def generates(self) -> bool:
+        """Whether a request may have its prompt read sparsely here."""
+        classes = [policy_class(name) for name in self.allow]
+        own = self.settings.policy.generate is not None
+        return own or any(issubclass(cls, SparsePrefill) for cls in classes)
+
+    def salt(self, asked: Settings, own: str | None) -> str | None:
+        """What must enter the hashes of a request's pages, so that it shares them with those alone
+        that would compute the same: a prompt read sparsely leaves other keys.
+
+        own: the salt that the user gave; it separates as before, and cannot be another's.
+        """
+        if not (self.mixed and self.generates):
+            return own
+        generate = asked.policy.generate
+        if own is None and generate is None:
+            return None
+        read = None if generate is None else f"{generate} from {asked.min_context}"
+        return json.dumps([own, read])
 
     @property
     def names(self) -> list[str]:

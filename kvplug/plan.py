@@ -2,7 +2,8 @@
 
 A step brings each request some query tokens. ``Planner.plan`` cuts them into ``Segments``: runs of
 queries of one request that see the same pages. An engine's adapter turns segments into its own
-tables and lengths; which pages a selecting query reads is decided later, on the device.
+tables and lengths; which pages a selecting query, or a block of a prompt's, reads is decided
+later, on the device.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvplug.config import Settings
-from kvplug.policy import Positions
+from kvplug.policy import BlockSelector, PositionalPrefill, Positions, Selector
 from kvplug.schedule import Schedule
-from kvplug.segments import Segments
+from kvplug.segments import HELD, SINKS, Segments
 
 
 class Planner:
@@ -35,6 +37,14 @@ class Planner:
         self.page_size = page_size
         self.eviction = settings.policy.eviction
         self.selector = settings.policy.selector
+        generate = settings.policy.generate
+        self.generate = generate
+        if generate is not None:
+            generate.check_page(page_size)
+        self.blocks = generate if isinstance(generate, BlockSelector) else None
+        """What selects for blocks of a prompt's queries."""
+        self.sinks = -(-generate.sinks // page_size) if generate else 0
+        """Pages at the start that they read in any case."""
         self.held = self._held_pages()
         """Pages at the start and under protected spans, ascending: never evicted by position. [n]
         int64"""
@@ -92,7 +102,7 @@ class Planner:
         hidden = kept < first
         first, kept = np.where(hidden, first, 0), np.where(hidden, kept, 0)
         decodes = position >= prompt[row]
-        packed, phase = np.full(len(row), -1), np.zeros_like(row)
+        packed, phase = np.full(len(row), HELD), np.zeros_like(row)
         if self.scored:
             schedule = self.schedule
             own = schedule.begin(prompt)[row]
@@ -105,6 +115,9 @@ class Planner:
                 kept = np.where(compressed, schedule.private(prompt)[row], kept)
                 packed = np.where(compressed, schedule.column(own), packed)
                 phase = np.where(compressed, schedule.phase(era, computed[row], own), phase)
+        sparse = self._sparse(position, prompt[row])
+        if isinstance(self.generate, PositionalPrefill):
+            first, kept, packed = self._narrowed(sparse, position, first, kept, packed)
         selects = decodes if self.selector else np.zeros(len(row), bool)
         if self.settings.shortcut:
             visible = position + 1 - (first - kept) * self.page_size
@@ -113,12 +126,20 @@ class Planner:
             page = np.zeros_like(position)
         else:
             page = position // self.page_size
+        block = np.full(len(row), -1)
+        if self.blocks is not None:
+            grid, before, most = self._blocks(position, first, kept)
+            if self.settings.shortcut:
+                choosing = self.sinks if self.blocks.threshold is not None else most
+                sparse = sparse & (before > choosing)
+            block, page = np.where(sparse, grid, -1), np.where(sparse, 0, page)
 
         begins = np.ones(len(row), bool)
-        changes = [np.diff(each) != 0 for each in (row, first, page, decodes)]
-        begins[1:] = np.logical_or.reduce(changes)
+        each = row, first, kept, packed, page, decodes, block
+        begins[1:] = np.logical_or.reduce([np.diff(one) != 0 for one in each])
         begins |= selects
         begins[1:] |= selects[:-1]
+        selects = selects | (block >= 0)
         begin = np.flatnonzero(begins)
         end = np.append(begin[1:], len(row)) - 1
         return Segments(
@@ -136,6 +157,50 @@ class Planner:
             page_size=self.page_size,
         )
 
+    def _sparse(self, position: Positions, prompt: Positions) -> NDArray[np.bool_]:
+        """Which queries read less because they are a prompt's. [n] each -> [n]"""
+        if self.generate is None:
+            return np.zeros(len(position), bool)
+        end = prompt - self.generate.last
+        return (position >= self.settings.min_context) & (position < end)
+
+    def _narrowed(
+        self, sparse: NDArray[np.bool_], position: Positions, first: Positions, kept: Positions,
+        packed: Positions,
+    ) -> tuple[Positions, Positions, Positions]:  # fmt: skip
+        """What queries see of the pages from ``first`` on by their positions: beside the sinks, or
+        the held pages once others have left. -> first, kept, packed [n]"""
+        policy = self.generate
+        assert isinstance(policy, PositionalPrefill)
+        window = policy.first_token(position // policy.block * policy.block) // self.page_size
+        # While an eviction still keeps some of what the sinks are, or has packed what stays of
+        # the rest, it alone decides.
+        holds = (packed == HELD) & (not self.chunk)
+        known = (first == 0) | (holds & (first >= self.sinks))
+        narrow = sparse & known & (window > np.maximum(first, self.sinks))
+        own = narrow & (first == 0)
+        kept = np.where(narrow, np.searchsorted(self.held, window), kept)
+        return (
+            np.where(narrow, window, first),
+            np.where(own, self.sinks, kept),
+            np.where(own, SINKS, packed),
+        )
+
+    def _blocks(
+        self, position: Positions, first: Positions, kept: Positions
+    ) -> tuple[Positions, Positions, Positions]:
+        """The block of each query, how many of the pages that it sees stand before the block's
+        own, and how many of those it reads at most: by positions alone, as wherever a chunk ends
+        the rest of its block is chosen for as before. [n] each -> [n] each"""
+        assert self.blocks is not None
+        size, page = self.blocks.block, self.page_size
+        grid = position // size
+        begin = grid * size // page
+        own = (grid * size + size - 1) // page - begin + 1
+        before = np.maximum(begin - first, 0) + kept
+        most = np.maximum(-(-self.blocks.budget // page) - own, self.sinks)
+        return grid, before, np.minimum(before, most)
+
     def reads(self, visible: Positions, budget: int | float | None = None) -> Positions:
         """Units that a selecting query reads per KV head of so many tokens, in a layer of this
         budget. [n] -> [n]"""
@@ -147,13 +212,30 @@ class Planner:
         return np.minimum(keep, self.selector.units(visible, self.page, budget))
 
     def selection(self, segments: Segments, budget: int | float | None = None) -> Positions:
-        """``reads`` of segments, those that ``min_context`` spares with all they see. -> [n]"""
+        """Units that selecting segments read per KV head, those of a prompt apart from others, in
+        a layer of this budget; decoding ones that ``min_context`` spares all they see. -> [n]"""
+        if self.blocks is not None and not segments.decodes.all():
+            assert not segments.decodes.any(), "blocks and single queries select apart"
+            _, _, most = self._blocks(segments.start, segments.first, segments.kept)
+            return self.own_pages(segments) + most
         short = segments.stop <= self.settings.min_context
         whole = -(-segments.visible // self.unit)
         return np.where(short, whole, self.reads(segments.visible, budget))
 
-    def layer_budget(self, layer: int) -> int | float | None:
-        """What a selecting query reads in a layer, as policies say it; None for everything."""
+    def own_pages(self, segments: Segments) -> Positions:
+        """Pages that the queries of each block stand in, the last that it sees. -> [n]"""
+        assert self.blocks is not None
+        begin = segments.start // self.blocks.block * self.blocks.block // self.page_size
+        return (segments.stop - 1) // self.page_size - np.maximum(begin, segments.first) + 1
+
+    def chooser(self, decodes: bool) -> Selector | BlockSelector | None:
+        """What selects for queries that decode, or for those of a prompt."""
+        return self.selector if decodes else self.blocks
+
+    def layer_budget(self, layer: int, decodes: bool = True) -> int | float | None:
+        """What a selecting segment reads in a layer, as policies say it; None for everything."""
+        if not decodes:
+            return self.blocks.budget if self.blocks else None
         return self.selector.layer_budget(layer) if self.selector else None
 
     def width(self, max_tokens: int, short: bool = True) -> int:

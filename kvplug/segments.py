@@ -14,6 +14,10 @@ from numpy.typing import NDArray
 
 from kvplug.policy import Positions
 
+HELD, SINKS = -1, -2
+"""Which pages a segment keeps where none are private: the planner's held ones, or the request's
+first."""
+
 _PER_SEGMENT = (
     "row", "token", "start", "stop", "kept", "first", "packed", "phase", "choice", "selects",
     "decodes",
@@ -27,8 +31,9 @@ class Segments:
     A segment's queries stand at logical positions [start, stop) of request ``row`` and at
     [token, token + stop - start) of the step's flat queries. They see ``kept`` pages instead of
     those before ``first``, and all pages from ``first`` on, causally (``kept == first == 0``:
-    everything). The kept pages are the first of the planner's ``held`` pages or, where
-    ``packed >= 0``, of the private pages that hold what the request was packed into.
+    everything). The kept pages are the first of the planner's ``held`` pages, of the request's own
+    where ``packed == SINKS`` or, where ``packed >= 0``, of the private pages that hold what the
+    request was packed into.
     """
 
     row: Positions
@@ -39,14 +44,15 @@ class Segments:
     first: Positions
     packed: Positions
     """Column of the request's table where its private pages begin, which push others to the right;
-    -1 without."""
+    without them HELD or SINKS."""
     phase: Positions
     """Of the step: its events of this phase (``kvplug.schedule``) come before, later ones behind;
     0 where a request reads before no event or behind its first."""
     choice: Positions
     """Which of the batch's settings the request has."""
     selects: NDArray[np.bool_]
-    """The segment is one query that reads a selection of the pages it sees."""
+    """The segment reads a selection of the pages it sees: one query that decodes, or a block of a
+    prompt's."""
     decodes: NDArray[np.bool_]
     """The queries stand behind the prompt's end."""
     page_size: int
@@ -94,7 +100,7 @@ class Segments:
         selects: all do, or none; None for those that did.
         """
         fields = {name: np.zeros(rows, np.int64) for name in _PER_SEGMENT}
-        fields["packed"] -= 1
+        fields["packed"] += HELD
         for name, values in fields.items():
             values[self.row] = getattr(self, name)
         index = np.arange(rows)

@@ -28,6 +28,9 @@ BY_POLICY = {
     "packing_seconds": "Seconds the host spent compressing prompts.",
     "returned_blocks": "Blocks that living requests gave back.",
     "saved_bytes": "Bytes of them, less those of private blocks, a rank.",
+    "prefill_queries": "Queries of prompts attended.",
+    "prefill_cached_tokens": "Tokens up to prompts' queries.",
+    "prefill_read_tokens": "Tokens that they read per layer.",
 }
 REFUSED = "refused_requests", "Requests refused at admission."
 WHOLE = "whole_prompts", "Prompts that were not compressed for want of room."
@@ -92,6 +95,11 @@ class Metrics:
             cached, read = reads.bytes(token, digest)
             self._add("cached_bytes", policy, cached)
             self._add("read_bytes", policy, read)
+        prefill = reads.prefill
+        if prefill is not None and prefill.queries:
+            self._add("prefill_queries", policy, share * prefill.queries)
+            self._add("prefill_cached_tokens", policy, share * prefill.cached)
+            self._add("prefill_read_tokens", policy, share * prefill.read)
 
     def count_packed(self, policy: str, event: Event, share: float) -> None:
         """What a prompt kept is counted once."""

@@ -20,7 +20,7 @@ from kvplug import (
     Planner,
     Segments,
     Selector,
-    StepReads,
+    dense_reads,
     reads_by_policy,
 )
 from kvplug_kernels.slot_lists import slot_lists
@@ -213,10 +213,8 @@ class StepPlanner:
         metrics = self.engine.metrics
         if metrics is None:
             return
-        begin = np.maximum(batch.computed, batch.prompt)
-        queries = np.maximum(batch.total - begin, 0) * batch.known
-        cached = float((queries * (begin + 1 + batch.total)).sum()) / 2
-        reads = StepReads(queries=int(queries.sum()), cached=cached, read=cached)
+        known = batch.known
+        reads = dense_reads(batch.computed[known], batch.total[known], batch.prompt[known])
         policy = str(self.planner(OWN).settings.policy)
         metrics.count(policy, reads, self.share, *self._bytes)
 

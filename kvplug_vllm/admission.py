@@ -22,7 +22,7 @@ class Judging:
 
 def judge_requests() -> None:
     """From now on, for each engine that this process admits to, and for the core that it is."""
-    compat.announce_requests(judge)
+    compat.announce_requests(judge, salted)
     Judging.begun = True
 
 
@@ -37,6 +37,14 @@ def judge(vllm_config: Any, sampling_params: Any) -> None:
     asked = asked_for(sampling_params)
     if asked is not None:
         settings_for(vllm_config, asked)
+
+
+def salted(vllm_config: Any, sampling_params: Any, salt: str | None) -> str | None:
+    """The salt of an admitted request's pages; ``salt``: the user's."""
+    if not selected(vllm_config):
+        return salt
+    offer = offer_of(vllm_config)
+    return offer.salt(offer.settings_for(asked_for(sampling_params)), salt)
 
 
 def settings_for(vllm_config: Any, asked: object) -> Settings:

@@ -445,10 +445,13 @@ def page_tail(kv_cache: torch.Tensor, parts: int, rows: int, head_size: int) -> 
     return tail if parts > 1 else tail[:, 0]
 
 
-def announce_requests(tell: Callable[[Any, Any], None]) -> None:
+def announce_requests(
+    tell: Callable[[Any, Any], None], salt: Callable[[Any, Any, str | None], str | None]
+) -> None:
     """Call ``tell`` with an engine's configuration and a request's sampling parameters: when the
     request is admitted, and when the engine's core receives it. A ValueError of ``tell`` fails
-    that request alone; what a core cannot carry out would end it in a step.
+    that request alone; what a core cannot carry out would end it in a step. What is admitted has
+    the salt of its pages' hashes from ``salt``, which is given the user's too.
 
     ``validate_params`` is called on a class that all engines of a process share. Until it is
     given the configuration.
@@ -469,7 +472,9 @@ def announce_requests(tell: Callable[[Any, Any], None]) -> None:
             tell(self.vllm_config, params)
         except ValueError as error:
             raise VLLMValidationError(str(error)) from error
-        return admit(self, request_id, prompt, params, *args, **kwargs)
+        request = admit(self, request_id, prompt, params, *args, **kwargs)
+        request.cache_salt = salt(self.vllm_config, params, request.cache_salt)
+        return request
 
     @functools.wraps(receive)
     def preprocess_add_request(self: Any, request: Any) -> Any:

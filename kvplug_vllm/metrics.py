@@ -1,6 +1,6 @@
 """What kvplug counts, on vLLM's own ``/metrics``.
 
-The worker counts what decode steps read and what prompts keep, the scheduler's process what
+The worker counts what queries read and what prompts keep, the scheduler's process what
 returns to the pool, the API server what it refuses; ``counters`` brings them together.
 """
 
@@ -28,10 +28,14 @@ DROPPED = Counter("dropped_tokens", "Tokens that a KV head dropped, of answers t
 SECONDS = Counter("packing_seconds", "Seconds the host spent compressing prompts.", "policy")
 RETURNED = Counter("returned_blocks", "Blocks that living requests gave back.", "policy")
 SAVED = Counter("saved_bytes", "Bytes of them, less those of private blocks, a rank.", "policy")
+PREFILL = Counter("prefill_queries", "Queries of prompts attended.", "policy")
+PREFILL_CACHED = Counter("prefill_cached_tokens", "Tokens up to prompts' queries.", "policy")
+PREFILL_READ = Counter("prefill_read_tokens", "Tokens that they read per layer.", "policy")
 REFUSED = Counter("refused_requests", "Requests refused at admission.", "reason")
 
 BY_POLICY = (
-    QUERIES, CACHED, READ, DENSE_BYTES, READ_BYTES, PACKED, KEPT, DROPPED, SECONDS, RETURNED, SAVED
+    QUERIES, CACHED, READ, DENSE_BYTES, READ_BYTES, PACKED, KEPT, DROPPED, SECONDS, RETURNED,
+    SAVED, PREFILL, PREFILL_CACHED, PREFILL_READ,
 )  # fmt: skip
 ALL = (*BY_POLICY, REFUSED)
 
@@ -72,6 +76,11 @@ class Metrics:
             cached, read = reads.bytes(self.token, self.digest)
             add(DENSE_BYTES, cached, str(settings.policy))
             add(READ_BYTES, read, str(settings.policy))
+        prefill = reads.prefill
+        if prefill is not None and prefill.queries:
+            self._add(PREFILL, prefill.queries, settings)
+            self._add(PREFILL_CACHED, prefill.cached, settings)
+            self._add(PREFILL_READ, prefill.read, settings)
 
     def count_packed(self, event: Event, settings: Settings) -> None:
         """What a prompt kept is counted once."""

@@ -13,6 +13,7 @@ from kvplug import (
     Offer,
     Policy,
     PositionalEviction,
+    PositionalPrefill,
     ScoredEviction,
     Selector,
     Settings,
@@ -219,6 +220,12 @@ def beside(settings: Settings, vllm_config: Any) -> Iterator[tuple[str, str]]:
     words, and the reason."""
     for reason in _beside_drafts(settings, vllm_config):
         yield "drafts", reason
+    generate, size = settings.policy.generate, vllm_config.cache_config.block_size
+    if generate is not None and size is not None:
+        try:
+            generate.check_page(size)
+        except ValueError as error:
+            yield "other pages", str(error)
     scored, model = settings.policy.scored, vllm_config.model_config
     text = None if model is None else model.hf_text_config
     every = None if scored is None else scored.every
@@ -277,11 +284,14 @@ def _with_shared_caches(offer: Offer, cache_config: Any) -> Iterator[str]:
 
 def unsupported(offer: Offer) -> Iterator[str]:
     """Policies of a kind that this adapter does not know how to carry out."""
-    known = (PositionalEviction, ScoredEviction, LayerBudgets, LocalLayers, Selector)
+    known = (
+        PositionalPrefill, PositionalEviction, ScoredEviction, LayerBudgets, LocalLayers, Selector,
+    )  # fmt: skip
     own: list[type[Policy]] = [type(policy) for policy in offer.settings.policy]
     for cls in [*own, *map(policy_class, offer.allow)]:
         if not issubclass(cls, known) and cls.name != "dense":
             yield (
                 f"{cls.name} is a policy of the stage {cls.stage.value!r} that the vLLM adapter "
-                "cannot carry out; subclass PositionalEviction, ScoredEviction or Selector"
+                "cannot carry out; subclass PositionalPrefill, PositionalEviction, ScoredEviction "
+                "or Selector"
             )

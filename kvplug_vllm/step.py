@@ -16,11 +16,13 @@ from kvplug import (
     BatchPlanner,
     LayerReads,
     Observed,
+    PositionalPrefill,
     Segments,
     Selector,
-    StepReads,
+    dense_reads,
     reads_by_policy,
 )
+from kvplug.segments import SINKS
 from kvplug_vllm import compat
 from kvplug_vllm.announce import announce
 from kvplug_vllm.cache import planned_layers
@@ -110,7 +112,9 @@ class PlannedBuilder:
         """Every step is the engine's own."""
         self.packs = policy.scored is not None or self.offer.mixed
         """Whether rows may hold private blocks."""
-        self.rewrites = self.packs or policy.eviction is not None
+        hides = policy.eviction is not None or isinstance(policy.generate, PositionalPrefill)
+        self.rewrites = self.packs or hides
+        """Whether queries may see other pages than their request's first."""
         self.kv_heads = kv_cache_spec.num_kv_heads
         self.layers = [compat.layer_index(name) for name in planned]
         self.max_tokens = vllm_config.model_config.max_model_len
@@ -249,10 +253,8 @@ class PlannedBuilder:
         if self.metrics is None or self.capturing:
             return
         rows = Router.rows(self.vllm_config, common)
-        total, begin = rows.total[rows.known], np.maximum(rows.computed, rows.prompt)[rows.known]
-        queries = np.maximum(total - begin, 0)
-        behind = float((total * queries - queries * (queries - 1) / 2).sum())
-        reads = StepReads(queries=int(queries.sum()), cached=behind, read=behind)
+        known = rows.known
+        reads = dense_reads(rows.computed[known], rows.total[known], rows.prompt[known])
         self.metrics.count(reads, rows.settings[OWN])
 
     def _tensor(self, values: NDArray[Any], dtype: torch.dtype = torch.int32) -> Tensor:
@@ -297,6 +299,7 @@ class PlannedBuilder:
         page = column - kept + first
         page = torch.where((packed >= 0) & (page >= packed), page + kept, page)
         start = torch.where(packed >= 0, packed + column, start)
+        start = torch.where(packed == SINKS, column, start)
         page = torch.where(column < kept, start, page)
         table = table.gather(1, page.clamp(max=most - 1))
         return self._lasting(f"{name}.table", table, columns=most)
@@ -307,10 +310,10 @@ class PlannedBuilder:
         metadata: Any,
         segments: Segments,
         rest: Segments,
-        select: tuple[int, ...],
+        select: tuple[tuple[int, bool], ...],
     ) -> Whole:
-        """rest: those of a step's segments that layers read whole in which the choices ``select``
-        read a selection."""
+        """rest: those of a step's segments that layers read whole in which the (choice, decodes)
+        ``select`` read a selection."""
         everything = not select if self.fixed else len(rest.row) == len(segments.row)
         if everything and not self.rewrites:
             return Whole(None, metadata)

@@ -13,6 +13,7 @@ from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from kvplug import Sharing
 from kvplug_vllm import compat
 from kvplug_vllm.metrics import count_returned
 from kvplug_vllm.settings import EvictionSettings
@@ -61,7 +62,8 @@ class EvictingSpec(AttentionSpec):
 
     @property
     def prefix_cacheable(self) -> bool:
-        return self.settings.planner(self.block_size).settings.policy.publishes
+        policy = self.settings.planner(self.block_size).settings.policy
+        return policy.publishes is not Sharing.NOBODY
 
 
 class EvictingManager(SingleTypeKVCacheManager):

@@ -17,7 +17,8 @@ class Plain:
     def __init__(self, model: Path, policy: str, page_size: int) -> None:
         from transformers import AttentionInterface, AutoModelForCausalLM
 
-        self.scored = parse(policy).scored
+        self.policy = parse(policy)
+        self.scored = self.policy.scored
         self.size = page_size
         self.schedule = Planner(Settings(policy=parse(policy)), page_size).schedule
         self.prompt = self.events = 0
@@ -82,3 +83,16 @@ class Plain:
         return next(
             (n for n, (a, b) in enumerate(zip(said, answer, strict=True)) if a != b), len(answer)
         )
+
+
+class Narrow(Plain):
+    """A prompt's queries see their first tokens and the most recent ones alone, by pages."""
+
+    def seen(self, query, key, value, scaling):
+        policy, S, T = self.policy.generate, self.size, query.shape[1]
+        i, j = torch.arange(T)[:, None], torch.arange(T)
+        begin = i // policy.block * policy.block
+        recent = (begin - policy.window + 1).clamp(min=0) // S * S
+        all_of_it = i >= self.prompt - policy.last
+        seen = (j < -(-policy.sinks // S) * S) | (j >= recent) | all_of_it
+        return (seen & (j <= i)).repeat(len(key), 1, 1)

@@ -8,8 +8,8 @@ from kvplug import parse, policy_class, policy_names, read_settings, registry
 
 EXAMPLE = "write, for example, 'quest(budget=2048)' or 'streaming_llm(sinks=4, window=1020)'"
 KNOWN = (
-    "Known: chunkkv, cur, dense, keydiff, knorm, lagkv, local, pyramid, quest, r_kv, random, "
-    "snapkv, streaming_llm, tova, twilight."
+    "Known: a_shape, chunkkv, cur, dense, keydiff, knorm, lagkv, local, pyramid, quest, r_kv, "
+    "random, snapkv, streaming_llm, tova, tri_shape, twilight."
 )
 TOKENS = "must be a number of tokens, at least 0 and below 2 ** 62, got "
 POSITIONS = TOKENS.replace("62", "24")
@@ -77,6 +77,11 @@ LINES = [
         "write twilight(budget=0.25, candidates=1.0)",
     ),
     ("twilight(dense_layers=-1)", "dense_layers must be a number of layers, got -1"),
+    ("a_shape(window=0)", "a_shape: window must be a number of tokens, at least 1, got 0; write"),
+    ("tri_shape(last=-1)", "tri_shape: last must be", "at least 0, got -1;", "tri_shape(last=64)"),
+    ("a_shape(block=0)", "a_shape: block must be", "at least 1, got 0; write a_shape(block=64)"),
+    ("a_shape(sinks=1.5)", "a_shape: sinks must be a number of tokens", "got 1.5"),
+    ("a_shape + tri_shape", "a_shape and tri_shape both answer the stage 'generate'"),
     ("quest(budget=True)", "budget must be a number of tokens, at least 1", "got True;"),
     ("quest(budget='2048')", "budget must be a number of tokens, at least 1", "got '2048';"),
     ("quest(budget=None)", "budget must be a number of tokens, at least 1", "got None;"),

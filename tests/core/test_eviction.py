@@ -17,6 +17,7 @@ from kvplug import (
     Observed,
     PromptKV,
     ScoredEviction,
+    Sharing,
     keep_tokens,
     parse,
     window_queries,
@@ -674,26 +675,15 @@ def test_a_line_prints_in_full(line, printed):
 
 
 def test_only_what_ignores_the_question_may_be_shared():
+    own, nobody = Sharing.OWN, Sharing.NOBODY
     shared = {
-        name: parse(name).publishes
-        for name in (
-            "snapkv", "keydiff", "knorm", "random", "tova", "r_kv", "lagkv", "cur", "chunkkv",
-            "chunkkv(cur)",
-        )
+        "tova": nobody, "r_kv": nobody, "snapkv": nobody, "keydiff": own, "knorm": own,
+        "lagkv": own, "cur": own, "chunkkv": nobody, "chunkkv(cur)": own,
+        "random": own, "streaming_llm": own, "a_shape": own, "tri_shape": own,
+        "quest": Sharing.PLAIN, "dense": Sharing.PLAIN, "snapkv + quest": nobody,
+        "a_shape + quest": own, "tri_shape + snapkv": nobody,
     }  # fmt: skip
-    assert shared == {
-        "tova": False,
-        "r_kv": False,
-        "snapkv": False,
-        "keydiff": True,
-        "knorm": True,
-        "random": True,
-        "lagkv": True,
-        "cur": True,
-        "chunkkv": False,
-        "chunkkv(cur)": True,
-    }
-    assert not parse("snapkv + quest").publishes
+    assert {line: parse(line).publishes for line in shared} == shared
 
 
 def test_a_budget_is_rounded_up_to_whole_pages():

@@ -8,7 +8,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvplug import Action, Composition, Evidence, Granularity, Policy, Stage, parse, registry
+from kvplug import (
+    Action,
+    Composition,
+    Evidence,
+    Granularity,
+    Policy,
+    Sharing,
+    Stage,
+    parse,
+    registry,
+)
 from kvplug.policies.quest import Quest
 from kvplug.policies.streaming_llm import StreamingLLM
 
@@ -123,7 +133,7 @@ def test_a_composition_answers_by_stage():
     assert both.eviction == StreamingLLM(window=1)
     assert parse("dense").is_dense
     assert not both.is_dense
-    assert both.publishes
+    assert both.publishes is Sharing.OWN
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvplug import parse, read_offer
+from kvplug import Sharing, parse, read_offer
 
 EDGES = st.none() | st.integers(-12, 12)
 STEPS = st.none() | st.integers(-12, -1) | st.integers(1, 12)
@@ -82,7 +82,7 @@ def test_it_answers_for_its_own_layers_alone():
     assert beside.layer_budgets(9) == without.layer_budgets(9)
     assert without.local is None
     assert without.plans
-    assert alone.publishes, "all that the server serves sees it, so its prefixes are shared"
+    assert alone.publishes is Sharing.OWN, "all that the server serves sees it"
 
 
 @pytest.mark.parametrize(

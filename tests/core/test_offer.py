@@ -177,3 +177,22 @@ def test_an_offer_says_itself():
     assert str(offer(**MIXED)).endswith(
         "requests may choose dense, knorm, quest, snapkv that keep at most 2048 tokens"
     )
+
+
+def test_pages_are_shared_by_those_that_read_a_prompt_as_they_do():
+    offer = read_offer({"policy": "dense", "allow": ["a_shape", "quest"]})
+
+    def salt(asked, own=None):
+        return offer.salt(offer.settings_for(asked), own)
+
+    one, other = "a_shape(window=512)", "a_shape(window=256)"
+    assert salt(None) is salt("quest") is None
+    later = {"policy": one, "min_context": 9}
+    apart = [salt(None, "a"), salt(None, "b"), salt(one), salt(other), salt(one, "a"), salt(later)]
+    assert len(set(apart)) == len(apart)
+    assert salt(one) == salt(f"{one} + quest(budget=64)")
+    assert salt(None, salt(one)) not in apart, "nobody is given another's by naming it"
+    alone = read_offer({"policy": one})
+    assert alone.salt(alone.settings, "a") == "a", "where all read alike it is the user's"
+    without = read_offer({"policy": "dense", "allow": ["quest"]})
+    assert without.salt(without.settings, "a") == "a"

@@ -16,6 +16,7 @@ POLICIES = [
     "streaming_llm(sinks=4, window=8192)",
     "streaming_llm(sinks=40, window=8192) + quest(budget=8192, dense_layers=0)",
     "twilight(budget=1.0, candidates=1.0, dense_layers=0)",
+    "tri_shape(sinks=40, window=8192) + quest(budget=8192, dense_layers=0)",
 ]
 PACKING = [
     "snapkv(budget=4096)",

@@ -110,6 +110,9 @@ def test_a_server_shows_what_it_compressed_and_read(smollm2, tmp_path, drawn):
         "kvplug_dropped_tokens_total": sum(prompt // PAGE * PAGE - 512 for prompt in long),
         "kvplug_returned_blocks_total": sum(whole),
         "kvplug_saved_bytes_total": (sum(whole) - 2 * 512 // PAGE) * (BLOCK_BYTES + digest),
+        "kvplug_prefill_queries_total": sum(PROMPTS),
+        "kvplug_prefill_cached_tokens_total": sum(n * (n + 1) / 2 for n in PROMPTS),
+        "kvplug_prefill_read_tokens_total": sum(n * (n + 1) / 2 for n in PROMPTS),
     }
     assert 0 < seconds < 60
     names = {f.name for f in text_string_to_metric_families(page)}

@@ -1,0 +1,111 @@
+"""Sparse prefill: what a prompt's queries read, whatever its chunks, its batch and its prefix."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.plain_llama import Narrow
+from tests.vllm.test_lifecycle import preemptions, solo
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+S = 32
+POSITIONAL = [
+    "a_shape(sinks=40, window=100, block=32)",
+    "tri_shape(sinks=40, window=64, last=20) + quest(budget=4096, dense_layers=0)",
+]
+
+
+@pytest.fixture(scope="module")
+def dense(engine, random_llama, prompts):
+    with engine(random_llama()) as stock:
+        return stock.generate(prompts(700, 350, 90, 1), 12)
+
+
+@pytest.mark.both
+@pytest.mark.parametrize("policy", POSITIONAL)
+def test_a_prompt_by_position_is_a_plain_llama_s(engine, random_llama, prompts, dense, policy):
+    model, batch = random_llama(), prompts(700, 350, 90, 1)
+    with engine(model, {"policy": policy}) as planned:
+        planned.poison(freed=False)
+        answers = planned.generate(batch, 12)
+        assert answers != dense, "less was read"
+        assert solo(planned, batch, 12) == answers
+        # Over pages of the first prompts, which end within a block and within the window.
+        longer = [prompt[:-20] + batch[2] for prompt in batch]
+        planned.generate(batch, 1)
+        cached = planned.run(longer, 12)
+        assert cached[0].num_cached_tokens == (700 - 20) // S * S
+        planned.forget()
+        if policy.startswith("a_shape"):  # a last block leaves more exact pages than a middle one
+            assert planned.generate(longer, 12) == [list(o.outputs[0].token_ids) for o in cached]
+        planned.forget()
+        planned.without_shortcut()
+        assert planned.generate(batch, 12) == answers
+    plain = Narrow(model, policy, S)
+    agreed = [plain.agrees(*each) for each in zip(batch, answers, strict=True)]
+    assert agreed == [12] * 4
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "tri_shape(sinks=40, window=64, last=20) + snapkv(budget=96, window=32)",
+        pytest.param(
+            "a_shape(sinks=40, window=60) + streaming_llm(sinks=4, window=150) + "
+            "quest(budget=96, dense_layers=0)",
+            marks=pytest.mark.cpu,
+        ),
+    ],
+)
+def test_chunks_and_preemption_change_no_token(engine, random_llama, prompts, policy):
+    batch = prompts(224, 256, 240, 231, 97)
+    with engine(random_llama(), {"policy": policy}) as planned:
+        answers = planned.generate(batch, 60)
+    with engine(
+        random_llama(), {"policy": policy}, max_num_batched_tokens=72, max_model_len=512,
+        num_gpu_blocks_override=30,
+    ) as planned:  # fmt: skip
+        planned.poison(freed=False)
+        room = 14 if "+" in policy else 22  # what packs or evicts holds little
+        hostages = planned.pool.get_new_blocks(planned.free_blocks - room)
+        seen = preemptions(planned)
+        assert planned.generate(batch, 60) == answers
+        assert seen, "the pool was meant to be too small"
+        planned.pool.free_blocks(hostages)
+
+
+@pytest.mark.both
+def test_requests_share_pages_with_those_that_read_a_prompt_as_they_do(
+    engine, random_llama, prompts
+):
+    from vllm import SamplingParams
+
+    (prompt,) = prompts(600)
+    offer = {"policy": "dense", "allow": ["a_shape", "quest"]}
+    with engine(random_llama(), offer, max_model_len=1024) as mixed:
+
+        def cached(policy=None, salt=None, min_context=0):
+            given = {"policy": policy, "min_context": min_context}
+            extra = {"kvplug": given} if policy else None
+            asked = {"prompt_token_ids": prompt} | ({"cache_salt": salt} if salt else {})
+            parameters = SamplingParams(
+                temperature=0, max_tokens=4, ignore_eos=True, detokenize=False, extra_args=extra
+            )
+            (output,) = mixed.llm.generate([asked], parameters, use_tqdm=False)
+            answers.setdefault((policy, min_context), []).append(output.outputs[0].token_ids)
+            return output.num_cached_tokens
+
+        whole, answers = 600 // S * S, {}
+        narrow, other = "a_shape(sinks=16, window=64)", "a_shape(sinks=16, window=96)"
+        assert cached(narrow) == 0
+        assert cached() == 0, "a dense request is not served sparse pages"
+        assert cached() == cached("quest(budget=64)") == cached(narrow) == whole
+        assert cached(other) == cached(narrow, min_context=300) == 0, "another policy"
+        assert cached(f"{narrow} + quest(budget=64)") == whole, "that decodes otherwise"
+        assert cached(narrow, "mine") == cached(salt="mine") == 0
+        assert cached(narrow, "mine") == cached(salt="mine") == whole
+        forged = '[null, "a_shape(sinks=16, block=64, last=0, window=64) from 0"]'
+        assert cached(salt=forged) == 0
+        assert all(len(set(map(tuple, same))) == 1 for same in answers.values())
+        assert answers[narrow, 0][0] != answers[None, 0][0]
