@@ -88,7 +88,7 @@ class Plain:
 class Narrow(Plain):
     """A prompt's queries see their first tokens and the most recent ones alone, by pages."""
 
-    def seen(self, query, key, value, scaling):
+    def seen(self, query, key, value, scaling, first_head):
         policy, S, T = self.policy.generate, self.size, query.shape[1]
         i, j = torch.arange(T)[:, None], torch.arange(T)
         begin = i // policy.block * policy.block

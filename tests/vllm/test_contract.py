@@ -185,6 +185,23 @@ def test_the_registry_still_registers_only_into_an_empty_list():
     )
 
 
+def test_a_block_of_a_living_request_may_have_a_name_of_our_own():
+    from vllm.v1.core.block_pool import BlockPool
+
+    from kvplug_vllm import compat
+
+    pool = BlockPool(num_gpu_blocks=4, enable_caching=True, hash_block_size=16)
+    block, other = pool.get_new_blocks(2)
+    compat.name_block(pool, b"n" * 32, 0, block, 32)
+    found = f"{MOVED}: BlockPool; see compat.name_block"
+    assert pool.get_cached_block(b"n" * 32, [0]) == [block], found
+    assert pool.get_cached_block(b"n" * 32, [1]) is None, found
+    pool.free_blocks([block, other])
+    assert pool.get_cached_block(b"n" * 32, [0]) == [block], "kept until the pool needs it"
+    pool.get_new_blocks(3)
+    assert pool.get_cached_block(b"n" * 32, [0]) is None, found
+
+
 # The name KVPLUG: __init__.py.
 
 
