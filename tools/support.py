@@ -30,7 +30,9 @@ INTRODUCTION = """# What is served
 **tested**: a test runs it through the engine on a CPU (vLLM also over Model Runner V2 with
 replayed graphs, see the README); served: not refused, and no test of its own; a number: refused at
 start, with the reason below. `snapkv` stands for what scores tokens by queries, `keydiff` by keys
-(`knorm`, `random` too), *chosen* for a server whose requests choose their policies (`allow`).
+and values (`knorm`, `random`, `lagkv`, `cur` too), *chunk* and *share* for `keydiff` with a `chunk`,
+which keeps a number of tokens or a share of each, `a_shape` for what reads prompts by position,
+*chosen* for a server whose requests choose their policies (`allow`).
 Nothing here has run on a GPU unless `kvplug doctor` says so. Written by `tools/support.py`.
 """
 POLICIES: Mapping[str, dict[str, Any]] = {
@@ -41,6 +43,9 @@ POLICIES: Mapping[str, dict[str, Any]] = {
     "snapkv": {"policy": "snapkv"},
     "keydiff": {"policy": "keydiff"},
     "pyramid": {"policy": "pyramid(snapkv)"},
+    "chunk": {"policy": "keydiff(chunk=512)"},
+    "share": {"policy": "keydiff(budget=0.25, chunk=512)"},
+    "a_shape": {"policy": "a_shape"},
     "local": {"policy": 'local(layers="1::2")'},
     "chosen": {"policy": "dense", "allow": ["quest", "snapkv"], "max_budget": 1024},
 }
@@ -79,6 +84,11 @@ VLLM = {
             "vllm/test_eviction.py::test_full_budget_equals_stock": "snapkv keydiff pyramid",
             "vllm/test_local.py::"
             "test_local_layers_are_those_of_a_configuration_token_for_token": "local",
+            "vllm/test_chunks.py::"
+            "test_answers_are_those_of_a_plain_llama_that_packs_at_the_same_positions": "chunk",
+            "vllm/test_chunks.py::"
+            "test_chunks_packed_where_they_lie_are_those_of_a_plain_llama": "share",
+            "vllm/test_prefill.py::test_a_prompt_by_position_is_a_plain_llama_s": "a_shape",
             "vllm/test_requests.py::test_a_batch_of_policies_answers_as_each_alone": "chosen",
         }),
         Row("windows between (Gemma 2 and 3)", "gemma3", tests={
@@ -110,6 +120,8 @@ VLLM = {
         Row("prefix cache, preemption", tests={
             "vllm/test_lifecycle.py::test_preempted_requests_answer_as_alone":
             "quest twilight streaming_llm keydiff",
+            "vllm/test_chunks.py::test_preempted_requests_are_packed_again_as_before": "chunk",
+            "vllm/test_chunks.py::test_a_shared_context_costs_its_packed_size_once": "share",
             "vllm/test_requests.py::test_preempted_requests_keep_their_policies": "chosen",
             "vllm/test_local.py::"
             "test_local_layers_are_those_of_a_configuration_token_for_token": "local",
@@ -117,6 +129,10 @@ VLLM = {
         Row("CUDA graphs (recorded on a CPU)", tests={
             "vllm/test_twin.py::test_replayed_steps_answer_as_eager_ones":
             "dense quest twilight snapkv streaming_llm keydiff pyramid",
+            "vllm/test_chunks.py::"
+            "test_answers_are_those_of_a_plain_llama_that_packs_at_the_same_positions": "chunk",
+            "vllm/test_chunks.py::"
+            "test_chunks_packed_where_they_lie_are_those_of_a_plain_llama": "share",
             "vllm/test_local.py::"
             "test_local_layers_are_those_of_a_configuration_token_for_token": "local",
         }),
@@ -161,6 +177,8 @@ SGLANG = {
         Row("full attention, any group (Llama, Qwen 3, …)", tests={
             "sglang/test_full_budget.py::test_full_budget_equals_stock":
             "dense twilight quest streaming_llm snapkv keydiff pyramid",
+            "sglang/test_chunks.py::"
+            "test_answers_are_those_of_a_plain_llama_that_packs_at_the_same_positions": "chunk",
             "sglang/test_requests.py::test_mixed_requests_answer_as_alone": "chosen",
         }),
         Row("windows between (Gemma 2 and 3)", "gemma3", tests={
@@ -183,6 +201,8 @@ SGLANG = {
             "sglang/test_eviction.py::"
             "test_a_retracted_request_is_compressed_again_and_goes_on_as_it_was":
             "snapkv keydiff quest",
+            "sglang/test_chunks.py::"
+            "test_requests_retracted_and_chosen_apart_are_packed_as_before": "chunk",
         }),
         Row("CUDA graphs (recorded on a CPU)", tests={
             "sglang/test_replay.py::test_replayed_steps_answer_as_eager_ones":
