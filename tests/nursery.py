@@ -30,6 +30,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -59,6 +60,8 @@ SGLANG = (
     "sglang.srt.managers.scheduler", "sglang.srt.managers.detokenizer_manager",
     "lm_eval.evaluator",
 )  # fmt: skip
+TORCH = ("torch", "prometheus_client")
+"""What counters need, where no engine is started."""
 SUBREAPER = 36
 """PR_SET_CHILD_SUBREAPER of prctl: orphans among the descendants become children."""
 
@@ -243,6 +246,7 @@ def begin(birth: Birth, files: list[int], tell: int) -> None:
 def follow(environment: Mapping[str, str]) -> None:
     """What imports have read, as it would be read now."""
     random.seed()
+    tempfile.tempdir = None
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed()
     if torch := sys.modules.get("torch"):

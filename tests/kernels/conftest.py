@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kvplug_kernels.dispatch import interpreted
+from tests.stand_ins.interpreter import patch_once
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -14,6 +15,7 @@ OLD_INTERPRETER = "ignore:Conversion of an array with ndim > 0 to a scalar:Depre
 
 def pytest_collection_modifyitems(items):
     if interpreted():  # kernels alone: all else is as without it
+        patch_once()
         items[:] = [item for item in items if {"device", "where"} & {*item.fixturenames}]
         for item in items:
             item.add_marker(pytest.mark.filterwarnings(OLD_INTERPRETER))

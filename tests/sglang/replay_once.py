@@ -13,7 +13,10 @@ from conftest import start
 
 
 def main(model: str, prompts: str, tokens: str, cases: list[str]) -> None:
+    from interpreter import patch_once
     from recorded_graph import capture
+
+    patch_once()
 
     if "KVPLUG_TEST_FLASH" in os.environ:
         import flash

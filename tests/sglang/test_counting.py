@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.nursery import TORCH, open_nursery
+
 COUNT = """
 import resource
 from kvplug import Event
@@ -33,11 +35,12 @@ def page(folder):
 
 
 def said(code: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", COUNT + code],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
-        capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
+    with open_nursery(TORCH):
+        done = subprocess.run(
+            [sys.executable, "-c", COUNT + code],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+            capture_output=True, text=True, timeout=200,
+        )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stderr
 

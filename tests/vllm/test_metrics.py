@@ -13,6 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.nursery import TORCH, open_nursery
 from tests.pace import Pace
 
 httpx = pytest.importorskip("httpx")
@@ -167,10 +168,11 @@ def test_the_dashboard_asks_for_counters_that_exist(dashboard, drawn):
 
 def child(code: str, **environment: str) -> subprocess.Popen[str]:
     start = "import sys; from kvplug_vllm import metrics\n"
-    return subprocess.Popen(
-        [sys.executable, "-c", start + code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        env={**os.environ, **environment}, text=True,
-    )  # fmt: skip
+    with open_nursery(TORCH):
+        return subprocess.Popen(
+            [sys.executable, "-c", start + code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env={**os.environ, **environment}, text=True,
+        )  # fmt: skip
 
 
 def run(code: str, **environment: str) -> None:
@@ -203,13 +205,14 @@ if __name__ == "__main__":
     script = tmp_path / "server.py"
     head = "from kvplug_vllm.counters import *; from kvplug_vllm import metrics\n"
     script.write_text(head + server)
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(script)], stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "TMPDIR": str(tmp_path)},
-        )
-        for _ in range(2)
-    ]  # fmt: skip
+    with open_nursery(TORCH):
+        running = [
+            subprocess.Popen(
+                [sys.executable, str(script)], stdout=subprocess.PIPE, text=True,
+                env={**os.environ, "TMPDIR": str(tmp_path)},
+            )
+            for _ in range(2)
+        ]  # fmt: skip
     for process in running:
         page, _ = process.communicate(timeout=120)
         assert shown(page) == {
@@ -260,10 +263,11 @@ def test_where_vllm_gathers_files_itself_they_go_there(tmp_path):
 
 def said(code: str, **environment: str) -> str:
     """What a process that counts, and must not fail by it, writes into its log."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"{COUNTING}\n{code}"],
-        env={**os.environ, **environment}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    with open_nursery(TORCH):
+        done = subprocess.run(
+            [sys.executable, "-c", f"{COUNTING}\n{code}"],
+            env={**os.environ, **environment}, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stderr
 

@@ -244,8 +244,8 @@ class Packed(Schedule):
         for block in row[column:]:  # private and decoded
             assert block.is_null or (block.ref_cnt == 1 and block.block_hash is None)
         committed = computed - request.num_in_flight_tokens
-        freed = {packed_pages(spec, request, n) for n in range(committed + 1)}
-        assert len(row) - len(held) in freed, "freed before it was packed"
+        packed = {pages for at, pages, _ in events_of(spec, request) if at < committed}
+        assert len(row) - len(held) in {0, *packed}, "freed before it was packed"
 
     def drain(self, steps=2000):
         super().drain(steps)
