@@ -44,7 +44,7 @@ POINTERS = {
     "page_table": "*i32", "pages": "*i32", "keep": "*i32", "chosen": "*i32", "counts": "*i32",
     "lengths": "*i32", "table": "*i32", "tokens": "*i32", "slots": "*i64", "scores": "*fp32",
     "partial": "*fp32", "weight": "*fp32", "bounds": "*i32", "sinks": "*bf16", "spread": "*u8",
-    "wanted": "*u8",
+    "wanted": "*u8", "newest": "*i32",
 }  # fmt: skip
 SCALARS = {"scale": "fp32", "top_p": "fp32"}
 OPTIONS = {"num_warps", "num_stages"}
@@ -157,9 +157,10 @@ def variants(hip: bool) -> list[Variant]:
             ),
         ]
     for P, top_p in ((512, False), (16384, True)):
-        select = {"TOP_P": top_p, **page_select.blocks(P)}
+        select = {"NEWEST": top_p, "TOP_P": top_p, **page_select.blocks(P)}
+        integers = {"sinks": "i32"}
         found.append(
-            Variant(f"page_select P{P} {top_p}", page_select.page_select_kernel, select, {})
+            Variant(f"page_select P{P} {top_p}", page_select.page_select_kernel, select, integers)
         )
     for unit in (16, 1):
         heads = {"S": 16, "U": unit, "BK": 256}
