@@ -157,10 +157,9 @@ def page_select_kernel(
     for start in range(0, tl.where(needed > 0, others, begins), BP):
         images = load_images(row, start, begins, others, BP)
         p = start + tl.arange(0, BP)
-        competes = (p >= begins) & (p < others)
-        equal = ((images == low) & competes).to(tl.int32)
+        equal = ((images == low) & (images > LOWEST)).to(tl.int32)
         rank = passed + tl.cumsum(equal, 0)
-        best = competes & ((images > low) | ((equal > 0) & (rank <= equals)))
+        best = (images > low) | ((equal > 0) & (rank <= equals))
         mine = ((best & (needed > 0)) | (p < begins)).to(tl.int32)
         at = written + tl.cumsum(mine, 0) - 1
         tl.store(chosen + at, p, mask=mine > 0)
