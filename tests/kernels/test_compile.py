@@ -17,6 +17,8 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from kvplug_kernels.antidiagonal import kernel as antidiagonal  # noqa: E402
+from kvplug_kernels.block_mean import kernel as block_mean  # noqa: E402
 from kvplug_kernels.code_layout import code_bytes  # noqa: E402
 from kvplug_kernels.code_logits import kernel as code_logits  # noqa: E402
 from kvplug_kernels.key_codes import kernel as key_codes  # noqa: E402
@@ -42,7 +44,7 @@ POINTERS = {
     "page_table": "*i32", "pages": "*i32", "keep": "*i32", "chosen": "*i32", "counts": "*i32",
     "lengths": "*i32", "table": "*i32", "tokens": "*i32", "slots": "*i64", "scores": "*fp32",
     "partial": "*fp32", "weight": "*fp32", "bounds": "*i32", "sinks": "*bf16", "spread": "*u8",
-    "wanted": "*u8",
+    "wanted": "*u8", "newest": "*i32",
 }  # fmt: skip
 SCALARS = {"scale": "fp32", "top_p": "fp32"}
 OPTIONS = {"num_warps", "num_stages"}
@@ -124,6 +126,21 @@ def variants(hip: bool) -> list[Variant]:
                 tensors,
             ),
         ]
+    for dtype, G, D, S, stride, rows in (
+        ("bf16", 4, 128, 16, 8, 32), ("fp16", 8, 256, 32, 16, 64), ("u8", 3, 96, 48, 8, 32),
+    ):  # fmt: skip
+        name = f"{dtype} G{G} D{D} S{S} stride {stride}"
+        tensors = {"keys": f"*{dtype}", "start": "*i32", "tops": "*fp32", "totals": "*fp32"}
+        tensors |= {"query": f"*{'fp16' if dtype == 'fp16' else 'bf16'}", "out": "*fp32"}
+        sizes = antidiagonal.blocks(rows, D, S // stride, hip)
+        of = {"G": G, "D": D, "S": S, "STRIDE": stride, "PARTS": 8, "keys_d": 1, **sizes}
+        share = {"BP": antidiagonal.COLUMNS // sizes["EACH"], **of}
+        mean = {"D": D, **block_mean.blocks(D)}
+        found += [
+            Variant(f"antidiagonal sum {name}", antidiagonal.sum_kernel, of, tensors, True),
+            Variant(f"antidiagonal {name}", antidiagonal.share_kernel, share, tensors, True),
+            Variant(f"block_mean {name}", block_mean.block_mean_kernel, mean, tensors),
+        ]
     for T, top_p in ((512, False), (32768, True)):
         parts = {"S": 32, "PARTS": token_select.parts_for(T), "BT": token_select.TILE}
         weigh = {"G": 4, **parts}
@@ -140,9 +157,10 @@ def variants(hip: bool) -> list[Variant]:
             ),
         ]
     for P, top_p in ((512, False), (16384, True)):
-        select = {"TOP_P": top_p, **page_select.blocks(P)}
+        select = {"NEWEST": top_p, "TOP_P": top_p, **page_select.blocks(P)}
+        integers = {"sinks": "i32"}
         found.append(
-            Variant(f"page_select P{P} {top_p}", page_select.page_select_kernel, select, {})
+            Variant(f"page_select P{P} {top_p}", page_select.page_select_kernel, select, integers)
         )
     for unit in (16, 1):
         heads = {"S": 16, "U": unit, "BK": 256}

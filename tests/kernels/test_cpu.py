@@ -97,8 +97,10 @@ def test_choice_among_many_equals(threads):
         keep = torch.randint(0, P + 2, (B,), dtype=torch.int32)
         scores = torch.randn(B, H, P).mul(2).round()
         width = max(1, min(int(keep.max()), P))
-        chosen, counts = cpu.page_select(scores, pages, keep, width, 1)
-        expected = select_reference.page_select(scores, pages, keep, width, None, 1)
+        newest = torch.randint(0, 9, (B,), dtype=torch.int32)
+        rest = (1, int(newest[0]), newest if newest[0] else None)
+        chosen, counts = cpu.page_select(scores, pages, keep, width, *rest)
+        expected = select_reference.page_select(scores, pages, keep, width, None, *rest)
         assert torch.equal(chosen, expected[0])
         assert torch.equal(counts, expected[1])
 

@@ -60,13 +60,16 @@ def problems(draw):
         width,
         draw(st.sampled_from([None, 0.1237, 0.5003, 0.8991, 0.9903])),
         draw(st.integers(1, width)),
+        draw(st.sampled_from([0, 1, 3, 20])),
+        draw(st.none() | counts.map(lambda each: torch.tensor(each, dtype=torch.int32))),
     )
 
 
 @settings(max_examples=300, deadline=None)
 @given(problems())
 def test_selection_equals_sorting(problem):
-    check(*problem, *page_select.page_select(*problem))
+    *scored, sinks, newest = problem
+    check(*scored, *page_select.page_select(*problem), sinks, newest)
 
 
 @st.composite

@@ -13,27 +13,35 @@ def page_select(
     width: int,
     top_p: float | None = None,
     minimum: int = 1,
+    sinks: int = 0,
+    newest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     B, H, P = scores.shape
     chosen = torch.zeros(B, H, width, dtype=torch.int32, device=scores.device)
     least = pages.clamp(max=minimum)
-    counts = keep.minimum(pages).clamp(max=width).maximum(least)[:, None].repeat(1, H)
-    widest = int(counts.max()) if counts.numel() else 0
+    most = keep.minimum(pages).clamp(max=width).maximum(least)
+    ends = (torch.ones_like(pages) if newest is None else newest.clamp(min=1)).minimum(most)
+    begins = (most - ends).minimum(pages - ends).clamp(max=sinks)
+    least, counts = least.maximum(begins + ends), most[:, None].repeat(1, H)
+    widest = int(most.max()) if most.numel() else 0
     if not widest:
         return chosen, counts
 
-    last = (pages - 1).long()[:, None, None]
+    page = torch.arange(P, device=scores.device)
+    behind = (page >= pages[:, None])[:, None]
+    certain = (page < begins[:, None]) | (page >= (pages - ends)[:, None])
+    certain = certain[:, None] & ~behind  # taken whatever they score
     rivals = scores.nan_to_num(nan=NONE, posinf=float("inf"), neginf=NONE)
-    rivals.masked_fill_(torch.arange(P, device=scores.device) >= last, NONE)
-    best = ranks(rivals).topk(widest - 1).indices
+    rivals.masked_fill_(behind | certain, NONE)
+    limits = torch.iinfo(torch.int64)
+    ranked = ranks(rivals).masked_fill_(behind, limits.min).masked_fill_(certain, limits.max)
+    best = ranked.topk(widest).indices
     if top_p is not None:
-        end = scores.gather(2, last.clamp(min=0).expand(B, H, 1))
-        enough = fewest(top_p, end, rivals, rivals.gather(2, best))
+        enough = fewest(top_p, scores.masked_fill(~certain, NONE), rivals, best)
         counts = counts.minimum(enough.maximum(least[:, None]))
 
     place = torch.arange(widest, device=scores.device)
-    taken = torch.cat([last.expand(B, H, 1), best], 2)
-    taken = taken.masked_fill(place >= counts[:, :, None], P).sort(2).values
+    taken = best.masked_fill(place >= counts[:, :, None], P).sort(2).values
     chosen[:, :, :widest] = taken.masked_fill_(taken == P, 0)
     return chosen, counts
 
@@ -46,8 +54,9 @@ def ranks(scores: Tensor) -> Tensor:
     return ordered.bitwise_left_shift_(32).sub_(column)
 
 
-def fewest(top_p: float, end: Tensor, rivals: Tensor, best: Tensor) -> Tensor:
-    """end [B, H, 1], rivals [B, H, P], best [B, H, k] of them -> pages that reach top_p [B, H]."""
-    total = torch.logaddexp(rivals.logsumexp(2, keepdim=True), end)
-    mass = (torch.cat([end, best], 2) - total).exp().cumsum(2)
+def fewest(top_p: float, certain: Tensor, rivals: Tensor, best: Tensor) -> Tensor:
+    """How many of the best [B, H, k], the certain among them first, reach top_p. -> [B, H]"""
+    total = torch.logaddexp(rivals.logsumexp(2, keepdim=True), certain.logsumexp(2, keepdim=True))
+    scores = certain.maximum(rivals).gather(2, best)
+    mass = (scores - total).exp().cumsum(2)
     return 1 + (mass[:, :, :-1] < top_p).sum(2).int()
