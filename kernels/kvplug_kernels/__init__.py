@@ -8,6 +8,8 @@
     token_select    the tokens that weigh most by such logits, as ascending indices (Twilight)
     virtual_heads   a selection per KV head as page tables for a stock dense kernel
     slot_lists      what each head or request reads as lists of tokens, for a stock kernel
+    antidiagonal    how a block of queries spreads its attention over pages (XAttention)
+    block_mean      the mean query of each block
     sparse_decode   softmax attention of one query token over the selected pages or tokens
     pack_tokens     the tokens each KV head keeps of a prompt, copied into pages of their own
 
@@ -16,6 +18,6 @@ Importing needs torch alone; Triton is imported by the first CUDA call.
 
 Axes: B requests, Hq query heads, H KV heads, G = Hq / H, D head dim, S tokens per page, N physical
 pages, P width of the page table, K width of a selection, T tokens, J prompts whose prefill ended,
-C channels of a token in a cache, keys and values. Columns of a page table at or past a request's
-page count are never followed: the pages behind them may belong to others.
+C channels of a token in a cache, keys and values; n blocks of queries. Columns of a page table at
+or past a request's page count are never followed: the pages behind them may belong to others.
 """

@@ -17,6 +17,8 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from kvplug_kernels.antidiagonal import kernel as antidiagonal  # noqa: E402
+from kvplug_kernels.block_mean import kernel as block_mean  # noqa: E402
 from kvplug_kernels.code_layout import code_bytes  # noqa: E402
 from kvplug_kernels.code_logits import kernel as code_logits  # noqa: E402
 from kvplug_kernels.key_codes import kernel as key_codes  # noqa: E402
@@ -123,6 +125,21 @@ def variants(hip: bool) -> list[Variant]:
                 {"TINY": 2.0**-14, "MOST": 65504.0, "keys_d": 1, **of, **key_codes.blocks(D, J)},
                 tensors,
             ),
+        ]
+    for dtype, G, D, S, stride, rows in (
+        ("bf16", 4, 128, 16, 8, 32), ("fp16", 8, 256, 32, 16, 64), ("u8", 3, 96, 48, 8, 32),
+    ):  # fmt: skip
+        name = f"{dtype} G{G} D{D} S{S} stride {stride}"
+        tensors = {"keys": f"*{dtype}", "start": "*i32", "tops": "*fp32", "totals": "*fp32"}
+        tensors |= {"query": f"*{'fp16' if dtype == 'fp16' else 'bf16'}", "out": "*fp32"}
+        sizes = antidiagonal.blocks(rows, D, S // stride, hip)
+        of = {"G": G, "D": D, "S": S, "STRIDE": stride, "PARTS": 8, "keys_d": 1, **sizes}
+        share = {"BP": antidiagonal.COLUMNS // sizes["EACH"], **of}
+        mean = {"D": D, **block_mean.blocks(D)}
+        found += [
+            Variant(f"antidiagonal sum {name}", antidiagonal.sum_kernel, of, tensors, True),
+            Variant(f"antidiagonal {name}", antidiagonal.share_kernel, share, tensors, True),
+            Variant(f"block_mean {name}", block_mean.block_mean_kernel, mean, tensors),
         ]
     for T, top_p in ((512, False), (32768, True)):
         parts = {"S": 32, "PARTS": token_select.parts_for(T), "BT": token_select.TILE}
