@@ -46,7 +46,7 @@ from kvplug.policy import (
 from kvplug.registry import policy_class, policy_names
 from kvplug.schedule import Course, Event, Schedule
 from kvplug.segments import Segments
-from kvplug.selection import choose_units, logits_bytes
+from kvplug.selection import choose_pages, choose_units, logits_bytes, shares_bytes
 
 __version__ = "0.1.0"
 
@@ -85,6 +85,7 @@ __all__ = [
     "StepReads",
     "TokenSelector",
     "byte_share",
+    "choose_pages",
     "choose_units",
     "dense_reads",
     "digest_bytes",
@@ -96,6 +97,7 @@ __all__ = [
     "read_offer",
     "read_settings",
     "reads_by_policy",
+    "shares_bytes",
     "step_reads",
     "window_queries",
 ]

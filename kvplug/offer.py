@@ -18,6 +18,7 @@ from kvplug.composition import Composition
 from kvplug.config import Settings, check_keys, read_settings, token_count
 from kvplug.grammar import parse
 from kvplug.policy import (
+    BlockSelector,
     Digest,
     LayerBudgets,
     LocalLayers,
@@ -155,6 +156,17 @@ class Offer:
         """What may choose what a step reads here, as ``scorers``."""
         return self._offered(Selector, self.settings.policy.selector)  # type: ignore[type-abstract]
 
+    @property
+    def block_selectors(self) -> list[BlockSelector]:
+        """What may choose what a prompt's blocks read here, as ``scorers``."""
+        own = self.settings.policy.generate
+        mine = own if isinstance(own, BlockSelector) else None
+        return self._offered(BlockSelector, mine)  # type: ignore[type-abstract]
+
+    @property
+    def _choosers(self) -> list[Selector | BlockSelector]:
+        return [*self.selectors, *self.block_selectors]
+
     def _offered(self, kind: type[Kind], own: Kind | None) -> list[Kind]:
         classes = [policy_class(name) for name in self.allow]
         allowed = [cls() for cls in classes if issubclass(cls, kind)]
@@ -191,7 +203,7 @@ class Offer:
     @property
     def digest(self) -> Digest | None:
         """What every page must carry so that each of the offered selectors can choose."""
-        digests = {each.name: each.digest for each in self.selectors}
+        digests = {each.name: each.digest for each in self._choosers}
         found = {name: digest for name, digest in digests.items() if digest is not None}
         if len(set(found.values())) > 1:
             raise ValueError(
@@ -202,10 +214,10 @@ class Offer:
     def digest_rows(self, block_size: int, itemsize: int) -> tuple[int, int]:
         """(K, rows): pages that a block of so many tokens is to what they carry, and vectors that
         each carries for a KV head, of elements of so many bytes. K is 0 without a digest."""
-        for selector in self.selectors:
-            if selector.digest is not None:
-                page = selector.page(block_size)
-                return block_size // page, selector.digest.rows(page, itemsize)
+        for reader in self._choosers:
+            if reader.digest is not None:
+                page = reader.page(block_size)
+                return block_size // page, reader.digest.rows(page, itemsize)
         return 0, 0
 
     def __str__(self) -> str:
@@ -273,13 +285,14 @@ class Offer:
                     f"kvplug: this server does not allow {policy.name}."
                     f"{did_you_mean(policy.name, self.names)}",
                 )
-        selector = asked.policy.selector
-        if selector is not None and selector.digest not in (None, self.digest):
-            raise Refused(
-                "other digests",
-                f"kvplug: this server's pages do not carry what {selector} reads, but "
-                f"{self.digest}; ask for a policy that reads it, or leave its options out",
-            )
+        for reader in (asked.policy.selector, asked.policy.generate):
+            digest = getattr(reader, "digest", None)
+            if digest not in (None, self.digest):
+                raise Refused(
+                    "other digests",
+                    f"kvplug: this server's pages do not carry what {reader} reads, but "
+                    f"{self.digest}; ask for a policy that reads it, or leave its options out",
+                )
         scored = asked.policy.scored
         if scored is not None and scored.appends:
             raise Refused(

@@ -220,7 +220,7 @@ class QueryBlocks:
     bounds: Tensor
     """Rows where each block's queries begin, and the last's end. [n + 1] int32"""
     start: Tensor
-    """Position of each block's first query. [n] int32"""
+    """Position of each block's first query among the tokens that it sees. [n] int32"""
     size: int
     """Blocks end at its multiples."""
     scale: float
@@ -264,9 +264,18 @@ class BlockSelector(SparsePrefill):
             )
 
     @property
+    def mass(self) -> float | None:
+        """As a selector's."""
+        return self.threshold
+
+    @property
     def digest(self) -> Digest | None:
         """What pages must carry for this policy's estimate."""
         return None
+
+    def page(self, block_size: int) -> int:
+        """Tokens of what a digest describes of an engine's block, as ``Selector.page``."""
+        return block_size
 
     @abstractmethod
     def score(

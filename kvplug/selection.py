@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvplug.policy import Selector, TokenSelector
+from kvplug.policy import BlockSelector, QueryBlocks, Selector, TokenSelector
 from kvplug_kernels.fp8 import FP8
 from kvplug_kernels.page_select import page_select
 from kvplug_kernels.shapes import by_page
@@ -67,6 +67,73 @@ def choose_units(
     return page_select(
         scores, pages, keep, width, top_p=selector.mass, minimum=min(selector.min_pages, width)
     )
+
+
+RANKED = 32
+"""Bytes of a page's share of a block, and of its place among the others."""
+
+
+def shares_bytes(blocks: int, heads: int, pages: int) -> int:
+    """What choosing pages for blocks takes at once. heads: KV heads."""
+    return 4 * blocks * heads * pages + min(RANKED * blocks * heads * pages, ROOM)
+
+
+def choose_pages(
+    selector: BlockSelector,
+    blocks: QueryBlocks,
+    keys: Tensor | None,
+    digest: Tensor | None,
+    page_table: Tensor,
+    pages: Tensor,
+    own: Tensor,
+    keep: Tensor,
+    *,
+    sinks: int,
+    width: int,
+) -> tuple[Tensor, Tensor]:
+    """Logical pages that each KV head of n blocks of queries reads, ascending, and how many.
+
+    keys, digest, page_table [n, P], pages [n]: as ``BlockSelector.score``. own [n]: the last pages
+    of each block, its queries' own, keep [n]: at most so many pages, own ones and the first
+    ``sinks`` among them (never above ``width``) -> chosen [n, H, width], counts [n, H] int32.
+    Those are always read; then the largest shares, the lower page first among equals, while what
+    is read holds less than ``selector.threshold``. Nothing synchronises.
+    """
+    shares = selector.score(blocks, keys, digest, page_table, pages)
+    n, H, P = shares.shape
+    rows = max(1, ROOM // (RANKED * H * max(P, 1)))
+    parts = [
+        _largest(
+            shares[row:][:rows], pages[row:][:rows], own[row:][:rows], keep[row:][:rows],
+            sinks, width, selector.threshold,
+        )
+        for row in range(0, max(1, n), rows)
+    ]  # fmt: skip
+    chosen, counts = zip(*parts, strict=True)
+    return torch.cat(chosen), torch.cat(counts)
+
+
+def _largest(
+    shares: Tensor, pages: Tensor, own: Tensor, keep: Tensor, sinks: int, width: int,
+    threshold: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    n, H, P = shares.shape
+    pages, own, keep = (each[:, None, None] for each in (pages, own, keep))
+    page = torch.arange(P, device=shares.device, dtype=torch.int32)
+    visible = page < pages
+    forced = (page < sinks) | (page >= pages - own)
+    rank = shares.masked_fill(forced, torch.inf).masked_fill(~visible, -torch.inf)
+    order = rank.sort(dim=-1, descending=True, stable=True).indices
+    taken = (page < torch.minimum(keep, pages)).expand(n, H, P)  # by place in that order
+    if threshold is not None:
+        ranked = shares.masked_fill(~visible, 0).gather(-1, order)
+        before = ranked.cumsum(-1) - ranked
+        taken = taken & ((before < threshold) | forced.expand(n, H, P).gather(-1, order))
+    mask = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, taken)
+    place = torch.where(mask, mask.cumsum(-1) - 1, width)
+    chosen = torch.zeros(n, H, width + 1, dtype=torch.int32, device=shares.device)
+    chosen.scatter_(-1, place, page.expand(n, H, P))
+    return chosen[..., :width].contiguous(), mask.sum(-1, dtype=torch.int32)
 
 
 def _choose_tokens(

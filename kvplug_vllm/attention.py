@@ -4,7 +4,7 @@ The builder (``kvplug_vllm.step``) plans once per step on the host; the implemen
 per layer on the device. What a policy leaves untouched goes through the stock path as it came.
 Selected reads go through the stock kernel too: page p of KV head h is the virtual page p * H + h
 of a cache with one KV head, and each (request, KV head) a sequence of its own with a shorter block
-table.
+table, and so is each (block of a prompt's queries, KV head).
 """
 
 from __future__ import annotations
@@ -20,7 +20,17 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from kvplug import LayerReads, Observed, PromptKV, choose_units, keep_tokens, window_queries
+from kvplug import (
+    BlockSelector,
+    LayerReads,
+    Observed,
+    PromptKV,
+    QueryBlocks,
+    choose_pages,
+    choose_units,
+    keep_tokens,
+    window_queries,
+)
 from kvplug_kernels.pack_tokens import pack_tokens
 from kvplug_kernels.sparse_decode import sparse_decode
 from kvplug_kernels.virtual_heads import virtual_heads
@@ -118,6 +128,12 @@ class PlannedImpl:
                 "kvplug cannot serve a model with ALiBi: its bias depends on positions that a "
                 "selection or a packed prompt does not keep; use the policy 'dense'"
             )
+        if self.planned and self.sinks is not None and engine.offer.block_selectors:
+            raise ValueError(
+                f"kvplug: {engine.offer.block_selectors[0].name} reads each KV head's pages as "
+                "sequences of their own, and the model's attention sinks belong to query heads; "
+                "use a_shape or tri_shape"
+            )
         self.recent: Tensor | None = None
         """The queries of the last step, where a graph may have computed them. [B, Hq, D]"""
         self._single: Any = None
@@ -200,6 +216,7 @@ class PlannedImpl:
                 tail = compat.page_tail(cache, *shape, self.head_size)
             block = kv_cache.shape[2]
             units = {each.unit(each.page(block)) for each in self.offer.selectors}
+            units |= {block} if self.offer.block_selectors else set()
             read = {unit for unit in units if self.reads_units(unit, block)}
             virtual = {unit: virtual_cache(kv_cache, unit) for unit in read}
             self._views = Views(tail, *self.keys_and_values(layer, cache), virtual)
@@ -355,17 +372,20 @@ class PlannedImpl:
         budget: int | float,
         output: Tensor,
     ) -> None:
-        selector = step.selector
-        queries, size = len(step.lengths), kv_cache.shape[2]
+        size, blocks, selector = kv_cache.shape[2], step.blocks, step.selector
+        queries = len(step.lengths) if blocks is None else len(blocks.rows) // self.num_kv_heads
         picked = query[:queries] if step.tokens is None else query[step.tokens]  # [Q, Hq, D]
         heads = picked.view(queries, self.num_kv_heads, self.num_queries_per_kv, -1)
         views, scale = self.views(layer, kv_cache), self.logit_scale(layer)
         tail = views.tail if selector.digest is not None else None
         asked = heads.to(output.dtype)  # queries may be of eight bits too
-        chosen, counts = choose_units(
-            selector, asked, tail, step.page_table, step.pages, step.lengths, step.keep[budget],
-            page_size=step.page, width=step.width, scale=scale,
-        )  # fmt: skip
+        if isinstance(selector, BlockSelector):
+            chosen, counts = self._pages(layer, kv_cache, asked, tail, step, selector)
+        else:
+            chosen, counts = choose_units(
+                selector, asked, tail, step.page_table, step.pages, step.lengths,
+                step.keep[budget], page_size=step.page, width=step.width, scale=scale,
+            )  # fmt: skip
         if step.metadata is None:
             out = sparse_decode(
                 asked.flatten(1, 2), views.keys, views.values, step.page_table, chosen, counts,
@@ -382,19 +402,46 @@ class PlannedImpl:
             step.page_table, chosen, counts, step.lengths, size, virtual.page_stride,
             virtual.head_stride, unit=step.unit, token_stride=virtual.token_stride,
         )  # fmt: skip
-        if budget == selector.budget and selector.mass is None:
+        if budget == selector.budget and step.counted:
             metadata = step.metadata
             metadata.block_table = table
         else:
             metadata = step.rebuild(table, lengths)
         grouped = (queries * self.num_kv_heads, self.num_queries_per_kv, self.head_size)
+        rows = heads.reshape(grouped)
         in_place = step.tokens is None and step.among is None and output.is_contiguous()
+        if blocks is not None:
+            rows, in_place = rows[blocks.rows], False
         out = output[:queries].view(grouped) if in_place else output.new_empty(grouped)
-        self.stock.forward(
-            self._single, layer, heads.reshape(grouped), None, None, virtual.cache, metadata, out
-        )
+        self.stock.forward(self._single, layer, rows, None, None, virtual.cache, metadata, out)
+        if blocks is not None:
+            out = torch.empty_like(out).index_copy_(0, blocks.rows, out)
         if not in_place:
             self._put(step, out.view(queries, *output.shape[1:]), output)
+
+    def _pages(
+        self, layer: Any, kv_cache: Tensor, query: Tensor, tail: Tensor | None, step: Selected,
+        selector: BlockSelector,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """What blocks of queries [T, H, G, D] read, as ``choose_pages``."""
+        blocks = step.blocks
+        assert blocks is not None
+        keys, table = None, step.page_table
+        if selector.needs_keys:
+            keys, table = self.keys_of(layer, kv_cache, table)
+        asking = QueryBlocks(
+            query=query, bounds=blocks.bounds, start=blocks.start, size=blocks.size,
+            scale=self.logit_scale(layer),
+        )  # fmt: skip
+        return choose_pages(
+            selector, asking, keys, tail, table, step.pages, blocks.own,
+            step.keep[selector.budget], sinks=blocks.sinks, width=step.width,
+        )  # fmt: skip
+
+    def keys_of(self, layer: Any, kv_cache: Tensor, page_table: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys as numbers, page by page, and the table of those pages. [N, S, H, D] by any
+        strides, [n, P] int32"""
+        return self.views(layer, kv_cache).keys, page_table
 
     def _put(self, step: Selected, out: Tensor, output: Tensor) -> None:
         """Where the step's flat queries have their output. out [Q, Hq, D]"""

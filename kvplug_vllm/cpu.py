@@ -49,6 +49,16 @@ class KVPlugImpl(PlannedImpl, CPUAttentionBackendImpl):
         keys, values = self.as_numbers(read)
         return keys, values
 
+    def keys_of(self, layer: Any, kv_cache: Tensor, page_table: Tensor) -> tuple[Tensor, Tensor]:
+        """Out of the kernel's own order, each page once."""
+        pages, table = page_table.unique(return_inverse=True)
+        size, half = kv_cache.shape[2], kv_cache.shape[2] * self.head_size
+        order = self.order(layer, kv_cache)[:half]
+        read = kv_cache[pages].flatten(2)  # [U, H, 2 * S * D]
+        read = read.gather(2, order.expand(*read.shape[:2], half))
+        keys = self.as_numbers(read.view(*read.shape[:2], size, self.head_size))
+        return keys.transpose(1, 2), table.to(torch.int32)
+
     def store_kept(
         self, layer: Any, kv_cache: Tensor, packing: Packing, prompt: PromptKV, tokens: Tensor
     ) -> None:
@@ -76,6 +86,7 @@ class KVPlugBuilder(PlannedBuilder, CPUAttentionMetadataBuilder):
         own_process = self.vllm_config.parallel_config.distributed_executor_backend == "mp"
         if own_process and self.layers and self.offer.digest is not None:
             pages = not all(isinstance(each, TokenSelector) for each in choosing)
+            pages |= any(each.digest is not None for each in self.offer.block_selectors)
             warm_up(self.dtype, cached, pages=pages, tokens=tokens)
 
 

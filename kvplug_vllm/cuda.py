@@ -20,7 +20,7 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from kvplug import TokenSelector, keep_tokens, logits_bytes
+from kvplug import TokenSelector, keep_tokens, logits_bytes, shares_bytes
 from kvplug_vllm.attention import PlannedBackend, PlannedImpl
 from kvplug_vllm.settings import Engine, offer_of
 from kvplug_vllm.step import PlannedBuilder
@@ -67,6 +67,11 @@ class KVPlugImpl(PlannedImpl, FlashAttentionImpl):
         if any(isinstance(each, TokenSelector) for each in offer.selectors):
             most = Engine.current.vllm_config.scheduler_config.max_num_seqs
             room = logits_bytes(most, self.num_heads, longest)
+            key.new_empty(room, dtype=torch.uint8)
+        for selector in offer.block_selectors:
+            size = Engine.current.vllm_config.cache_config.block_size
+            blocks = -(-len(key) // selector.block)
+            room = shares_bytes(blocks, self.num_kv_heads, -(-longest // size))
             key.new_empty(room, dtype=torch.uint8)
         for scored in offer.scorers:
             shape = 1, longest, self.num_kv_heads, 2 * self.head_size

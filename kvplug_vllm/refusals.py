@@ -13,10 +13,10 @@ from kvplug import (
     Offer,
     Policy,
     PositionalEviction,
-    PositionalPrefill,
     ScoredEviction,
     Selector,
     Settings,
+    SparsePrefill,
     TokenSelector,
     policy_class,
 )
@@ -285,13 +285,13 @@ def _with_shared_caches(offer: Offer, cache_config: Any) -> Iterator[str]:
 def unsupported(offer: Offer) -> Iterator[str]:
     """Policies of a kind that this adapter does not know how to carry out."""
     known = (
-        PositionalPrefill, PositionalEviction, ScoredEviction, LayerBudgets, LocalLayers, Selector,
+        SparsePrefill, PositionalEviction, ScoredEviction, LayerBudgets, LocalLayers, Selector,
     )  # fmt: skip
     own: list[type[Policy]] = [type(policy) for policy in offer.settings.policy]
     for cls in [*own, *map(policy_class, offer.allow)]:
         if not issubclass(cls, known) and cls.name != "dense":
             yield (
                 f"{cls.name} is a policy of the stage {cls.stage.value!r} that the vLLM adapter "
-                "cannot carry out; subclass PositionalPrefill, PositionalEviction, ScoredEviction "
-                "or Selector"
+                "cannot carry out; subclass PositionalPrefill, BlockSelector, PositionalEviction, "
+                "ScoredEviction or Selector"
             )

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from kvplug import (
     BatchPlanner,
+    BlockSelector,
     LayerReads,
     Observed,
+    Planner,
     PositionalPrefill,
     Segments,
     Selector,
@@ -33,12 +35,33 @@ from kvplug_vllm.settings import Engine
 
 
 @dataclass
-class Selected:
-    """The queries of a step that read one policy's selection; Q of them, [Q] int32 unless said."""
+class Blocks:
+    """What tells a step's blocks of a prompt's queries from single ones: Q blocks of T queries."""
 
-    selector: Selector
+    size: int
+    """Their grid's."""
+    bounds: Tensor
+    """[Q + 1] int32, among the T"""
+    start: Tensor
+    """Position of the first query of each among the tokens that it sees. [Q] int32"""
+    own: Tensor
+    """Pages that each stands in. [Q] int32"""
+    sinks: int
+    """Pages that each reads in any case."""
+    rows: Tensor
+    """Of [T * H]: query and head, in the order of the virtual sequences. [T * H] int64"""
+
+
+@dataclass
+class Selected:
+    """The queries of a step that read one policy's selection; Q of them, or Q blocks of them,
+    [Q] int32 unless said."""
+
+    selector: Selector | BlockSelector
+    blocks: Blocks | None
+    """None for single queries."""
     tokens: Tensor | None
-    """Rows of the flat queries; None for the first Q."""
+    """Rows of the flat queries; None for the first ones."""
     among: Tensor | None
     """Which of them select, where a step of fixed shapes has others; the rest have no pages."""
     page_table: Tensor  # [Q, P]
@@ -52,6 +75,8 @@ class Selected:
     """Tokens of what is chosen as one."""
     width: int
     """Units."""
+    counted: bool
+    """Whether the host knows how much is read: no share of an estimate ends it."""
     metadata: Any
     """Stock metadata of the Q * H virtual sequences, for layers of the selector's own budget; None
     where the stock kernel reads no such units."""
@@ -135,7 +160,9 @@ class PlannedBuilder:
         self.unseen: list[tuple[int, Observed]] = []
         """Of a step that may have been replayed: the next one takes them from memory."""
         self.selected_queries = dict.fromkeys(self.layers, 0)
-        """Queries that went through a selection, by layer, for tests and doctor."""
+        """Queries that decode and went through a selection, by layer, for tests and doctor."""
+        self.selected_blocks = 0
+        """Blocks of prompts' queries that did, in every layer."""
         self.metrics = None
         if planned:
             self.impl: Any = context[planned[0]].impl
@@ -239,7 +266,9 @@ class PlannedBuilder:
         if self.capturing:
             return
         segments = segments.where(rows.known[segments.row])
-        for choice, part in segments.where(segments.selects).by_choice().items():
+        self.selected_blocks += int((segments.selects & ~segments.decodes).sum())
+        decoding = segments.where(segments.selects & segments.decodes)
+        for choice, part in decoding.by_choice().items():
             for layer in self.layers:
                 if self.planner.planners[choice].layer_budget(layer) is not None:
                     self.selected_queries[layer] += len(part.row)
@@ -357,16 +386,20 @@ class PlannedBuilder:
         )
 
     def _selected(self, common: Any, segments: Segments) -> Selected:
+        """segments: of one choice, single queries that decode or blocks of prompts."""
         planner = self.planner.planners[int(segments.choice[0])]
-        assert planner.selector is not None
-        lengths, keep, unit = segments.visible, planner.selection(segments), planner.unit
+        decodes = self.fixed or bool(segments.decodes[0])
+        selector = planner.chooser(decodes)
+        assert selector is not None
+        unit = planner.unit if decodes else planner.page_size
+        lengths, keep = segments.visible, planner.selection(segments)
         width = int(keep.max(initial=1))
         if self.fixed:
             width = planner.width(self.max_tokens, short=False)
         reads = np.maximum(lengths - (-(-lengths // unit) - keep) * unit, 0)
         heads = self.kv_heads
-        in_order = (segments.token == np.arange(len(segments.token))).all()
-        bounds = np.arange(len(reads) * heads + 1)
+        queries = np.ones_like(lengths) if self.fixed else segments.queries
+        bounds = np.append(0, np.cumsum(np.repeat(queries, heads)))
         starts = self._lasting("selected.bounds", bounds, each=heads, more=1)
 
         def build(table: Tensor, lengths: Tensor) -> Any:
@@ -379,24 +412,52 @@ class PlannedBuilder:
                 common.block_table_tensor.new_zeros(len(reads) * heads, width),
                 self._lasting("selected.reads", np.repeat(reads, heads), each=heads),
             )
+        table = self._table(common, segments, "selected")
+        budgets: list[int | float]
+        if isinstance(selector, BlockSelector):
+            table = table[:, : int(segments.pages.max())].contiguous()
+            page, budgets = planner.page_size, [selector.budget]
+        else:
+            page, budgets = planner.page, selector.budgets(self.layers)
+        flat = segments.token if self.fixed else segments.flat
+        in_order = (flat == np.arange(len(flat))).all()
         return Selected(
-            selector=planner.selector,
-            tokens=None if in_order else self._tokens(segments),
+            selector=selector,
+            blocks=None if decodes else self._blocks(planner, segments),
+            tokens=None if in_order else self._tensor(flat, torch.int64),
             among=self._lasting("selected.among", segments.selects) if self.fixed else None,
-            page_table=self._table(common, segments, "selected"),
-            pages=self._lasting("selected.pages", -(-lengths // planner.page)),
+            page_table=table,
+            pages=self._lasting("selected.pages", -(-lengths // page)),
             keep={
                 budget: self._lasting(
                     f"selected.keep {budget}", planner.selection(segments, budget)
                 )
-                for budget in planner.selector.budgets(self.layers)
+                for budget in budgets
             },
             lengths=self._lasting("selected.lengths", lengths),
-            page=planner.page,
+            page=page,
             unit=unit,
             width=width,
+            counted=selector.mass is None,
             metadata=metadata,
             rebuild=self._rebuilder(metadata, build),
+        )
+
+    def _blocks(self, planner: Planner, segments: Segments) -> Blocks:
+        assert planner.blocks is not None
+        heads, queries = self.kv_heads, segments.queries
+        bounds = np.append(0, np.cumsum(queries))
+        each = np.repeat(queries, heads)  # of a block's heads, one after the other
+        within = np.arange(each.sum()) - np.repeat(np.cumsum(each) - each, each)
+        query = np.repeat(np.repeat(bounds[:-1], heads), each) + within
+        head = np.repeat(np.tile(np.arange(heads), len(queries)), each)
+        return Blocks(
+            size=planner.blocks.block,
+            bounds=self._tensor(bounds),
+            start=self._tensor(segments.visible - queries),
+            own=self._tensor(planner.own_pages(segments)),
+            sinks=planner.sinks,
+            rows=self._tensor(query * heads + head, torch.int64),
         )
 
     def _rebuilder(

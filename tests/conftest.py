@@ -26,6 +26,7 @@ LONGEST = (
     "test_architectures", "test_hybrids",
     "test_admission", "test_demo", "test_eviction", "test_both_engines", "test_full_budget",
     "test_recall", "test_compile", "test_cpu", "test_lm", "test_bench_serve", "test_twin",
+    "test_chunks", "test_prefill",
 )  # fmt: skip
 """Files that take minutes, which begin first, so that no worker is alone with one at the end."""
 
@@ -34,7 +35,7 @@ with contextlib.suppress(ImportError):  # a machine with a GPU need not have it
     from hypothesis import HealthCheck, settings
 
     # A machine that others use is no fault of ours.
-    settings.register_profile("busy", suppress_health_check=[HealthCheck.too_slow])
+    settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("busy")
 
 

@@ -30,9 +30,9 @@ INTRODUCTION = """# What is served
 **tested**: a test runs it through the engine on a CPU (vLLM also over Model Runner V2 with
 replayed graphs, see the README); served: not refused, and no test of its own; a number: refused at
 start, with the reason below. `snapkv` stands for what scores tokens by queries, `keydiff` by keys
-and values (`knorm`, `random`, `lagkv`, `cur` too), *chunk* and *share* for `keydiff` with a `chunk`,
-which keeps a number of tokens or a share of each, `a_shape` for what reads prompts by position,
-*chosen* for a server whose requests choose their policies (`allow`).
+and values (`knorm`, `random`, `lagkv`, `cur` too), *chunk* and *share* for `keydiff` with a
+`chunk`, of which it keeps a number of tokens or a share, `a_shape` and `xattention` for what reads
+prompts by position and by an estimate, *chosen* for a server whose requests choose (`allow`).
 Nothing here has run on a GPU unless `kvplug doctor` says so. Written by `tools/support.py`.
 """
 POLICIES: Mapping[str, dict[str, Any]] = {
@@ -46,6 +46,7 @@ POLICIES: Mapping[str, dict[str, Any]] = {
     "chunk": {"policy": "keydiff(chunk=512)"},
     "share": {"policy": "keydiff(budget=0.25, chunk=512)"},
     "a_shape": {"policy": "a_shape"},
+    "xattention": {"policy": "xattention"},
     "local": {"policy": 'local(layers="1::2")'},
     "chosen": {"policy": "dense", "allow": ["quest", "snapkv"], "max_budget": 1024},
 }

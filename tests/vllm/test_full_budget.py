@@ -17,6 +17,7 @@ POLICIES = [
     "streaming_llm(sinks=40, window=8192) + quest(budget=8192, dense_layers=0)",
     "twilight(budget=1.0, candidates=1.0, dense_layers=0)",
     "tri_shape(sinks=40, window=8192) + quest(budget=8192, dense_layers=0)",
+    "xattention(threshold=1.0, sinks=32) + quest(budget=8192, dense_layers=0)",
 ]
 PACKING = [
     "snapkv(budget=4096)",

@@ -6,6 +6,7 @@ import pytest
 
 from tests.plain_llama import Narrow
 from tests.vllm.test_lifecycle import preemptions, solo
+from tests.vllm.test_selection import Shadow
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -47,15 +48,13 @@ def test_a_prompt_by_position_is_a_plain_llama_s(engine, random_llama, prompts, 
     assert agreed == [12] * 4
 
 
+@pytest.mark.cpu  # the twin has two steps' tokens in flight, in a pool of this size
 @pytest.mark.parametrize(
     "policy",
     [
         "tri_shape(sinks=40, window=64, last=20) + snapkv(budget=96, window=32)",
-        pytest.param(
-            "a_shape(sinks=40, window=60) + streaming_llm(sinks=4, window=150) + "
-            "quest(budget=96, dense_layers=0)",
-            marks=pytest.mark.cpu,
-        ),
+        "a_shape(sinks=40, window=60) + streaming_llm(sinks=4, window=150) + "
+        "quest(budget=96, dense_layers=0)",
     ],
 )
 def test_chunks_and_preemption_change_no_token(engine, random_llama, prompts, policy):
@@ -109,3 +108,69 @@ def test_requests_share_pages_with_those_that_read_a_prompt_as_they_do(
         assert cached(salt=forged) == 0
         assert all(len(set(map(tuple, same))) == 1 for same in answers.values())
         assert answers[narrow, 0][0] != answers[None, 0][0]
+
+
+@pytest.mark.both
+@pytest.mark.parametrize(
+    "policy, shape, size",
+    [
+        ("xattention(threshold=0.8, sinks=32)", {"heads": 9, "kv_heads": 3, "head_dim": 64}, 32),
+        (
+            "block_quest(budget=192, sinks=32, block=128) + quest(budget=96, dense_layers=0)",
+            {"heads": 4, "kv_heads": 1, "head_dim": 32},
+            64,
+        ),
+        (
+            "xattention(stride=16, threshold=0.6, sinks=0, last=9) + twilight(budget=0.2)",
+            {"heads": 2, "kv_heads": 2, "head_dim": 128},
+            128,
+        ),
+    ],
+)
+def test_blocks_read_what_was_chosen_and_nothing_else(
+    engine, random_llama, prompts, monkeypatch, policy, shape, size
+):
+    shadow, batch = Shadow(monkeypatch), prompts(700, 350, 90, 1)
+    options = {"block_size": size, "max_num_batched_tokens": 100, "kv_cache_memory_bytes": 1 << 25}
+    with engine(random_llama(**shape), {"policy": policy}, **options) as planned:
+        planned.generate(batch, 4)
+        before = shadow.blocks
+        cached = planned.run([batch[0][:650] + batch[1]], 4)[0].num_cached_tokens
+        assert cached == 650 // size * size
+        assert shadow.blocks > before > 0
+        assert shadow.spared
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "random_prefill(budget=128, sinks=32)",
+        "block_quest(budget=160, sinks=32) + snapkv(budget=96, window=32)",
+        pytest.param(
+            "xattention(threshold=0.7, sinks=32) + streaming_llm(sinks=40, window=300) + "
+            "quest(budget=96, dense_layers=0)",
+            marks=pytest.mark.cpu,
+        ),
+    ],
+)
+def test_blocks_are_chosen_for_alike_in_chunks_a_batch_and_after_a_preemption(
+    engine, random_llama, prompts, policy
+):
+    batch = prompts(448, 512, 480, 431, 97)
+    options = {"max_num_batched_tokens": 2048, "max_model_len": 1024}
+    with engine(random_llama(), {"policy": policy}, **options) as planned:
+        planned.poison(freed=False)
+        answers = solo(planned, batch, 40)
+        assert planned.builders[0].selected_blocks
+        assert planned.generate(batch, 40) == answers
+        planned.forget()
+        # Chunks that end on the grid of blocks; others cut some in two, with two means.
+        planned.scheduler.scheduler_config.long_prefill_token_threshold = 128
+        assert planned.generate(batch, 40) == answers
+        planned.forget()
+        planned.scheduler.scheduler_config.long_prefill_token_threshold = 0
+        hostages = planned.pool.get_new_blocks(planned.free_blocks - 50)
+        seen = preemptions(planned)
+        assert planned.generate(batch, 40) == answers
+        assert seen or "+" in policy, "the pool was meant to be too small for what keeps all"
+        planned.pool.free_blocks(hostages)

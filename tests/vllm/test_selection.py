@@ -53,8 +53,8 @@ class Shadow:
         stock_update = attention.PlannedImpl.do_kv_cache_update
         stock_selected = attention.PlannedImpl._selected
         stock_store = attention.PlannedImpl.store_kept
-        stock_choose = attention.choose_units
         chosen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.blocks = 0
 
         def update(impl, layer, key, value, kv_cache, slot_mapping):
             stock_update(impl, layer, key, value, kv_cache, slot_mapping)
@@ -68,19 +68,33 @@ class Shadow:
                 packed = cache[packing.slots // size, :, packing.slots % size]
                 keep(impl, layer, *packed.chunk(2, -1), packing.slots)
 
-        def choose(*args, **kwargs):
-            chosen.append(stock_choose(*args, **kwargs))
-            return chosen[-1]
+        def remembered(choose):
+            def remember(*args, **kwargs):
+                chosen.append(choose(*args, **kwargs))
+                return chosen[-1]
+
+            return remember
 
         def selected(impl, layer, query, kv_cache, step, budget, output):
             stock_selected(impl, layer, query, kv_cache, step, budget, output)
-            self.check(impl, layer, query, kv_cache, step, output, *chosen.pop())
+            if step.blocks is None:
+                self.check(impl, layer, query, kv_cache, step, output, *chosen.pop())
+                return
+            units = chosen.pop()
+            self.check_blocks(impl, layer, query, step, output, *units)
+            cache, own = spoilt(kv_cache, step, *units), output.new_empty(output.shape)
+            with monkeypatch.context() as patch:
+                patch.setattr(attention, "choose_pages", lambda *_, **__: units)
+                stock_selected(impl, layer, query, cache, step, budget, own)
+            rows = slice(0, int(step.blocks.bounds[-1])) if step.tokens is None else step.tokens
+            assert torch.equal(own[rows], output[rows]), "what is not chosen is not read"
 
         monkeypatch.setattr(attention.PlannedImpl, "do_kv_cache_update", update)
         monkeypatch.setattr(attention.PlannedImpl, "_selected", selected)
         if twin.MODE:
             monkeypatch.setattr(attention.PlannedImpl, "store_kept", store_kept)
-        monkeypatch.setattr(attention, "choose_units", choose)
+        for name in ("choose_units", "choose_pages"):
+            monkeypatch.setattr(attention, name, remembered(getattr(attention, name)))
 
     def keep(self, impl, layer, key, value, slot_mapping):
         name = layer.layer_name
@@ -144,6 +158,56 @@ class Shadow:
                 torch.testing.assert_close(got, expected, atol=loose * 3, rtol=loose)
                 self.checked += 1
                 self.spared += units - count
+
+    def check_blocks(self, impl, layer, query, step, output, chosen, counts):
+        """Blocks of a prompt's queries, against float64 of the same mask."""
+        group, size, blocks = impl.num_queries_per_kv, step.unit, step.blocks
+        name = impl.kv_sharing_target_layer_name or layer.layer_name
+        bounds = blocks.bounds.tolist()
+        tokens = list(range(bounds[-1])) if step.tokens is None else step.tokens.tolist()
+        for row, length in enumerate(step.lengths.tolist()):
+            table, pages = step.page_table[row].tolist(), math.ceil(length / size)
+            slots = [table[at // size] * size + at % size for at in range(length)]
+            keys = torch.stack([self.keys[name][slot] for slot in slots]).double()
+            values = torch.stack([self.values[name][slot] for slot in slots]).double()
+            mine = tokens[bounds[row] : bounds[row + 1]]
+            assert int(blocks.start[row]) == length - len(mine)
+            own = pages - int(blocks.own[row])
+            assert (length - len(mine)) // size >= own, "its queries stand in its own pages"
+            always = {*range(min(blocks.sinks, pages)), *range(own, pages)}
+            for head in range(impl.num_kv_heads):
+                heads = slice(head * group, (head + 1) * group)
+                read = chosen[row, head, : counts[row, head]].tolist()
+                assert read == sorted(set(read)), "pages are distinct and ascending"
+                assert always <= set(read) <= set(range(pages))
+                assert len(read) <= int(step.keep[step.selector.budget][row])
+                at = torch.cat([torch.arange(p * size, min((p + 1) * size, length)) for p in read])
+                queries = query[mine, heads].double().transpose(0, 1)  # [G, n, D]
+                logits = queries @ keys[at, head].T * impl.scale
+                hidden = at > torch.arange(length - len(mine), length)[:, None]
+                weights = logits.masked_fill(hidden, float("-inf")).softmax(-1)
+                expected = (weights @ values[at, head]).transpose(0, 1)
+                got = output[mine, heads].double()
+                torch.testing.assert_close(got, expected, atol=3e-5, rtol=3e-5)
+                self.blocks += 1
+                self.spared += pages - len(read)
+
+
+def spoilt(kv_cache, step, chosen, counts):
+    """A copy in which the pages that a head does not read are NaN."""
+    spread = kv_cache.new_empty(kv_cache.untyped_storage().nbytes() // kv_cache.element_size())
+    copy = spread.as_strided(kv_cache.shape, kv_cache.stride(), kv_cache.storage_offset())
+    copy.copy_(kv_cache)
+    heads = kv_cache.shape[1]
+    for head in range(heads):
+        read = {
+            int(step.page_table[row, page])
+            for row in range(len(chosen))
+            for page in chosen[row, head, : counts[row, head]].tolist()
+        }
+        unread = [page for page in range(len(kv_cache)) if page not in read]
+        copy[unread, head] = float("nan")
+    return copy
 
 
 def bounds_of(selector, queries, keys, size, dtype, scale):

@@ -1,0 +1,62 @@
+"""Block-Quest: a block of queries reads the pages whose keys could score highest for their mean.
+
+    u_p = sum_d max(q_d lo_pd, q_d hi_pd)        q: the mean of the block's queries, of one head
+    share of a page = softmax(scale u)_p, mean over the query heads that share a KV head
+
+with lo and hi the least and greatest key of a page in each channel, which Quest's digests carry:
+it costs no look at any key.
+
+The bounds are those of Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM
+Inference", ICML 2024, https://arxiv.org/abs/2406.10774; what is ours is that a block asks with
+them. Bounds are no weights, so ``threshold`` is a rule of thumb here; what a single query of a
+block alone looks for is averaged away.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvplug.policies.quest import KeyExtremes
+from kvplug.policy import BlockSelector, Digest, QueryBlocks, small_page
+from kvplug_kernels.block_mean import block_mean
+from kvplug_kernels.fp8 import FP8
+from kvplug_kernels.page_bound import page_bound
+from kvplug_kernels.shapes import by_page
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockQuest(BlockSelector):
+    name = "block_quest"
+    reads = "all; a prompt's blocks budget, plus a digest of two keys per page"
+    paper = "https://arxiv.org/abs/2406.10774"
+
+    threshold: float | None = None
+    budget: int = 2048
+
+    @property
+    def digest(self) -> Digest:
+        return KeyExtremes()
+
+    def page(self, block_size: int) -> int:
+        return small_page(block_size)
+
+    def score(
+        self,
+        blocks: QueryBlocks,
+        keys: Tensor | None,
+        digest: Tensor | None,
+        page_table: Tensor,
+        pages: Tensor,
+    ) -> Tensor:
+        assert digest is not None
+        n, (_, H, G, D), parts = len(pages), blocks.query.shape, by_page(digest).shape[1]
+        mean = block_mean(blocks.query.flatten(1, 2), blocks.bounds).view(n, H, G, D)
+        mean = mean.to(blocks.query.dtype if digest.dtype in FP8 else digest.dtype)
+        # Each query head asks for itself: n * G requests of H heads.
+        asked = mean.transpose(1, 2).reshape(n * G, H, D)
+        table, seen = (each.repeat_interleave(G, 0) for each in (page_table, pages))
+        bounds = page_bound(asked, digest, table, seen * parts)
+        bounds = bounds.view(n, G, H, -1, parts).amax(-1)
+        return (bounds * blocks.scale).softmax(-1).mean(1)
