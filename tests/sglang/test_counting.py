@@ -21,7 +21,8 @@ def count():
     metrics = Metrics("dense")
     for n in range(40):
         event = Event(
-            row=0, era=0, private=0, pages=range(2), tokens=64, kept=1, stay=32, protect=(), phase=0
+            row=0, era=0, private=0, pages=range(2), tokens=64, kept=1, stay=32, protect=(),
+            phase=0,
         )
         metrics.count_packed(f"snapkv(budget={n})", event, 1.0)
     metrics.count_whole()
