@@ -41,7 +41,7 @@ CASES = [(line, size) for line in [*POLICIES, PYRAMID] for size in SIZES.get(lin
 
 @pytest.fixture(scope="module")
 def conversation(prompts):
-    batch = prompts(900, 530, 96, 33, 1)
+    batch = prompts(600, 270, 96, 33, 1)
     return batch, [prompt + batch[2] for prompt in batch]
 
 

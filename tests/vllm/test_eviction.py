@@ -36,7 +36,7 @@ def conversation(prompts, model):
     if model.name == "smollm2":
         batch = prompts(300, 230, 96, 33, 1, vocab=40000)
     else:
-        batch = prompts(900, 530, 96, 33, 1)
+        batch = prompts(600, 270, 96, 33, 1)
     return batch, [prompt + batch[2] for prompt in batch]
 
 
