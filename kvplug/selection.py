@@ -105,7 +105,7 @@ def choose_pages(
     parts = [
         _largest(
             shares[row:][:rows], pages[row:][:rows], own[row:][:rows], keep[row:][:rows],
-            sinks, width, selector.threshold,
+            sinks, width, selector.mass,
         )
         for row in range(0, max(1, n), rows)
     ]  # fmt: skip

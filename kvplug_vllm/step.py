@@ -438,19 +438,14 @@ class PlannedBuilder:
 
     def _blocks(self, planner: Planner, segments: Segments) -> Blocks:
         assert planner.blocks is not None
-        heads, queries = self.kv_heads, segments.queries
-        bounds = np.append(0, np.cumsum(queries))
-        each = np.repeat(queries, heads)  # of a block's heads, one after the other
-        within = np.arange(each.sum()) - np.repeat(np.cumsum(each) - each, each)
-        query = np.repeat(np.repeat(bounds[:-1], heads), each) + within
-        head = np.repeat(np.tile(np.arange(heads), len(queries)), each)
+        queries = segments.queries
         return Blocks(
             size=planner.blocks.block,
-            bounds=self._tensor(bounds),
+            bounds=self._tensor(np.append(0, np.cumsum(queries))),
             start=self._tensor(segments.visible - queries),
             own=self._tensor(planner.own_pages(segments)),
             sinks=planner.sinks,
-            rows=self._tensor(query * heads + head, torch.int64),
+            rows=self._tensor(segments.by_head(self.kv_heads), torch.int64),
         )
 
     def _rebuilder(

@@ -64,7 +64,7 @@ def test_what_a_block_may_choose_follows_from_its_place_alone(settings, S, total
             sparse = settings.min_context <= first < prompt - policy.last
             whole = -(-(begin + policy.block) // S) - begin // S  # pages of the whole block
             most = max(-(-policy.budget // S) - whole, sinks)
-            nothing = before <= (most if policy.threshold is None else sinks)
+            nothing = before <= (most if policy.threshold in (None, 1.0) else sinks)
             asked = sparse and not (settings.shortcut and nothing)
             assert bool(segments.selects[n] & ~segments.decodes[n]) == asked
             if asked:
@@ -197,7 +197,8 @@ def test_the_largest_shares_are_read_until_they_hold_the_threshold(sinks, thresh
             rest = sorted(set(range(seen)) - forced, key=lambda p: (-share[p], p))
             read, held = sorted(forced), sum(share[p] for p in forced)
             for p in rest:
-                if len(read) == int(keep[i]) or (threshold and held >= threshold - 1e-6):
+                ends = (threshold or 1) < 1 and held >= threshold - 1e-6
+                if ends or len(read) == int(keep[i]):
                     break
                 read.append(p)
                 held += share[p]
