@@ -12,6 +12,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from kvplug import (
+    Blocks,
     Planner,
     QueryBlocks,
     Settings,
@@ -184,11 +185,11 @@ def test_the_largest_shares_are_read_until_they_hold_the_threshold(sinks, thresh
             return given
 
     width = int(keep.max()) + 2
-    blocks = QueryBlocks(query=torch.zeros(n, H, 1, 4), bounds=torch.arange(n + 1),
-                         start=torch.zeros(n), size=64, scale=1.0)  # fmt: skip
+    none = torch.zeros(0)
+    blocks = Blocks(size=64, bounds=none, start=none, own=own, sinks=sinks, rows=none)
     chosen, counts = choose_pages(
-        Given(threshold=threshold), blocks, None, None, torch.zeros(n, P), pages, own, keep,
-        sinks=sinks, width=width,
+        Given(threshold=threshold), blocks, none, None, None, none, pages, keep, width=width,
+        scale=1.0,
     )  # fmt: skip
     for i, (seen, *_) in enumerate(rows):
         for h in range(H):
