@@ -258,5 +258,6 @@ def test_bad_input_is_refused_with_what_to_write(line, wanted):
 
 
 def test_a_stride_that_divides_no_page_is_refused():
-    with pytest.raises(ValueError, match="stride=32 does not divide a page of 16 tokens"):
+    wanted = r"stride=32 does not divide a page of 16 tokens; write xattention\(stride=16\)"
+    with pytest.raises(ValueError, match=wanted):
         Planner(Settings(policy=parse("xattention(stride=32)")), 16)
