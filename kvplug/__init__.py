@@ -46,7 +46,14 @@ from kvplug.policy import (
 from kvplug.registry import policy_class, policy_names
 from kvplug.schedule import Course, Event, Schedule
 from kvplug.segments import Segments
-from kvplug.selection import choose_pages, choose_units, logits_bytes, shares_bytes
+from kvplug.selection import (
+    Blocks,
+    blocks_of,
+    choose_pages,
+    choose_units,
+    logits_bytes,
+    shares_bytes,
+)
 
 __version__ = "0.1.0"
 
@@ -54,6 +61,7 @@ __all__ = [
     "Action",
     "BatchPlanner",
     "BlockSelector",
+    "Blocks",
     "Choices",
     "Composition",
     "Course",
@@ -84,6 +92,7 @@ __all__ = [
     "Stage",
     "StepReads",
     "TokenSelector",
+    "blocks_of",
     "byte_share",
     "choose_pages",
     "choose_units",

@@ -130,7 +130,7 @@ class Planner:
         if self.blocks is not None:
             grid, before, most = self._blocks(position, first, kept)
             if self.settings.shortcut:
-                choosing = self.sinks if self.blocks.threshold is not None else most
+                choosing = self.sinks if self.blocks.mass is not None else most
                 sparse = sparse & (before > choosing)
             block, page = np.where(sparse, grid, -1), np.where(sparse, 0, page)
 

@@ -265,8 +265,9 @@ class BlockSelector(SparsePrefill):
 
     @property
     def mass(self) -> float | None:
-        """As a selector's."""
-        return self.threshold
+        """The share of the estimate that ends a selection; None where only the budget does, as
+        shares that are rounded may add up to 1 before the last."""
+        return None if self.threshold is None or self.threshold == 1 else self.threshold
 
     @property
     def digest(self) -> Digest | None:

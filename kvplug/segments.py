@@ -67,6 +67,15 @@ class Segments:
         ends = np.cumsum(self.queries)
         return np.arange(ends[-1]) - np.repeat(ends - self.queries - self.token, self.queries)
 
+    def by_head(self, heads: int) -> Positions:
+        """The order of queries in which each (segment, KV head) is a sequence of its own: of
+        [queries * heads], the number of a query among the segments' times heads, plus the head."""
+        each = np.repeat(self.queries, heads)
+        begin = np.repeat(np.cumsum(self.queries) - self.queries, heads)
+        head = np.tile(np.arange(heads), len(self.queries))
+        within = np.arange(each.sum()) - np.repeat(np.cumsum(each) - each, each)
+        return (np.repeat(begin, each) + within) * heads + np.repeat(head, each)
+
     @property
     def visible(self) -> Positions:
         """Tokens that the last query of each segment sees: the length a kernel must be told."""

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from kvplug.plan import Planner
 from kvplug.policy import BlockSelector, QueryBlocks, Selector, TokenSelector
+from kvplug.segments import Segments
 from kvplug_kernels.fp8 import FP8
 from kvplug_kernels.page_select import page_select
 from kvplug_kernels.shapes import by_page
@@ -78,34 +84,71 @@ def shares_bytes(blocks: int, heads: int, pages: int) -> int:
     return 4 * blocks * heads * pages + min(RANKED * blocks * heads * pages, ROOM)
 
 
+@dataclass
+class Blocks:
+    """Of a step, on the device: n blocks of T queries of prompts, one after the other."""
+
+    size: int
+    """Their grid's."""
+    bounds: Tensor
+    """[n + 1] int32, among the T"""
+    start: Tensor
+    """Position of the first query of each among the tokens that it sees. [n] int32"""
+    own: Tensor
+    """Pages that each stands in. [n] int32"""
+    sinks: int
+    """Pages that each reads in any case."""
+    rows: Tensor
+    """``Segments.by_head``. [T * H] int64"""
+
+
+def blocks_of(
+    planner: Planner, segments: Segments, heads: int, tensor: Callable[..., Tensor]
+) -> Blocks:
+    """segments: selecting ones of prompts, by that planner. tensor: (array, dtype) -> device"""
+    assert planner.blocks is not None
+    queries = segments.queries
+    return Blocks(
+        size=planner.blocks.block,
+        bounds=tensor(np.append(0, np.cumsum(queries)), torch.int32),
+        start=tensor(segments.visible - queries, torch.int32),
+        own=tensor(planner.own_pages(segments), torch.int32),
+        sinks=planner.sinks,
+        rows=tensor(segments.by_head(heads), torch.int64),
+    )
+
+
 def choose_pages(
     selector: BlockSelector,
-    blocks: QueryBlocks,
+    blocks: Blocks,
+    query: Tensor,
     keys: Tensor | None,
     digest: Tensor | None,
     page_table: Tensor,
     pages: Tensor,
-    own: Tensor,
     keep: Tensor,
     *,
-    sinks: int,
     width: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Logical pages that each KV head of n blocks of queries reads, ascending, and how many.
 
-    keys, digest, page_table [n, P], pages [n]: as ``BlockSelector.score``. own [n]: the last pages
-    of each block, its queries' own, keep [n]: at most so many pages, own ones and the first
-    ``sinks`` among them (never above ``width``) -> chosen [n, H, width], counts [n, H] int32.
-    Those are always read; then the largest shares, the lower page first among equals, while what
-    is read holds less than ``selector.threshold``. Nothing synchronises.
+    query [T, H, G, D], keys, digest, page_table [n, P], pages [n]: as ``BlockSelector.score``.
+    keep [n]: at most so many pages, the sinks and the block's own among them (never above
+    ``width``) -> chosen [n, H, width], counts [n, H] int32. Those are always read; then the
+    largest shares, the lower page first among equals, while what is read holds less than
+    ``selector.threshold``. Nothing synchronises.
     """
-    shares = selector.score(blocks, keys, digest, page_table, pages)
+    asking = QueryBlocks(
+        query=query, bounds=blocks.bounds, start=blocks.start, size=blocks.size, scale=scale
+    )
+    shares = selector.score(asking, keys, digest, page_table, pages)
     n, H, P = shares.shape
     rows = max(1, ROOM // (RANKED * H * max(P, 1)))
     parts = [
         _largest(
-            shares[row:][:rows], pages[row:][:rows], own[row:][:rows], keep[row:][:rows],
-            sinks, width, selector.threshold,
+            shares[row:][:rows], pages[row:][:rows], blocks.own[row:][:rows], keep[row:][:rows],
+            blocks.sinks, width, selector.mass,
         )
         for row in range(0, max(1, n), rows)
     ]  # fmt: skip

@@ -3,7 +3,8 @@
 ``init_forward_metadata`` plans once per step on the host; the forward methods run once per layer
 on the device. What a policy leaves untouched goes through the stock path as it came. Selected
 reads go through the stock kernel too: token slot s of KV head h is slot s * H + h of a cache with
-one KV head, and each (request, KV head) a sequence of its own with fewer tokens.
+one KV head, and each (request, KV head) a sequence of its own with fewer tokens, as is each (block
+of a prompt's queries, KV head).
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch import Tensor
 
-from kvplug import choose_units, window_queries
+from kvplug import BlockSelector, choose_pages, choose_units, window_queries
 from kvplug_sglang import compat
 from kvplug_sglang.cache import Digests, layer_bytes, page_bytes
 from kvplug_sglang.compression import Packing
 from kvplug_sglang.router import OWN, Tenant
 from kvplug_sglang.settings import Engine
-from kvplug_sglang.step import Batch, Phase, Selected, StepPlan, StepPlanner, Whole
+from kvplug_sglang.step import Batch, Heads, Phase, Selected, StepPlan, StepPlanner, Whole
 
 
 class PlannedAttention:
@@ -56,6 +58,8 @@ class PlannedAttention:
         self.engine.see(widest, runner.model_config.context_len, len(self.layers))
         self.step_of = {layer: n for n, each in enumerate(self.steps) for layer in each.layers}
         self.digests = Digests.of(self.engine, pool, self.layers)
+        if self.layers:
+            self.engine.kv_heads = pool.get_kv_buffer(self.layers[0])[0].shape[1]
         self.engine.layer_bytes = layer_bytes(pool, self.digests, self.engine.page_size)
         if not self.engine.dense:
             self.engine.page_bytes = page_bytes(pool, self.digests, self.engine.page_size)
@@ -63,6 +67,8 @@ class PlannedAttention:
         """Of the step at hand, for each of ``steps``."""
         self.selected_queries = 0
         """Queries that went through a selection here, over all layers, for tests."""
+        self.selected_blocks = 0
+        """Blocks of prompts' queries that did."""
         self.packed_prompts = 0
         self.planned_steps = 0
 
@@ -206,13 +212,18 @@ class PlannedAttention:
     def _selected(
         self, layer: Any, query: Tensor, step: Selected, budget: int | float, output: Tensor
     ) -> None:
-        assert self.digests is not None or step.selector.digest is None
+        selector = step.selector
+        assert self.digests is not None or selector.digest is None
         mine = query if step.tokens is None else query[step.tokens]
-        self.selected_queries += len(mine)
         picked = mine.view(len(mine), layer.tp_k_head_num, -1, layer.qk_head_dim)  # [Q, H, G, D]
         digest = None if self.digests is None else self.digests.of_layer(layer.layer_id)
+        if isinstance(selector, BlockSelector):
+            out = self._blocks(layer, picked, digest, selector, step)
+            output[slice(None) if step.tokens is None else step.tokens] = out
+            return
+        self.selected_queries += len(mine)
         chosen, counts = choose_units(
-            step.selector, picked, digest, step.page_table, step.pages, step.lengths,
+            selector, picked, digest, step.page_table, step.pages, step.lengths,
             step.keep[budget], page_size=step.page, width=step.width,
             scale=layer.scaling,
         )  # fmt: skip
@@ -222,6 +233,30 @@ class PlannedAttention:
         out = output.new_empty(len(mine), *output.shape[1:])
         self.attend_heads(layer, picked, step, chosen, counts, out)
         output.index_copy_(0, step.tokens, out)
+
+    def _blocks(
+        self, layer: Any, query: Tensor, digest: Tensor | None, selector: BlockSelector,
+        step: Selected,
+    ) -> Tensor:  # fmt: skip
+        """Blocks of a prompt's queries [T, H, G, D] -> [T, Hq, Dv]"""
+        blocks, size = step.blocks, self.engine.page_size
+        assert blocks is not None
+        self.selected_blocks += len(step.lengths)
+        keys = None
+        if selector.needs_keys:
+            keys, _ = self._kv(layer.layer_id)
+            keys = keys[: len(keys) // size * size].unflatten(0, (-1, size))
+        chosen, counts = choose_pages(
+            selector, blocks, query, keys, digest if selector.digest is not None else None,
+            step.page_table, step.pages, step.keep[selector.budget], width=step.width,
+            scale=layer.scaling,
+        )  # fmt: skip
+        heads = Heads.of(step, chosen, counts, size)
+        rows = query.flatten(0, 1)[blocks.rows]  # [T * H, G, D]
+        out = rows.new_empty(*rows.shape[:2], layer.v_head_dim)
+        self.attend(layer, rows, heads, out)
+        found = torch.empty_like(out).index_copy_(0, blocks.rows, out)
+        return found.view(len(query), -1, layer.v_head_dim)
 
 
 def _planned(layer: Any) -> bool:

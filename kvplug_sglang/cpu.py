@@ -15,7 +15,7 @@ from kvplug_sglang.step import Selected, Whole
 
 class KVPlugBackend(PlannedAttention, TorchNativeAttnBackend):
     def attend(self, layer: Any, query: Tensor, whole: Whole, out: Tensor) -> None:
-        keys, values = self._kv(layer.layer_id)
+        keys, values = whole.cache(*self._kv(layer.layer_id))
         sequences = torch.arange(len(whole.lengths))
         more = {"scaling": layer.scaling, "enable_gqa": query.shape[1] != keys.shape[1]}
         if whole.longest_run == 1:

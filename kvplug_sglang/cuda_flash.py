@@ -11,12 +11,15 @@ from torch import Tensor
 
 from kvplug_kernels.virtual_heads import virtual_heads
 from kvplug_sglang.cuda import ReplayedAttention
-from kvplug_sglang.step import Selected, Whole
+from kvplug_sglang.step import Heads, Selected, Whole
 
 
 class KVPlugBackend(ReplayedAttention, FlashAttentionBackend):
     def attend(self, layer: Any, query: Tensor, whole: Whole, out: Tensor) -> None:
-        keys, values = self.get_paged_mha_kv_cache(layer)
+        if isinstance(whole, Heads):
+            keys, values = (one_head(each, whole.page_size) for each in self._kv(layer.layer_id))
+        else:
+            keys, values = self.get_paged_mha_kv_cache(layer)
         self._flash(
             layer, query, keys, values, whole.page_table, whole.lengths, whole.starts,
             whole.longest_run, out,

@@ -20,7 +20,7 @@ SEQUENCES = 256
 
 class KVPlugBackend(ReplayedAttention, TritonAttnBackend):
     def attend(self, layer: Any, query: Tensor, whole: Whole, out: Tensor) -> None:
-        keys, values = self._kv(layer.layer_id)
+        keys, values = whole.cache(*self._kv(layer.layer_id))
         if whole.longest_run == 1:
             self._decode(layer, query, keys, values, whole.seen, whole.lengths, out)
             return

@@ -12,7 +12,7 @@ from kvplug import BatchPlanner, Offer, TokenSelector, read_offer
 from kvplug_sglang import compat
 from kvplug_sglang.backend import TRITON, stock
 from kvplug_sglang.compression import packing_bytes
-from kvplug_sglang.refusals import PAGE_SIZE
+from kvplug_sglang.refusals import default_page
 from kvplug_sglang.settings import given
 
 MIB = 1 << 20
@@ -36,7 +36,7 @@ def reserve(server_args: Any) -> float:
         return 0.0
     view, model = compat.resolved(server_args)
     batch = compat.decode_batch(view)
-    size = view.page_size or (PAGE_SIZE if offer.digest is not None else 1)
+    size = view.page_size or default_page(offer) or 1
     lists = stock(server_args, view.device) == TRITON
     splits = view.triton_attention_num_kv_splits if lists else 0
     held = graph_bytes(offer, model, view.tp_size, batch, size, splits)

@@ -16,6 +16,7 @@ from kvplug import (
     ScoredEviction,
     Selector,
     Settings,
+    SparsePrefill,
     read_offer,
 )
 from kvplug_sglang import compat, windows
@@ -80,9 +81,15 @@ def refuse(server_args: Any, given: object) -> dict[str, Any]:
     offer = read_offer(given, environ={})
     dense = offer.settings.policy.is_dense and not offer.mixed
     decisions = {} if dense else compat.graphs(view)
-    if view.page_size is None and offer.digest is not None:
-        decisions["page_size"] = PAGE_SIZE
+    if view.page_size is None and (size := default_page(offer)) is not None:
+        decisions["page_size"] = size
     return decisions
+
+
+def default_page(offer: Offer) -> int | None:
+    """Tokens of a page where a policy speaks of pages; None for SGLang's own."""
+    speaks = offer.digest is not None or offer.block_selectors
+    return PAGE_SIZE if speaks else None
 
 
 def refusals(view: Any, model: Any, given: object) -> Iterator[str]:
@@ -108,6 +115,17 @@ def refusals(view: Any, model: Any, given: object) -> Iterator[str]:
     if offer.settings.policy.is_dense and not offer.mixed:
         return
     yield from unsupported(offer)
+    if offer.mixed and offer.generates:
+        yield (
+            "requests choose how their prompts are read, and SGLang's prefix tree is not told who "
+            "may share what such a prompt leaves; serve one policy of the stage generate without "
+            '"allow", or in vLLM'
+        )
+    if (generate := offer.settings.policy.generate) is not None:
+        try:
+            generate.check_page(view.page_size or default_page(offer) or 1)
+        except ValueError as error:
+            yield str(error)
     if offer.digest is not None:
         try:
             offer.digest_rows(view.page_size or PAGE_SIZE, 2)
@@ -198,9 +216,11 @@ def unsupported(offer: Offer) -> Iterator[str]:
                 f"slot a token; write a budget in tokens, such as {part.name}(budget=1024, "
                 f"chunk={part.chunk})"
             )
-        elif not isinstance(part, (PositionalEviction, ScoredEviction, LayerBudgets, Selector)):
+        elif not isinstance(
+            part, (SparsePrefill, PositionalEviction, ScoredEviction, LayerBudgets, Selector)
+        ):
             yield (
                 f"{part.name} is a policy of the stage {part.stage.value!r} that the SGLang "
-                "adapter cannot carry out; subclass PositionalEviction, ScoredEviction, "
-                "LayerBudgets or Selector"
+                "adapter cannot carry out; subclass PositionalPrefill, BlockSelector, "
+                "PositionalEviction, ScoredEviction, LayerBudgets or Selector"
             )

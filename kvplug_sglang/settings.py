@@ -64,6 +64,8 @@ class Engine:
         """Of a page on this rank, in all layers, where a policy may return some."""
         self.layer_bytes = 0.0, 0.0
         """Of a token in a layer on this rank, and of its share of its page's digest."""
+        self.kv_heads = 0
+        """Of a layer on this rank."""
         self.router = Router()
         self.window, self.longest = 0, 0
         """Tokens that the model's widest windowed layer sees, and that a request may have."""

@@ -14,16 +14,21 @@ from torch import Tensor
 
 from kvplug import (
     BatchPlanner,
+    Blocks,
+    BlockSelector,
     Event,
     LayerReads,
     Observed,
     Planner,
     Segments,
     Selector,
+    blocks_of,
     dense_reads,
     reads_by_policy,
 )
+from kvplug.segments import SINKS
 from kvplug_kernels.slot_lists import slot_lists
+from kvplug_kernels.virtual_heads import virtual_heads
 from kvplug_sglang.compression import Packing
 from kvplug_sglang.router import OWN, Tenant
 from kvplug_sglang.settings import Engine
@@ -46,6 +51,10 @@ class Whole:
     longest_run: int
     total: int
     """Of the queries."""
+
+    def cache(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's [slots, H, D], as the sequences read it."""
+        return keys, values
 
     @cached_property
     def starts(self) -> Tensor:
@@ -82,12 +91,79 @@ class Whole:
 
 
 @dataclass
-class Selected:
-    """Single queries of one policy that read a selection; Q of them, [Q] int32 unless said."""
+class Heads(Whole):
+    """Blocks of queries each of whose KV heads read a selection: a sequence each, over the cache
+    as one of a single KV head, whose slot s * H + h is slot s of head h. In the page table stand
+    the first slots of pages."""
 
-    selector: Selector
+    step: Selected
+    chosen: Tensor  # [n, H, K]
+    counts: Tensor  # [n, H]
+
+    @classmethod
+    def of(cls, step: Selected, chosen: Tensor, counts: Tensor, page_size: int) -> Heads:
+        blocks, heads = step.blocks, chosen.shape[1]
+        assert blocks is not None
+        table, lengths = virtual_heads(
+            step.page_table, chosen, counts, step.lengths, page_size, page_size * heads, 1,
+            token_stride=heads,
+        )  # fmt: skip
+        return cls(
+            tokens=None,
+            page_table=table,
+            page_size=page_size,
+            lengths=lengths,
+            queries=blocks.bounds.diff().repeat_interleave(heads),
+            longest_run=step.longest_run,
+            total=len(blocks.rows),
+            step=step,
+            chosen=chosen,
+            counts=counts,
+        )
+
+    @property
+    def heads(self) -> int:
+        return self.chosen.shape[1]
+
+    def cache(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return keys.view(-1, 1, keys.shape[2]), values.view(-1, 1, values.shape[2])
+
+    @cached_property
+    def seen(self) -> tuple[Tensor, Tensor]:
+        step = self.step
+        return slot_lists(step.page_table, step.lengths, self.page_size, self.chosen, self.counts)
+
+    @cached_property
+    def before(self) -> tuple[Tensor, Tensor]:
+        step, size = self.step, self.page_size
+        assert step.blocks is not None
+        begin = step.blocks.start
+        behind = (step.lengths + size - 1) // size - (begin + size - 1) // size
+        return slot_lists(step.page_table, begin, size, self.chosen, self.counts - behind[:, None])
+
+    @cached_property
+    def slots(self) -> Tensor:
+        offset = torch.arange(self.page_size, device=self.page_table.device) * self.heads
+        return (self.page_table.long()[:, :, None] + offset).flatten(1)
+
+    @cached_property
+    def own(self) -> Tensor:
+        run = torch.arange(len(self.queries), device=self.queries.device)
+        run = run.repeat_interleave(self.queries, output_size=self.total)
+        query = torch.arange(self.total, device=run.device)
+        token = self.lengths[run] - self.starts[run + 1] + query
+        page, offset = token // self.page_size, token % self.page_size
+        return self.page_table[run, page].long() + offset * self.heads
+
+
+@dataclass
+class Selected:
+    """Single queries of one policy that read a selection, or blocks of a prompt's; Q of them, [Q]
+    int32 unless said."""
+
+    selector: Selector | BlockSelector
     tokens: Tensor | None
-    """Rows of the flat queries, [Q] int64; None for all as they come."""
+    """Rows of the flat queries, int64; None for all as they come."""
     page_table: Tensor  # [Q, P]
     pages: Tensor
     keep: dict[int | float, Tensor]
@@ -99,6 +175,10 @@ class Selected:
     """Tokens of what is chosen as one."""
     width: int
     """Units."""
+    blocks: Blocks | None = None
+    """None for single queries."""
+    longest_run: int = 1
+    """Queries of the longest block."""
 
 
 @dataclass
@@ -274,22 +354,33 @@ class StepPlanner:
         )
 
     def _selected(self, batch: Batch, segments: Segments) -> Selected:
-        """segments: of one choice."""
-        planner = self.planner(int(segments.choice[0]))
-        assert planner.selector is not None
+        """segments: of one choice, single queries that decode or blocks of prompts."""
+        planner, decodes = self.planner(int(segments.choice[0])), bool(segments.decodes[0])
+        selector = planner.chooser(decodes)
+        assert selector is not None
+        budgets: Sequence[int | float]
+        if isinstance(selector, BlockSelector):
+            page = unit = self.page_size
+            budgets = [selector.budget]
+        else:
+            page, unit, budgets = planner.page, planner.unit, selector.budgets(self.layers)
         return Selected(
-            selector=planner.selector,
-            tokens=self._tensor(segments.token),
+            selector=selector,
+            tokens=self._tensor(segments.flat),
             page_table=self._table(batch, segments),
-            pages=self._tensor(-(-segments.visible // planner.page), torch.int32),
+            pages=self._tensor(-(-segments.visible // page), torch.int32),
             keep={
                 budget: self._tensor(planner.selection(segments, budget), torch.int32)
-                for budget in planner.selector.budgets(self.layers)
+                for budget in budgets
             },
             lengths=self._tensor(segments.visible, torch.int32),
-            page=planner.page,
-            unit=planner.unit,
+            page=page,
+            unit=unit,
             width=int(planner.selection(segments).max()),
+            blocks=None
+            if decodes
+            else blocks_of(planner, segments, self.engine.kv_heads, self._tensor),
+            longest_run=int(segments.queries.max()),
         )
 
     def _table(self, batch: Batch, segments: Segments) -> Tensor:
@@ -338,7 +429,10 @@ class StepPlanner:
         for one, pages in held.items():
             table[one, : len(pages)] = pages
         chosen = self._tensor(table)[self._tensor(segments.choice)[:, None]]  # [n, 1, width]
-        return chosen[:, 0].gather(1, column.clamp(max=width - 1).expand(len(segments.row), -1))
+        kept = chosen[:, 0].gather(1, column.clamp(max=width - 1).expand(len(segments.row), -1))
+        return torch.where(
+            self._tensor(segments.packed == SINKS, torch.bool)[:, None], column, kept
+        )
 
     def _tensor(self, values: NDArray[Any], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.from_numpy(values).to(self.req_to_token.device, dtype, non_blocking=True)

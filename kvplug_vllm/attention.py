@@ -25,7 +25,6 @@ from kvplug import (
     LayerReads,
     Observed,
     PromptKV,
-    QueryBlocks,
     choose_pages,
     choose_units,
     keep_tokens,
@@ -429,13 +428,9 @@ class PlannedImpl:
         keys, table = None, step.page_table
         if selector.needs_keys:
             keys, table = self.keys_of(layer, kv_cache, table)
-        asking = QueryBlocks(
-            query=query, bounds=blocks.bounds, start=blocks.start, size=blocks.size,
-            scale=self.logit_scale(layer),
-        )  # fmt: skip
         return choose_pages(
-            selector, asking, keys, tail, table, step.pages, blocks.own,
-            step.keep[selector.budget], sinks=blocks.sinks, width=step.width,
+            selector, blocks, query, keys, tail, table, step.pages, step.keep[selector.budget],
+            width=step.width, scale=self.logit_scale(layer),
         )  # fmt: skip
 
     def keys_of(self, layer: Any, kv_cache: Tensor, page_table: Tensor) -> tuple[Tensor, Tensor]:

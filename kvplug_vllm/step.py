@@ -14,13 +14,14 @@ from torch import Tensor
 
 from kvplug import (
     BatchPlanner,
+    Blocks,
     BlockSelector,
     LayerReads,
     Observed,
-    Planner,
     PositionalPrefill,
     Segments,
     Selector,
+    blocks_of,
     dense_reads,
     reads_by_policy,
 )
@@ -32,24 +33,6 @@ from kvplug_vllm.compression import Compression, Packing
 from kvplug_vllm.metrics import Metrics
 from kvplug_vllm.router import OWN, UNKNOWN, Router, Rows
 from kvplug_vllm.settings import Engine
-
-
-@dataclass
-class Blocks:
-    """What tells a step's blocks of a prompt's queries from single ones: Q blocks of T queries."""
-
-    size: int
-    """Their grid's."""
-    bounds: Tensor
-    """[Q + 1] int32, among the T"""
-    start: Tensor
-    """Position of the first query of each among the tokens that it sees. [Q] int32"""
-    own: Tensor
-    """Pages that each stands in. [Q] int32"""
-    sinks: int
-    """Pages that each reads in any case."""
-    rows: Tensor
-    """Of [T * H]: query and head, in the order of the virtual sequences. [T * H] int64"""
 
 
 @dataclass
@@ -423,7 +406,7 @@ class PlannedBuilder:
         in_order = (flat == np.arange(len(flat))).all()
         return Selected(
             selector=selector,
-            blocks=None if decodes else self._blocks(planner, segments),
+            blocks=None if decodes else blocks_of(planner, segments, heads, self._tensor),
             tokens=None if in_order else self._tensor(flat, torch.int64),
             among=self._lasting("selected.among", segments.selects) if self.fixed else None,
             page_table=table,
@@ -441,23 +424,6 @@ class PlannedBuilder:
             counted=selector.mass is None,
             metadata=metadata,
             rebuild=self._rebuilder(metadata, build),
-        )
-
-    def _blocks(self, planner: Planner, segments: Segments) -> Blocks:
-        assert planner.blocks is not None
-        heads, queries = self.kv_heads, segments.queries
-        bounds = np.append(0, np.cumsum(queries))
-        each = np.repeat(queries, heads)  # of a block's heads, one after the other
-        within = np.arange(each.sum()) - np.repeat(np.cumsum(each) - each, each)
-        query = np.repeat(np.repeat(bounds[:-1], heads), each) + within
-        head = np.repeat(np.tile(np.arange(heads), len(queries)), each)
-        return Blocks(
-            size=planner.blocks.block,
-            bounds=self._tensor(bounds),
-            start=self._tensor(segments.visible - queries),
-            own=self._tensor(planner.own_pages(segments)),
-            sinks=planner.sinks,
-            rows=self._tensor(query * heads + head, torch.int64),
         )
 
     def _rebuilder(

@@ -17,6 +17,7 @@ the first page is always read.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 from typing import ClassVar
 
 from torch import Tensor
@@ -51,7 +52,7 @@ class XAttention(BlockSelector):
         if page_size % self.stride:
             raise ValueError(
                 f"xattention: stride={self.stride} does not divide a page of {page_size} tokens; "
-                "write xattention(stride=8)"
+                f"write xattention(stride={gcd(self.stride, page_size)}), or serve larger pages"
             )
 
     def score(

@@ -12,6 +12,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from kvplug import (
+    Blocks,
     Planner,
     QueryBlocks,
     Settings,
@@ -64,7 +65,7 @@ def test_what_a_block_may_choose_follows_from_its_place_alone(settings, S, total
             sparse = settings.min_context <= first < prompt - policy.last
             whole = -(-(begin + policy.block) // S) - begin // S  # pages of the whole block
             most = max(-(-policy.budget // S) - whole, sinks)
-            nothing = before <= (most if policy.threshold is None else sinks)
+            nothing = before <= (most if policy.threshold in (None, 1.0) else sinks)
             asked = sparse and not (settings.shortcut and nothing)
             assert bool(segments.selects[n] & ~segments.decodes[n]) == asked
             if asked:
@@ -184,11 +185,11 @@ def test_the_largest_shares_are_read_until_they_hold_the_threshold(sinks, thresh
             return given
 
     width = int(keep.max()) + 2
-    blocks = QueryBlocks(query=torch.zeros(n, H, 1, 4), bounds=torch.arange(n + 1),
-                         start=torch.zeros(n), size=64, scale=1.0)  # fmt: skip
+    none = torch.zeros(0)
+    blocks = Blocks(size=64, bounds=none, start=none, own=own, sinks=sinks, rows=none)
     chosen, counts = choose_pages(
-        Given(threshold=threshold), blocks, None, None, torch.zeros(n, P), pages, own, keep,
-        sinks=sinks, width=width,
+        Given(threshold=threshold), blocks, none, None, None, none, pages, keep, width=width,
+        scale=1.0,
     )  # fmt: skip
     for i, (seen, *_) in enumerate(rows):
         for h in range(H):
@@ -197,7 +198,8 @@ def test_the_largest_shares_are_read_until_they_hold_the_threshold(sinks, thresh
             rest = sorted(set(range(seen)) - forced, key=lambda p: (-share[p], p))
             read, held = sorted(forced), sum(share[p] for p in forced)
             for p in rest:
-                if len(read) == int(keep[i]) or (threshold and held >= threshold - 1e-6):
+                ends = (threshold or 1) < 1 and held >= threshold - 1e-6
+                if ends or len(read) == int(keep[i]):
                     break
                 read.append(p)
                 held += share[p]
@@ -256,5 +258,6 @@ def test_bad_input_is_refused_with_what_to_write(line, wanted):
 
 
 def test_a_stride_that_divides_no_page_is_refused():
-    with pytest.raises(ValueError, match="stride=32 does not divide a page of 16 tokens"):
+    wanted = r"stride=32 does not divide a page of 16 tokens; write xattention\(stride=16\)"
+    with pytest.raises(ValueError, match=wanted):
         Planner(Settings(policy=parse("xattention(stride=32)")), 16)

@@ -30,6 +30,13 @@ REFUSED = [
     ({}, {"policy": "quest", "protect": [[5, 5]]}, ["protect must be", '{"protect": 256}']),
     ({}, {"policy": "quest + quest"}, ["both answer the stage 'load'"]),
     ({}, {"policy": "dense + quest"}, ["dense is the absence of a policy"]),
+    (
+        {"block_size": 64},
+        {"policy": "a_shape(block=96)"},
+        ["a block of 96 queries is neither", "a page of 64 tokens; write a_shape(block=64)"],
+    ),
+    ({"block_size": 32}, {"policy": "xattention(stride=64)"}, ["write xattention(stride=32)"]),
+    ({}, {"policy": "block_quest + twilight"}, ["block_quest need different digests in a page"]),
     ({}, "quest", ['must be a mapping such as {"policy":']),
     (
         {},
