@@ -64,6 +64,7 @@ class Offer:
         own, classes = self.settings.policy, [policy_class(name) for name in self.allow]
         if own.local is not None:
             self._check_local(own.local)
+        _ = self.digest
         if not self.mixed:
             if self.max_budget is not None:
                 raise ValueError(
@@ -103,7 +104,6 @@ class Offer:
                 f"kvplug: max_budget is {self.max_budget}, less than the server's own policy "
                 f"{own} keeps; raise it to {own.scored.budget}"
             )
-        _ = self.digest
 
     def _check_local(self, local: LocalLayers) -> None:
         """Whether it leaves requests what the other settings promise."""
