@@ -71,6 +71,7 @@ class Offer:
                 f"find it packed, and min_context is {self.settings.min_context:,}; write "
                 '{"min_context": 0}, or a budget in tokens'
             )
+        _ = self.digest
         if not self.mixed:
             if self.max_budget is not None:
                 raise ValueError(
@@ -116,7 +117,6 @@ class Offer:
                 f"kvplug: max_budget is {self.max_budget}, less than the server's own policy "
                 f"{own} keeps; raise it to {own.scored.budget}"
             )
-        _ = self.digest
 
     def _check_local(self, local: LocalLayers) -> None:
         """Whether it leaves requests what the other settings promise."""

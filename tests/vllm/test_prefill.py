@@ -174,3 +174,15 @@ def test_blocks_are_chosen_for_alike_in_chunks_a_batch_and_after_a_preemption(
         assert planned.generate(batch, 40) == answers
         assert seen or "+" in policy, "the pool was meant to be too small for what keeps all"
         planned.pool.free_blocks(hostages)
+
+
+@pytest.mark.both
+def test_sinks_of_query_heads_are_no_block_s(engine, prompts, tmp_path):
+    from kvplug_evals.models.random_gpt_oss import build_random_gpt_oss
+
+    build_random_gpt_oss(tmp_path)
+    wanted = "xattention reads each KV head's pages .* use a_shape or tri_shape"
+    with pytest.raises(ValueError, match=wanted), engine(tmp_path, {"policy": "xattention"}):
+        pass
+    with engine(tmp_path, {"policy": "tri_shape(sinks=32, window=64)"}) as planned:
+        assert planned.generate(prompts(300), 4)
