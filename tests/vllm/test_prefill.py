@@ -186,3 +186,21 @@ def test_sinks_of_query_heads_are_no_block_s(engine, prompts, tmp_path):
         pass
     with engine(tmp_path, {"policy": "tri_shape(sinks=32, window=64)"}) as planned:
         assert planned.generate(prompts(300), 4)
+
+
+@pytest.mark.both
+def test_what_a_prompt_asks_last_finds_its_answer(engine, recall):
+    """8 look-ups in 3,900 tokens, of which prompts read 0.4 at most, their last block included."""
+    from kvplug_evals.models.recall import recall_prompt
+
+    asked = recall_prompt(3900, 64, 8, seed=3)
+    prompts, found = [[*asked.tokens, each] for each in asked.questions], {}
+    offer = {"policy": "dense", "allow": ["xattention"]}
+    with engine(recall, offer, enable_prefix_caching=False) as planned:
+        for last in (64, 0):
+            line = f"xattention(threshold=0.5, budget=800, sinks=32, last={last})"
+            answers = planned.generate(prompts, 1, extra_args={"kvplug": line})
+            pairs = zip(answers, asked.answers, strict=True)
+            found[last] = sum(one[0] == wanted[0] for one, wanted in pairs)
+    assert found[64] == 8
+    assert found[0] < 8, "the question's own block reads what is near alike"
