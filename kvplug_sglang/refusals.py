@@ -121,11 +121,12 @@ def refusals(view: Any, model: Any, given: object) -> Iterator[str]:
             "may share what such a prompt leaves; serve one policy of the stage generate without "
             '"allow", or in vLLM'
         )
-    if (generate := offer.settings.policy.generate) is not None:
-        try:
-            generate.check_page(view.page_size or default_page(offer) or 1)
-        except ValueError as error:
-            yield str(error)
+    page = view.page_size or default_page(offer) or 1
+    try:
+        Planner(offer.settings, page)
+    except ValueError as error:
+        yield str(error)
+        return
     if offer.digest is not None:
         try:
             offer.digest_rows(view.page_size or PAGE_SIZE, 2)
@@ -172,7 +173,7 @@ def refusals(view: Any, model: Any, given: object) -> Iterator[str]:
             "that a policy rewrites; add --disable-hybrid-swa-memory, or use the policy 'dense'"
         )
     elif (window := compat.declared_window(model)) > 0:
-        yield from too_narrow(offer.settings, model, window, view.page_size or 1)
+        yield from too_narrow(offer.settings, model, window, page)
     policy = offer.settings.policy
     streams = policy.scored if policy.scored is not None and policy.scored.chunk else None
     during = policy.eviction or streams

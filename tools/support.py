@@ -90,6 +90,8 @@ VLLM = {
             "vllm/test_chunks.py::"
             "test_chunks_packed_where_they_lie_are_those_of_a_plain_llama": "share",
             "vllm/test_prefill.py::test_a_prompt_by_position_is_a_plain_llama_s": "a_shape",
+            "vllm/test_prefill.py::test_blocks_read_what_was_chosen_and_nothing_else":
+            "xattention",
             "vllm/test_requests.py::test_a_batch_of_policies_answers_as_each_alone": "chosen",
         }),
         Row("windows between (Gemma 2 and 3)", "gemma3", tests={
@@ -122,6 +124,10 @@ VLLM = {
             "vllm/test_lifecycle.py::test_preempted_requests_answer_as_alone":
             "quest twilight streaming_llm keydiff",
             "vllm/test_chunks.py::test_preempted_requests_are_packed_again_as_before": "chunk",
+            "vllm/test_prefill.py::test_chunks_and_preemption_change_no_token": "a_shape",
+            "vllm/test_prefill.py::"
+            "test_blocks_are_chosen_for_alike_in_chunks_a_batch_and_after_a_preemption":
+            "xattention",
             "vllm/test_chunks.py::test_a_shared_context_costs_its_packed_size_once": "share",
             "vllm/test_requests.py::test_preempted_requests_keep_their_policies": "chosen",
             "vllm/test_local.py::"
@@ -180,6 +186,8 @@ SGLANG = {
             "dense twilight quest streaming_llm snapkv keydiff pyramid",
             "sglang/test_chunks.py::"
             "test_answers_are_those_of_a_plain_llama_that_packs_at_the_same_positions": "chunk",
+            "sglang/test_prefill.py::test_a_prompt_by_position_is_a_plain_llama_s": "a_shape",
+            "sglang/test_prefill.py::test_blocks_read_what_vllm_s_do": "xattention",
             "sglang/test_requests.py::test_mixed_requests_answer_as_alone": "chosen",
         }),
         Row("windows between (Gemma 2 and 3)", "gemma3", tests={
@@ -207,7 +215,7 @@ SGLANG = {
         }),
         Row("CUDA graphs (recorded on a CPU)", tests={
             "sglang/test_replay.py::test_replayed_steps_answer_as_eager_ones":
-            "quest twilight snapkv streaming_llm",
+            "quest twilight snapkv streaming_llm xattention",
         }),
         Row("tensor parallelism", options={"tp_size": 2}, tests={
             "sglang/test_full_budget.py::test_two_ranks_equal_stock": "quest snapkv",

@@ -32,7 +32,6 @@ CASES = {
     "compressing": ("snapkv(budget=48, window=16)", ALONE),
     "both": ("keydiff(budget=64) + quest(budget=48, dense_layers=1)", ALONE),
     "pyramid": ("pyramid(snapkv(budget=64, window=16), beta=4) + quest(budget=32)", ALONE),
-    "narrow": ("a_shape(sinks=16, window=32, block=32)", ALONE),
     "blocks": (
         "xattention(threshold=0.6, sinks=16, block=32, last=8) + quest(budget=48, dense_layers=1)",
         ALONE,
@@ -48,7 +47,7 @@ OTHERWISE = {
 }
 
 
-IN_TRITON = ("by mass", "by tokens", "both", "blocks", "of their own", "in another way")
+IN_TRITON = ("by mass", "by tokens", "both", "of their own", "in another way")
 """What its kernels are called with: the rest is the same over FlashAttention 3, in less time."""
 
 
