@@ -18,31 +18,15 @@ from kvplug.accounting import (
 )
 from kvplug.batch import BatchPlanner, Choices, LayerReads, Observed
 from kvplug.composition import Composition
+from kvplug.compress import LayerBudgets, LocalLayers, PositionalEviction, PromptKV, ScoredEviction
 from kvplug.config import Settings, read_settings
 from kvplug.eviction import keep_tokens, window_queries
+from kvplug.generate import BlockSelector, PositionalPrefill, QueryBlocks, SparsePrefill
 from kvplug.grammar import parse
+from kvplug.load import Selector, TokenSelector
 from kvplug.offer import Offer, Refused, read_offer
 from kvplug.plan import Planner
-from kvplug.policy import (
-    Action,
-    BlockSelector,
-    Digest,
-    Evidence,
-    Granularity,
-    LayerBudgets,
-    LocalLayers,
-    Policy,
-    PositionalEviction,
-    PositionalPrefill,
-    PromptKV,
-    QueryBlocks,
-    ScoredEviction,
-    Selector,
-    Sharing,
-    SparsePrefill,
-    Stage,
-    TokenSelector,
-)
+from kvplug.policy import Action, Digest, Evidence, Granularity, Policy, Sharing, Stage
 from kvplug.registry import policy_class, policy_names
 from kvplug.schedule import Course, Event, Schedule
 from kvplug.segments import Segments

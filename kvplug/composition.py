@@ -8,19 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
+from kvplug.compress import LayerBudgets, LocalLayers, PositionalEviction, ScoredEviction
+from kvplug.generate import SparsePrefill
+from kvplug.load import Selector
 from kvplug.policies.dense import Dense
-from kvplug.policy import (
-    LIMIT,
-    LayerBudgets,
-    LocalLayers,
-    Policy,
-    PositionalEviction,
-    ScoredEviction,
-    Selector,
-    Sharing,
-    SparsePrefill,
-    Stage,
-)
+from kvplug.policy import LIMIT, Policy, Sharing, Stage
 
 
 @dataclass(frozen=True)

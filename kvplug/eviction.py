@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kvplug.batch import Observed
-from kvplug.policy import PromptKV, ScoredEviction
+from kvplug.compress import PromptKV, ScoredEviction
 from kvplug_kernels.fp8 import widened
 
 INFINITY = 0x7F800000  # the bits of an fp32: no score stands above them

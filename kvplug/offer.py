@@ -15,19 +15,12 @@ from functools import lru_cache
 from typing import TypeVar
 
 from kvplug.composition import Composition
+from kvplug.compress import LayerBudgets, LocalLayers, PositionalEviction, ScoredEviction
 from kvplug.config import Settings, check_keys, read_settings, token_count
+from kvplug.generate import BlockSelector, SparsePrefill
 from kvplug.grammar import parse
-from kvplug.policy import (
-    BlockSelector,
-    Digest,
-    LayerBudgets,
-    LocalLayers,
-    Policy,
-    PositionalEviction,
-    ScoredEviction,
-    Selector,
-    SparsePrefill,
-)
+from kvplug.load import Selector
+from kvplug.policy import Digest, Policy
 from kvplug.registry import did_you_mean, policy_class
 
 SERVER_KEYS = ("policy", "min_context", "protect", "allow", "max_budget")

@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvplug.config import Settings
-from kvplug.policy import BlockSelector, PositionalPrefill, Positions, Selector
+from kvplug.generate import BlockSelector, PositionalPrefill
+from kvplug.load import Selector
+from kvplug.policy import Positions
 from kvplug.schedule import Schedule
 from kvplug.segments import HELD, SINKS, Segments
 

@@ -26,8 +26,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvplug.compress import ScoredEviction
 from kvplug.config import Settings
-from kvplug.policy import LIMIT, Positions, ScoredEviction
+from kvplug.policy import LIMIT, Positions
 
 NEVER = LIMIT
 """A position that no request has."""

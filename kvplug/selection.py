@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvplug.generate import BlockSelector, QueryBlocks
+from kvplug.load import Selector, TokenSelector
 from kvplug.plan import Planner
-from kvplug.policy import BlockSelector, QueryBlocks, Selector, TokenSelector
 from kvplug.segments import Segments
 from kvplug_kernels.fp8 import FP8
 from kvplug_kernels.page_select import page_select

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvplug.policy import PositionalPrefill, Positions
+from kvplug.generate import PositionalPrefill
+from kvplug.policy import Positions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kvplug.generate import BlockSelector, QueryBlocks
+from kvplug.load import small_page
 from kvplug.policies.quest import KeyExtremes
-from kvplug.policy import BlockSelector, Digest, QueryBlocks, small_page
+from kvplug.policy import Digest
 from kvplug_kernels.block_mean import block_mean
 from kvplug_kernels.fp8 import FP8
 from kvplug_kernels.page_bound import page_bound

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kvplug.compress import PromptKV, ScoredEviction
 from kvplug.policies.snapkv import SnapKV
-from kvplug.policy import Evidence, PromptKV, ScoredEviction
+from kvplug.policy import Evidence
 
 
 @dataclass(frozen=True, kw_only=True)

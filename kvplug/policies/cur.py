@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvplug.policy import Evidence, PromptKV, ScoredEviction
+from kvplug.compress import PromptKV, ScoredEviction
+from kvplug.policy import Evidence
 
 
 @dataclass(frozen=True, kw_only=True)

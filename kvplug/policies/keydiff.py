@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from torch import Tensor, einsum
 from torch.nn.functional import normalize
 
-from kvplug.policy import Evidence, PromptKV, ScoredEviction
+from kvplug.compress import PromptKV, ScoredEviction
+from kvplug.policy import Evidence
 
 
 @dataclass(frozen=True, kw_only=True)

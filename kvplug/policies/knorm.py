@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvplug.policy import Evidence, PromptKV, ScoredEviction
+from kvplug.compress import PromptKV, ScoredEviction
+from kvplug.policy import Evidence
 
 
 @dataclass(frozen=True, kw_only=True)

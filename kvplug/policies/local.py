@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from kvplug.policy import LocalLayers
+from kvplug.compress import LocalLayers
 
 NUMBER = r"\s*-?[0-9]{1,9}\s*"
 PART = re.compile(rf"{NUMBER}|(?:{NUMBER}|\s*)(?::(?:{NUMBER}|\s*)){{1,2}}")

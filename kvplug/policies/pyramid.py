@@ -23,7 +23,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvplug.policy import Evidence, LayerBudgets
+from kvplug.compress import LayerBudgets
+from kvplug.policy import Evidence
 
 CLASSES = 3
 

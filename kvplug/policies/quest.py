@@ -20,7 +20,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kvplug.policy import Digest, Selector, check_dense_layers, check_top_p, small_page
+from kvplug.load import Selector, check_dense_layers, check_top_p, small_page
+from kvplug.policy import Digest
 from kvplug_kernels.page_bound import page_bound
 from kvplug_kernels.page_digest import update_page_digest
 from kvplug_kernels.shapes import by_page

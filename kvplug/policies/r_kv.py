@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d, normalize
 
+from kvplug.compress import PromptKV, ScoredEviction
 from kvplug.policies.snapkv import LOWEST
-from kvplug.policy import Evidence, PromptKV, ScoredEviction
+from kvplug.policy import Evidence
 
 BLOCK = 1 << 22  # likenesses of a head that are in memory at once
 ALIKE = 0.5

@@ -18,7 +18,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from kvplug.policy import Evidence, PromptKV, ScoredEviction
+from kvplug.compress import PromptKV, ScoredEviction
+from kvplug.policy import Evidence
 
 Number = TypeVar("Number", int, Tensor)
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvplug.generate import BlockSelector, QueryBlocks
 from kvplug.policies.random import mix
-from kvplug.policy import BlockSelector, Evidence, QueryBlocks
+from kvplug.policy import Evidence
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
-from kvplug.policy import Evidence, PromptKV, ScoredEviction
+from kvplug.compress import PromptKV, ScoredEviction
+from kvplug.policy import Evidence
 
 BLOCK = 8192  # keys whose logits are in memory at once
 LOWEST = torch.finfo(torch.float32).min  # finite: minus infinity alone has no softmax

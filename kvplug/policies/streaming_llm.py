@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvplug.policy import PositionalEviction, Positions
+from kvplug.compress import PositionalEviction
+from kvplug.policy import Positions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kvplug.compress import PromptKV, ScoredEviction
 from kvplug.policies.snapkv import window_attention
-from kvplug.policy import Evidence, PromptKV, ScoredEviction
+from kvplug.policy import Evidence
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvplug.policy import Digest, TokenSelector, check_dense_layers, check_top_p, small_page
+from kvplug.load import TokenSelector, check_dense_layers, check_top_p, small_page
+from kvplug.policy import Digest
 from kvplug_kernels.code_logits import code_logits
 from kvplug_kernels.key_codes import code_rows, update_key_codes
 from kvplug_kernels.page_bound import page_bound

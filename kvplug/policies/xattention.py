@@ -22,7 +22,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kvplug.policy import BlockSelector, QueryBlocks
+from kvplug.generate import BlockSelector, QueryBlocks
 from kvplug_kernels.antidiagonal import antidiagonal
 from kvplug_kernels.fp8 import FP8
 
