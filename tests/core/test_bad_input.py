@@ -195,8 +195,8 @@ ENTRY_POINTS = [
     ),
     (
         "policy",
-        "kvplug.policy:Selector",
-        "policy 'policy' (kvplug.policy:Selector)",
+        "kvplug.load:Selector",
+        "policy 'policy' (kvplug.load:Selector)",
         "the class attribute `name`",
     ),
 ]
