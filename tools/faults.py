@@ -23,6 +23,7 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
 PLAN = "tests/core/test_plan.py::"
+SCHEDULE = "tests/core/test_schedule.py::"
 MIN_CONTEXT = f"{PLAN}test_a_request_of_exactly_min_context_tokens_is_served_dense"
 BOUNDARIES = "tests/core/test_boundaries.py::"
 PROMISED = "tests/core/test_eviction.py::test_kept_tokens_are_what_was_promised"
@@ -54,13 +55,13 @@ FAULTS = (
     Fault(
         "core: shortcut at min_context",
         "kvplug/plan.py",
-        "(position >= self.settings.min_context)",
-        "(position > self.settings.min_context)",
+        "selects & (position >= self.settings.min_context)",
+        "selects & (position > self.settings.min_context)",
         MIN_CONTEXT,
     ),
     Fault(
         "core: packing at min_context",
-        "kvplug/plan.py",
+        "kvplug/schedule.py",
         "(prompt > self.settings.min_context)",
         "(prompt >= self.settings.min_context)",
         MIN_CONTEXT,
@@ -74,7 +75,7 @@ FAULTS = (
     ),
     Fault(
         "core: packing at the budget",
-        "kvplug/plan.py",
+        "kvplug/schedule.py",
         "(whole > self._short)",
         "(whole >= self._short)",
         f"{PLAN}test_a_prompt_is_packed_from_the_first_page_beyond_its_budget_on",
@@ -88,16 +89,16 @@ FAULTS = (
     ),
     Fault(
         "core: packing at a prompt's end",
-        "kvplug/batch.py",
-        "(computed <= prompt) & (prompt < total)",
-        "(computed <= prompt) & (prompt <= total)",
+        "kvplug/schedule.py",
+        "self.era(total - 1, begin) + 1 - first",
+        "self.era(total, begin) + 1 - first",
         f"{BOUNDARIES}test_a_prompt_of_100_tokens_is_packed_by_the_step_that_computes_the_one_behind",
     ),
     Fault(
         "core: window queries at a prompt's end",
         "kvplug/batch.py",
-        "end = np.minimum(total, prompt)",
-        "end = np.minimum(total, prompt - 1)",
+        "end = np.minimum(total[row], at)",
+        "end = np.minimum(total[row], at - 1)",
         f"{PLAN}test_a_step_keeps_the_window_queries_that_scores_will_ask_for",
     ),
     Fault(
@@ -122,16 +123,44 @@ FAULTS = (
         PROMISED,
     ),
     Fault(
+        "core: a chunk that ends with a step",
+        "kvplug/schedule.py",
+        "total + self.appends",
+        "total",
+        f"{SCHEDULE}test_chunks_that_are_packed_where_they_lie_are_read_as_they_were_left",
+    ),
+    Fault(
+        "core: sinks of the first chunk alone",
+        "kvplug/schedule.py",
+        "self.scored.without_sinks() if",
+        "self.scored if",
+        f"{SCHEDULE}test_protected_tokens_of_a_chunk_stay_with_it",
+    ),
+    Fault(
+        "core: a prompt's last queries",
+        "kvplug/plan.py",
+        "end = prompt - self.generate.last",
+        "end = prompt",
+        "tests/core/test_prefill.py::test_a_prompt_s_query_sees_its_sinks_and_its_window",
+    ),
+    Fault(
+        "core: a window behind what was packed",
+        "kvplug/plan.py",
+        "holds = (packed == HELD) & (not self.chunk)",
+        "holds = packed > -9",
+        "tests/core/test_prefill.py::test_a_window_takes_nothing_from_what_was_packed",
+    ),
+    Fault(
         "core: a budget of exactly max_budget",
         "kvplug/offer.py",
-        "asked.policy.scored.budget > self.max_tokens",
-        "asked.policy.scored.budget >= self.max_tokens",
+        "scored.budget > self.max_tokens",
+        "scored.budget >= self.max_tokens",
         f"{BOUNDARIES}test_a_request_may_keep_exactly_max_budget",
     ),
     Fault(
         "vllm: protect, to the score",
         "kvplug_vllm/attention.py",
-        "packing.width, packing.settings.protect)",
+        "packing.width, event.protect)",
         "packing.width, ())",
         VLLM + HANDED.format("protect"),
     ),
@@ -152,15 +181,15 @@ FAULTS = (
     Fault(
         "vllm: scale, to the score",
         "kvplug_vllm/attention.py",
-        "scale=self.scale,\n            first_head",
+        "scale=self.logit_scale(layer),\n            first_head",
         "scale=1.0,\n            first_head",
         VLLM + HANDED.format("scale"),
     ),
     Fault(
         "vllm: scale, to the selection",
         "kvplug_vllm/attention.py",
-        "width=step.width, scale=self.scale,",
-        "width=step.width, scale=1.0,",
+        "page_size=step.page, width=step.width, scale=scale,",
+        "page_size=step.page, width=step.width, scale=1.0,",
         VLLM + HANDED.format("scale"),
     ),
     Fault(
@@ -185,9 +214,24 @@ FAULTS = (
         VLLM + HANDED.format("digests"),
     ),
     Fault(
+        "vllm: names of packed blocks",
+        "kvplug_vllm/appending.py",
+        "end = (chunk + 1) * self.planner.chunk",
+        "end = chunk * self.planner.chunk + 1",
+        "tests/vllm/test_chunks.py::test_what_was_packed_is_found_by_who_comes_with_its_prefix",
+    ),
+    Fault(
+        "sglang: what the tree takes of a prompt that streams in",
+        "kvplug_sglang/packing.py",
+        "min(up_to, tenant.prompt, tenant.course.begin)",
+        "min(up_to, tenant.prompt)",
+        "tests/sglang/test_chunks.py::"
+        "test_answers_are_those_of_a_plain_llama_that_packs_at_the_same_positions",
+    ),
+    Fault(
         "sglang: protect",
         "kvplug_sglang/step.py",
-        "protect=planner.settings.protect",
+        "protect=event.protect",
         "protect=()",
         SGLANG + HANDED.format("protect"),
     ),
@@ -201,8 +245,8 @@ FAULTS = (
     Fault(
         "sglang: scale, to the selection",
         "kvplug_sglang/attention.py",
-        "scale=layer.scaling,\n        )  # fmt: skip",
-        "scale=1.0,\n        )  # fmt: skip",
+        "scale=layer.scaling,\n        )  # fmt: skip\n        if step",
+        "scale=1.0,\n        )  # fmt: skip\n        if step",
         SGLANG + HANDED.format("scale"),
     ),
     Fault(
@@ -215,8 +259,8 @@ FAULTS = (
     Fault(
         "sglang: packing at a prompt's end",
         "kvplug_sglang/step.py",
-        "(batch.prompt <= batch.total)",
-        "(batch.prompt < batch.total)",
+        "return not event.era and event.tokens == prompt[event.row]",
+        "return False",
         SGLANG + HANDED.format("min_context"),
     ),
     Fault(
