@@ -58,7 +58,7 @@ def test_pages_that_are_packed_in_place_say_what_they_hold(era):
     packing = SimpleNamespace(
         pages=prompt_pages,
         private=private,
-        event=SimpleNamespace(era=era),
+        event=SimpleNamespace(in_place=bool(era)),
         width=2 * size,
         slots=slots,
         kept=lambda rows, tokens: rows[0]
