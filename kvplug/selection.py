@@ -76,13 +76,9 @@ def choose_units(
     )
 
 
-RANKED = 32
-"""Bytes of a page's share of a block, and of its place among the others."""
-
-
 def shares_bytes(blocks: int, heads: int, pages: int) -> int:
     """What choosing pages for blocks takes at once. heads: KV heads."""
-    return 4 * blocks * heads * pages + min(RANKED * blocks * heads * pages, ROOM)
+    return 2 * 4 * blocks * heads * pages
 
 
 @dataclass
@@ -144,40 +140,12 @@ def choose_pages(
         query=query, bounds=blocks.bounds, start=blocks.start, size=blocks.size, scale=scale
     )
     shares = selector.score(asking, keys, digest, page_table, pages)
-    n, H, P = shares.shape
-    rows = max(1, ROOM // (RANKED * H * max(P, 1)))
-    parts = [
-        _largest(
-            shares[row:][:rows], pages[row:][:rows], blocks.own[row:][:rows], keep[row:][:rows],
-            blocks.sinks, width, selector.mass,
-        )
-        for row in range(0, max(1, n), rows)
-    ]  # fmt: skip
-    chosen, counts = zip(*parts, strict=True)
-    return torch.cat(chosen), torch.cat(counts)
-
-
-def _largest(
-    shares: Tensor, pages: Tensor, own: Tensor, keep: Tensor, sinks: int, width: int,
-    threshold: float | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    n, H, P = shares.shape
-    pages, own, keep = (each[:, None, None] for each in (pages, own, keep))
-    page = torch.arange(P, device=shares.device, dtype=torch.int32)
-    visible = page < pages
-    forced = (page < sinks) | (page >= pages - own)
-    rank = shares.masked_fill(forced, torch.inf).masked_fill(~visible, -torch.inf)
-    order = rank.sort(dim=-1, descending=True, stable=True).indices
-    taken = (page < torch.minimum(keep, pages)).expand(n, H, P)  # by place in that order
+    threshold = selector.mass
     if threshold is not None:
-        ranked = shares.masked_fill(~visible, 0).gather(-1, order)
-        before = ranked.cumsum(-1) - ranked
-        taken = taken & ((before < threshold) | forced.expand(n, H, P).gather(-1, order))
-    mask = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, taken)
-    place = torch.where(mask, mask.cumsum(-1) - 1, width)
-    chosen = torch.zeros(n, H, width + 1, dtype=torch.int32, device=shares.device)
-    chosen.scatter_(-1, place, page.expand(n, H, P))
-    return chosen[..., :width].contiguous(), mask.sum(-1, dtype=torch.int32)
+        shares = shares.log()  # of which the softmax is the share
+    return page_select(
+        shares, pages, keep, width, top_p=threshold, sinks=blocks.sinks, newest=blocks.own
+    )
 
 
 def _choose_tokens(

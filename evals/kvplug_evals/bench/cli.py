@@ -22,6 +22,12 @@ COMPRESSING = (
     "snapkv(budget=512)", "keydiff(budget=512)", "knorm(budget=512)", "random(budget=512)"
 )  # fmt: skip
 
+READING = (
+    "a_shape(window=1024, last=0)",
+    "xattention(threshold=None, budget=2048, last=0)",
+    "block_quest(budget=2048, last=0)",
+)
+
 app = typer.Typer(
     help="Benchmarks.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
@@ -88,6 +94,57 @@ def attention(
         raise typer.BadParameter(str(error)) from None
     # OpenMP reads its environment when torch is loaded, and here it is already.
     command = [sys.executable, "-m", "kvplug_evals.bench.run", options.as_json()]
+    raise typer.Exit(subprocess.run(command, env=os.environ | environment(threads)).returncode)
+
+
+@app.command()
+def prefill(
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="Repeatable. Three that read prompts sparsely, if none."),
+    ] = None,
+    context: Annotated[
+        list[int] | None,
+        typer.Option(help="Tokens of a prompt; repeatable. 8K, 16K, 32K if none.", min=64),
+    ] = None,
+    chunk: Annotated[int, typer.Option(help="Queries of a prefill step.", min=64)] = 1024,
+    heads: Annotated[
+        list[str] | None,
+        typer.Option(help="smollm2, llama-8b or QUERY/KV/DIM; repeatable. smollm2 if none."),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of queries and cache.")] = Dtype.FP32,
+    block_size: Annotated[int, typer.Option(help="Tokens of a cache block.", min=1)] = 32,
+    repeats: Annotated[int, typer.Option(help="Counted pairs of calls.", min=3)] = 5,
+    threads: Annotated[int, typer.Option(help="Of torch and OpenMP.", min=1)] = 2,
+    clock: Annotated[
+        Clock, typer.Option(help="cpu: of the thread alone, where others use the machine.")
+    ] = Clock.WALL,
+    out: Annotated[Path, typer.Option(help="JSON file; the table goes beside it.")] = Path(
+        "results/bench/prefill-cpu.json"
+    ),
+) -> None:
+    """A chunk of a prompt in one layer: vLLM's stock CPU_ATTN against policies. Takes minutes."""
+    if find_spec("vllm") is None:
+        raise SystemExit("vLLM is not installed here; install it with: pip install 'kvplug[vllm]'")
+    from kvplug_evals.bench import prefill as bench_prefill
+
+    try:
+        options = bench_prefill.Options(
+            policies=policy or list(READING),
+            context=context or [8192, 16384, 32768],
+            chunk=chunk,
+            heads=[read_heads(name) for name in heads or ["smollm2"]],
+            dtype=dtype,
+            block_size=block_size,
+            repeats=repeats,
+            threads=threads,
+            clock=clock,
+            out=out,
+            command=shlex.join(["kvplug", "bench", "prefill", *given("prefill")]),
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    command = [sys.executable, "-m", "kvplug_evals.bench.prefill", options.as_json()]
     raise typer.Exit(subprocess.run(command, env=os.environ | environment(threads)).returncode)
 
 

@@ -103,10 +103,10 @@ class Layer:
         """keys and values [tokens, H, D], slots [tokens] int64"""
         self.impl.do_kv_cache_update(self.attention, keys, values, self.cache, slots)
 
-    def plan(self, page_table: Tensor, slots: Tensor) -> None:
-        """Once a step: metadata for one new token of each request."""
+    def plan(self, page_table: Tensor, slots: Tensor, queries: int = 1) -> None:
+        """Once a step: metadata for so many new tokens of each request, its last ones."""
         shape = self.shape
-        bounds = torch.arange(shape.B + 1, dtype=torch.int32)
+        bounds = torch.arange(shape.B + 1, dtype=torch.int32) * queries
         lengths = torch.full((shape.B,), shape.T, dtype=torch.int32)
         common = CommonAttentionMetadata(
             query_start_loc=bounds,
@@ -114,8 +114,8 @@ class Layer:
             seq_lens=lengths,
             seq_lens_cpu_upper_bound=lengths,
             num_reqs=shape.B,
-            num_actual_tokens=shape.B,
-            max_query_len=1,
+            num_actual_tokens=shape.B * queries,
+            max_query_len=queries,
             max_seq_len=shape.T,
             block_table_tensor=page_table,
             slot_mapping=slots,
@@ -123,7 +123,7 @@ class Layer:
         self.metadata = self.builder.build(0, common)
 
     def attend(self, query: Tensor, out: Tensor) -> None:
-        """Once a layer. query and out [B, Hq, D]"""
+        """Once a layer. query and out [tokens, Hq, D]"""
         self.impl.forward(self.attention, query, None, None, self.cache, self.metadata, out)
 
 
