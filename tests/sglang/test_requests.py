@@ -23,6 +23,7 @@ COMPRESSING = {
 }  # fmt: skip
 COUNTERS = COMPRESSING | {
     "decode_queries", "cached_tokens", "read_tokens", "cached_bytes", "read_bytes",
+    "prefill_queries", "prefill_cached_tokens", "prefill_read_tokens",
 }  # fmt: skip
 
 
@@ -74,6 +75,9 @@ def test_a_dense_request_beside_compressed_ones_equals_stock(engine, random_llam
         server.generate(batch[:1], 12)
         again = server.counted()
 
+    assert compressed["prefill_queries"] == 600 + 420
+    seen = 600 * 601 // 2 + 420 * 421 // 2
+    assert compressed["prefill_cached_tokens"] == compressed["prefill_read_tokens"] == seen
     assert compressed["packing_seconds"] > 0
     assert again["packing_seconds"] > compressed["packing_seconds"]
     whole = 600 // 16, 420 // 16
