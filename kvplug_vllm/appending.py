@@ -57,36 +57,43 @@ class AppendingManager(EvictingManager):
         num_prompt_tokens: int | None = None,
     ) -> None:
         chunk, kept = self.planner.chunk, self.planner.schedule.kept
-        row = self.req_to_blocks.get(request_id, [])
         before = self.packed.get(request_id, 0)
         last = processed_computed_tokens // self.block_size // chunk
         for number in range(before, last):
+            self._publish(request_id, number)
             first = number * chunk
-            self._publish(request_id, number, row[first : first + kept])
             give_back(
                 self, request_id, first + kept, first + chunk, self.kv_cache_spec.settings.policy
             )
         if last > before:
             self.packed[request_id] = last
 
-    def _publish(self, request_id: str, chunk: int, blocks: Sequence[Any]) -> None:
+    def _publish(self, request_id: str, chunk: int) -> None:
         request = self.requests.get(request_id)
         if request is None or not self.enable_caching:
             return
         hashes = resolve_block_hashes(
             request.block_hashes, self.block_pool.hash_block_size, self.block_size
         )
-        end = (chunk + 1) * self.planner.chunk
+        first, end = chunk * self.planner.chunk, (chunk + 1) * self.planner.chunk
+        if end > len(hashes):
+            return  # a step ahead of what was said
+        blocks = self.req_to_blocks[request_id][first : first + self.planner.schedule.kept]
         for number, block in enumerate(blocks):
-            if block.block_hash is None:  # else it was found packed
+            if block.block_hash is None and not block.is_null:  # else it was found packed
                 name = self.kv_cache_spec.name(bytes(hashes[end - 1]), number)
                 compat.name_block(
                     self.block_pool, name, self.kv_cache_group_id, block, end * self.block_size
                 )
 
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
+        """What its last steps pack is there before a later one can read it."""
+        before = self.packed.pop(request_id, 0)
+        if (request := self.requests.get(request_id)) is not None:
+            last = request.num_computed_tokens // self.block_size // self.planner.chunk
+            for number in range(before, last):
+                self._publish(request_id, number)
         self.requests.pop(request_id, None)
-        self.packed.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     @classmethod

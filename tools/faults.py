@@ -216,8 +216,8 @@ FAULTS = (
     Fault(
         "vllm: names of packed blocks",
         "kvplug_vllm/appending.py",
-        "end = (chunk + 1) * self.planner.chunk",
-        "end = chunk * self.planner.chunk + 1",
+        "first, end = chunk * self.planner.chunk, (chunk + 1) * self.planner.chunk",
+        "first, end = chunk * self.planner.chunk, chunk * self.planner.chunk + 1",
         "tests/vllm/test_chunks.py::test_what_was_packed_is_found_by_who_comes_with_its_prefix",
     ),
     Fault(

@@ -221,6 +221,9 @@ def test_what_was_packed_is_found_by_who_comes_with_its_prefix(engine, random_ll
         for name, (prompt, _) in asked.items():
             planned.forget()
             assert ask(prompt) == (warm[name][0], 0), name
+        planned.forget()
+        planned.generate([first[:512]], 1)
+        assert ask(first[:512] + other)[1] == 512, "though it ended with the step that packs"
         packed = ask(first + answer + question)[0]
         # What leaves the pool shortens the hit to the chunk before.
         hostages = planned.pool.get_new_blocks(planned.free_blocks)
