@@ -221,7 +221,8 @@ def beside(settings: Settings, vllm_config: Any) -> Iterator[tuple[str, str]]:
     for reason in _beside_drafts(settings, vllm_config):
         yield "drafts", reason
     generate, size = settings.policy.generate, vllm_config.cache_config.block_size
-    if generate is not None and size is not None:
+    hybrid = getattr(vllm_config.model_config, "is_hybrid", False)  # gets its blocks later
+    if generate is not None and size is not None and not hybrid:
         try:
             generate.check_page(size)
         except ValueError as error:

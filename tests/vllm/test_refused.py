@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -376,3 +377,20 @@ def test_a_server_with_a_wrong_policy_does_not_start(random_llama, environment):
     )  # fmt: skip
     assert done.returncode != 0
     assert "quest has no option 'budgt'. Did you mean 'budget'?" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("hybrid, reasons", [(True, 0), (False, 1)])
+def test_blocks_are_held_against_pages_once_those_are_known(hybrid, reasons):
+    """A model with recurrent layers gets larger ones behind the refusals; the plan asks again."""
+    from kvplug import Planner, Settings, parse
+    from kvplug_vllm.refusals import beside
+
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(is_hybrid=hybrid, hf_text_config=None),
+        cache_config=SimpleNamespace(block_size=128),
+        speculative_config=None,
+    )
+    settings = Settings(policy=parse("xattention(block=160)"))
+    assert len(list(beside(settings, config))) == reasons
+    with pytest.raises(ValueError, match=r"write xattention\(block=256\)"):
+        Planner(settings, 256)
