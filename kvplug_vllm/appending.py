@@ -111,10 +111,8 @@ class AppendingManager(EvictingManager):
     ) -> tuple[tuple[list[Any], ...], int]:
         """Whole chunks, all of whose packed blocks are there."""
         assert not drop_eagle_block and dcp_world_size == pcp_world_size == 1
-        size, planner = (
-            kv_cache_spec.block_size,
-            kv_cache_spec.settings.planner(kv_cache_spec.block_size),
-        )
+        size = kv_cache_spec.block_size
+        planner = kv_cache_spec.settings.planner(size)
         hashes: Sequence[Any] = resolve_block_hashes(
             block_hashes,
             block_pool.hash_block_size,

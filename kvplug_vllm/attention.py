@@ -401,7 +401,7 @@ class PlannedImpl:
             step.page_table, chosen, counts, step.lengths, size, virtual.page_stride,
             virtual.head_stride, unit=step.unit, token_stride=virtual.token_stride,
         )  # fmt: skip
-        if budget == selector.budget and step.counted:
+        if budget == selector.budget and selector.mass is None:
             metadata = step.metadata
             metadata.block_table = table
         else:

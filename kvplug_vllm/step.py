@@ -58,8 +58,6 @@ class Selected:
     """Tokens of what is chosen as one."""
     width: int
     """Units."""
-    counted: bool
-    """Whether the host knows how much is read: no share of an estimate ends it."""
     metadata: Any
     """Stock metadata of the Q * H virtual sequences, for layers of the selector's own budget; None
     where the stock kernel reads no such units."""
@@ -421,7 +419,6 @@ class PlannedBuilder:
             page=page,
             unit=unit,
             width=width,
-            counted=selector.mass is None,
             metadata=metadata,
             rebuild=self._rebuilder(metadata, build),
         )
