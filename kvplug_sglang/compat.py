@@ -273,6 +273,12 @@ def decode_batch(view: Any) -> int:
     return 0 if decode.backend == Backend.DISABLED else int(decode.max_bs or 0)
 
 
+def prefill_tokens(view: Any) -> int:
+    """Queries of prompts that a step has at most; without chunks it may be one more prompt's."""
+    chunk = view.chunked_prefill_size or 0
+    return int(chunk if chunk > 0 else max(view.max_prefill_tokens, view.context_length or 0))
+
+
 def captures_prefill(view: Any) -> bool:
     from sglang.srt.model_executor.cuda_graph_config import Backend
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvplug import BatchPlanner, Offer, TokenSelector, read_offer
+from kvplug import BatchPlanner, Offer, TokenSelector, read_offer, shares_bytes
 from kvplug_sglang import compat
 from kvplug_sglang.backend import TRITON, stock
 from kvplug_sglang.compression import packing_bytes
@@ -29,8 +29,8 @@ def decide(server_args: Any) -> None:
 
 
 def reserve(server_args: Any) -> float:
-    """MiB beside what SGLang reckons for its own graphs: what ours hold, and what packing a prompt
-    takes."""
+    """MiB beside what SGLang reckons for its own graphs: what ours hold, and what packing a prompt,
+    or choosing what its queries read, takes."""
     offer = _sparse()
     if offer is None:
         return 0.0
@@ -41,7 +41,10 @@ def reserve(server_args: Any) -> float:
     splits = view.triton_attention_num_kv_splits if lists else 0
     held = graph_bytes(offer, model, view.tp_size, batch, size, splits)
     dtype = compat.cache_dtype(view, model)
-    return (held + packing_bytes(offer, model, view.tp_size, size, dtype)) / MIB
+    packing = packing_bytes(offer, model, view.tp_size, size, dtype)
+    queries = compat.prefill_tokens(view)
+    choosing = choosing_bytes(offer, model, view.tp_size, size, queries, bool(lists))
+    return (held + max(packing, choosing)) / MIB
 
 
 def _sparse() -> Offer | None:
@@ -51,6 +54,22 @@ def _sparse() -> Offer | None:
     except ValueError:
         return None  # refused a little later, together with all other reasons
     return None if offer.settings.policy.is_dense and not offer.mixed else offer
+
+
+def choosing_bytes(
+    offer: Offer, model: Any, ranks: int, page_size: int, queries: int, lists: bool
+) -> int:
+    """The most that choosing pages for prompts' queries, so many in a step, takes on one rank, by
+    each policy that a request may have; layer by layer. lists: of tokens are read, not tables."""
+    heads, pages = model.get_num_kv_heads(ranks), -(-model.context_len // page_size)
+    found = 0
+    for selector in offer.block_selectors:
+        blocks = -(-queries // selector.block)
+        width = min(-(-selector.budget // page_size), pages)
+        read = 4 + (8 * page_size if lists else 4)
+        chosen = blocks * heads * width * read
+        found = max(found, shares_bytes(blocks, heads, pages) + chosen)
+    return found
 
 
 def graph_bytes(

@@ -35,6 +35,7 @@ def admit(result: None, self: Any, *args: Any, **kwargs: Any) -> None:
         self.set_finish_with_abort(str(error))
         engine.refused(error)
         return
+    self.cache_salt = engine.offer.salt(self.kvplug_settings, self.cache_salt)
     if evicts_by_position(self):
         # Holes would be shared, or what they leave be locked: SGLang's tree keeps whole prefixes.
         self.skip_radix_cache_insert = True

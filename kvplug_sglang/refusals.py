@@ -115,12 +115,6 @@ def refusals(view: Any, model: Any, given: object) -> Iterator[str]:
     if offer.settings.policy.is_dense and not offer.mixed:
         return
     yield from unsupported(offer)
-    if offer.mixed and offer.generates:
-        yield (
-            "requests choose how their prompts are read, and SGLang's prefix tree is not told who "
-            "may share what such a prompt leaves; serve one policy of the stage generate without "
-            '"allow", or in vLLM'
-        )
     page = view.page_size or default_page(offer) or 1
     try:
         Planner(offer.settings, page)

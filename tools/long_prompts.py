@@ -6,8 +6,9 @@
 Two texts of Python's own as prompts of 7,936 tokens: source, and documentation that repeats itself
 from far away. The loss is the -log p of the text's tokens from 1,536 on, in nats a token; the
 seconds are those of the first token of an answer, in chunks of 2,048, each prompt alone; what is
-read is a share of what stands before each query, a block's pages counted once. Float32, one
-thread for each core that the process may use. A minute and more for each policy.
+read is a share of what stands before each query, a block's pages counted once. With a stride of 1
+`xattention` weighs each page by its true attention: the best that pages and blocks of these sizes
+can do. Float32, one thread for each core that the process may use. Minutes for each policy.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ POLICIES = (
     "xattention(stride=16)",
     "xattention(threshold=None, budget=704)",
     "xattention(threshold=None, budget=1216)",
+    "xattention(stride=1, threshold=None, budget=704)",
     "block_quest(budget=704)",
     "block_quest(budget=1216)",
     "random_prefill(budget=704)",
@@ -89,8 +91,10 @@ def counted() -> Iterator[Read]:
             found.read, found.cached = blocks.read, blocks.cached
 
 
-def measure(policy: str, model: Path, tokens: int) -> dict[str, tuple[float, float, float]]:
-    """By text: loss, seconds, share read."""
+def measure(
+    policy: str, model: Path, tokens: int, timed: bool
+) -> dict[str, tuple[float, float, float]]:
+    """By text: loss, seconds (of a prompt of its own if timed), share read."""
     from vllm import LLM, SamplingParams
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
@@ -103,12 +107,15 @@ def measure(policy: str, model: Path, tokens: int) -> dict[str, tuple[float, flo
     tokenizer, found = llm.get_tokenizer(), {}
     for name, text in TEXTS.items():
         prompt = {"prompt_token_ids": tokenizer.encode(text)[:tokens]}
+        asked = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
         with counted() as read:
+            began = time.monotonic()
+            (said,) = llm.generate([prompt], asked, use_tqdm=False)
+            seconds = time.monotonic() - began
+        if timed:
             began = time.monotonic()
             llm.generate([prompt], SamplingParams(max_tokens=1, temperature=0), use_tqdm=False)
             seconds = time.monotonic() - began
-        asked = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
-        (said,) = llm.generate([prompt], asked, use_tqdm=False)
         losses = [
             -said.prompt_logprobs[n][token].logprob
             for n, token in enumerate(prompt["prompt_token_ids"])
@@ -125,10 +132,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path(".models/smollm2"))
     parser.add_argument("--tokens", type=int, default=7936)
+    parser.add_argument(
+        "--losses", action="store_true", help="no prompt again for its seconds alone"
+    )
     parser.add_argument("policies", nargs="*", default=POLICIES)
     given = parser.parse_args()
     for policy in given.policies:
-        found = measure(policy, given.model, given.tokens)
+        found = measure(policy, given.model, given.tokens, not given.losses)
         shown = "; ".join(
             f"{name} {loss:.3f}, {seconds:.1f} s, {share:.0%} read"
             for name, (loss, seconds, share) in found.items()

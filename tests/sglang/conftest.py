@@ -141,6 +141,7 @@ class Engine:
         tokens: int = 16,
         policy: Any = None,
         session: Any = None,
+        salt: str | None = None,
         **sampling: Any,
     ) -> str:
         """Queue a request -> its id."""
@@ -160,7 +161,7 @@ class Engine:
                 rid=rid, input_text=None, input_ids=array("q", prompt), input_embeds=None,
                 mm_inputs=None, token_type_ids=None, sampling_params=parameters,
                 return_logprob=False, logprob_start_len=-1, top_logprobs_num=0,
-                token_ids_logprob=None, stream=False, session_params=session,
+                token_ids_logprob=None, stream=False, session_params=session, cache_salt=salt,
             )
         )  # fmt: skip
         return rid

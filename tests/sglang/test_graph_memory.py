@@ -23,6 +23,14 @@ def held(line: str, batch: int = 256, page_size: int = 32, kv_splits: int = 0, *
     return graph_bytes(offer, MODEL, 1, batch, page_size, kv_splits) / MIB
 
 
+def choosing(line: str, queries: int = 8192, lists: bool = False, **more) -> float:
+    from kvplug import read_offer
+    from kvplug_sglang.graph_memory import choosing_bytes
+
+    offer = read_offer({"policy": line, **more}, environ={})
+    return choosing_bytes(offer, MODEL, 1, 32, queries, lists) / MIB
+
+
 @pytest.fixture
 def resolve(random_llama, monkeypatch):
     """What SGLang saw of graphs of prefill, and the MiB that are left free for ours."""
@@ -69,9 +77,11 @@ def test_prefill_without_graphs_is_decided_before_memory_is_sized(resolve):
 
 
 def test_sglang_leaves_room_for_them_and_for_packing(resolve):
-    policies = (None, "dense", "quest(budget=64)", "streaming_llm", "knorm(budget=64)")
-    stock, dense, selects, evicts, packs = (resolve(line)["ours"] for line in policies)
+    policies = (None, "dense", "quest(budget=64)", "streaming_llm", "knorm(budget=64)",
+                "block_quest(budget=4096)")  # fmt: skip
+    stock, dense, selects, evicts, packs, blocks = (resolve(line)["ours"] for line in policies)
     assert stock == dense == 0 < selects
+    assert 0 < blocks != selects, "what choosing for a prompt takes"
     longest = 2 * 8192 * 2 * 64 * 2 / MIB  # keys and values of a layer: two heads of 64, 16 bits
     assert longest < packs - evicts < 2 * longest, "their graphs are alike"
 
@@ -145,3 +155,13 @@ def test_they_hold_no_lists_where_flash_attention_reads_tables():
     assert held("snapkv(budget=4096)", kv_splits=8) > 256, "a list of the whole context"
     assert held("snapkv(budget=4096)") < 48
     assert held("quest(budget=8192)", batch=0) == 0
+
+
+def test_choosing_for_prompts_is_reckoned_with():
+    """128 blocks of 64 queries over 131,072 tokens, 8 KV heads: shares twice, a table or lists."""
+    tables, lists = (choosing("xattention(budget=16384)", lists=each) for each in (False, True))
+    shares = 2 * 4 * 128 * 8 * 4096 / MIB
+    assert tables == shares + 128 * 8 * 512 * 8 / MIB
+    assert lists == shares + 128 * 8 * 512 * (4 + 8 * 32) / MIB
+    assert choosing("dense", allow=["xattention"]) == tables, "a request may"
+    assert choosing("a_shape") == choosing("quest") == 0

@@ -66,3 +66,41 @@ def test_blocks_read_what_vllm_s_do(engine, random_llama, prompts, dense, policy
         assert [planned.generate([prompt], 12)[0] for prompt in batch] == together
     with engine(random_llama(), policy, chunked_prefill_size=128) as planned:
         assert [planned.generate([prompt], 12)[0] for prompt in batch] == together
+
+
+def test_requests_share_pages_with_those_that_read_a_prompt_as_they_do(
+    engine, random_llama, prompts
+):
+    """With the answers that each has alone, also in one batch."""
+    offer = {"policy": "dense", "allow": ["a_shape", "xattention", "quest"]}
+    (prompt,) = prompts(600)
+    narrow, other = "a_shape(sinks=16, window=64)", "a_shape(sinks=16, window=96)"
+    blocks = "xattention(threshold=0.6, sinks=32)"
+    with engine(random_llama(), json.dumps(offer), chunked_prefill_size=4096) as mixed:
+        answers: dict[tuple[str | None, int], list[list[int]]] = {}
+
+        def cached(policy=None, salt=None, min_context=0):
+            asked = {"policy": policy, "min_context": min_context} if policy else None
+            rid = mixed.send(prompt, 4, asked, salt=salt)
+            mixed.drain()
+            answers.setdefault((policy, min_context), []).append(mixed.output(rid))
+            return mixed.cached(rid)
+
+        assert cached(narrow) == 0
+        assert cached() == 0, "a dense request is not served sparse pages"
+        whole = cached()
+        assert whole == cached("quest(budget=64)") == cached(narrow) > 550
+        assert cached(other) == cached(narrow, min_context=300) == 0, "another policy"
+        assert cached(f"{narrow} + quest(budget=64)") == whole, "that decodes otherwise"
+        assert cached(blocks) == 0
+        assert cached(narrow, "mine") == cached(salt="mine") == 0
+        assert cached(narrow, "mine") == cached(salt="mine") == whole
+        assert cached(salt='[null, "a_shape(sinks=16, block=64, last=0, window=64) from 0"]') == 0
+        assert all(len(set(map(tuple, same))) == 1 for same in answers.values())
+        assert answers[narrow, 0][0] != answers[None, 0][0]
+        mixed.forget()
+        each = [mixed.send(prompt, 4, policy) for policy in (narrow, None, other, blocks)]
+        mixed.drain()
+        assert [mixed.output(rid) for rid in each] == [
+            answers[policy, 0][0] for policy in (narrow, None, other, blocks)
+        ]
