@@ -29,8 +29,8 @@ def decide(server_args: Any) -> None:
 
 
 def reserve(server_args: Any) -> float:
-    """MiB beside what SGLang reckons for its own graphs: what ours hold, and what packing a prompt,
-    or choosing what its queries read, takes."""
+    """MiB beside what SGLang reckons for its own graphs: what ours hold, and what packing a
+    prompt, or choosing what its queries read, takes."""
     offer = _sparse()
     if offer is None:
         return 0.0

@@ -113,7 +113,7 @@ def test_tensor_parallel_mixed_policies_answer_as_alone(server, random_llama, mi
     for name in of_kvplug - {"kvplug_refused_requests_total"}:
         seen = server.metric(name)
         probed = "prefill" in name  # /health asks for a token behind a prompt of one
-        assert seen == 0 or probed and seen < 9, "a rate needs to have seen the zero"
+        assert seen == 0 or (probed and seen < 9), "a rate needs to have seen the zero"
     server.ask(*mixed[0])
     assert server.metric("kvplug_saved_bytes_total") == (521 // 16 - 64 // 16) * PAGE
     assert 0 < server.metric("kvplug_packing_seconds_total") < 60
