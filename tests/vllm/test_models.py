@@ -30,6 +30,10 @@ def gemma(tmp_path_factory):
     return folder
 
 
+BY_HEAD = ["xattention(threshold=0.6, sinks=32)", "keydiff(budget=96, chunk=64)"]
+"""Each KV head chooses for itself, while a prompt comes."""
+
+
 def turns(engine, prompts):
     first = prompts(600, 430, 33, 1)
     second = [prompt + first[1][:90] for prompt in first]
@@ -80,8 +84,12 @@ def test_two_ranks_answer_as_one(random_llama, prompts, tmp_path):
     script = Path(__file__).with_name("two_ranks.py")
     alone = [line for line in SMALL if line.startswith(("streaming_llm", "pyramid"))]
     mixed = {
-        "kvplug": {"policy": "dense", "allow": ["quest", "snapkv", "random"], "max_budget": 96},
-        "asks": [None, *(line for line in SMALL if line not in alone)],
+        "kvplug": {
+            "policy": "dense",
+            "allow": ["quest", "snapkv", "random", "keydiff", "xattention"],
+            "max_budget": 96,
+        },
+        "asks": [None, *(line for line in SMALL if line not in alone), *BY_HEAD],
     }
     forced = {"policy": "twilight(budget=1.0, dense_layers=0)", "shortcut": False}
     jobs = {
@@ -104,6 +112,7 @@ def test_two_ranks_answer_as_one(random_llama, prompts, tmp_path):
         answers.append(json.loads(output.read_text()))
     assert answers[0] == answers[1]
     # Workers of their own run the compiled selection, here with everything going through it.
-    dense, quest = answers[0][0][:4], answers[0][0][4:8]
+    dense, *others = (answers[0][0][n : n + 4] for n in range(0, len(answers[0][0]), 4))
     assert answers[0][1] == dense
-    assert quest != dense, "the budget was small enough to matter"
+    assert dense not in others, "budgets were small enough to matter"
+    assert len(others) == len(mixed["asks"]) - 1
