@@ -21,7 +21,13 @@ from kvplug.composition import Composition
 from kvplug.compress import LayerBudgets, LocalLayers, PositionalEviction, PromptKV, ScoredEviction
 from kvplug.config import Settings, read_settings
 from kvplug.eviction import keep_tokens, window_queries
-from kvplug.generate import BlockSelector, PositionalPrefill, QueryBlocks, SparsePrefill
+from kvplug.generate import (
+    BlockSelector,
+    LastQueries,
+    PositionalPrefill,
+    QueryBlocks,
+    SparsePrefill,
+)
 from kvplug.grammar import parse
 from kvplug.load import Selector, TokenSelector
 from kvplug.offer import Offer, Refused, read_offer
@@ -31,6 +37,7 @@ from kvplug.registry import policy_class, policy_names
 from kvplug.schedule import Course, Event, Schedule
 from kvplug.segments import Segments
 from kvplug.selection import (
+    Asking,
     Blocks,
     blocks_of,
     choose_pages,
@@ -43,6 +50,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Action",
+    "Asking",
     "BatchPlanner",
     "BlockSelector",
     "Blocks",
@@ -54,6 +62,7 @@ __all__ = [
     "Evidence",
     "Granularity",
     "Labels",
+    "LastQueries",
     "LayerBudgets",
     "LayerReads",
     "LocalLayers",

@@ -79,6 +79,25 @@ class PositionalPrefill(SparsePrefill):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class LastQueries:
+    """The last W queries of each of R prompts, as far as a step has come with them.
+
+    They may stand behind a prompt's last block, among those that read everything.
+    """
+
+    query: Tensor
+    """Rotated as the keys are. [R, W, H, G, D]"""
+    count: Tensor
+    """How many of the W, counted from the last, are there; what stands before is any. [R] int32"""
+    seen: Tensor
+    """Tokens that the last of them sees. [R] int32"""
+    block: Tensor
+    """The last block of each prompt, whose pages are the ones to look at. [R] int64"""
+    run: Tensor
+    """The prompt of each block. [n] int64"""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class QueryBlocks:
     """One layer's blocks of queries, n of them; their rows stand one after the other."""
 
@@ -92,6 +111,8 @@ class QueryBlocks:
     """Blocks end at its multiples."""
     scale: float
     """What q . k is multiplied by."""
+    last: LastQueries | None = None
+    """For a policy that ``asks``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +129,9 @@ class BlockSelector(SparsePrefill):
 
     needs_keys: ClassVar[bool] = False
     """Whether ``score`` reads the keys themselves."""
+    asks: ClassVar[int] = 0
+    """How many of a prompt's last queries ``score`` asks beside a block's own. What they answer
+    is no function of a block's prefix: what such a policy leaves is for nobody else."""
 
     threshold: float | None = 0.9
     """Share of a block's estimated attention at which it stops reading; None reads on."""
@@ -129,6 +153,10 @@ class BlockSelector(SparsePrefill):
                 f"{self.name}: budget must be a number of tokens, at least sinks + block = "
                 f"{least}, which are always read, got {budget!r}; raise it, or lower the other two"
             )
+
+    @property
+    def publishes(self) -> Sharing:
+        return Sharing.NOBODY if self.asks else super().publishes
 
     @property
     def mass(self) -> float | None:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from secrets import token_hex
 from typing import TypeVar
 
 from kvplug.composition import Composition
@@ -20,7 +21,7 @@ from kvplug.config import Settings, check_keys, read_settings, token_count
 from kvplug.generate import BlockSelector, SparsePrefill
 from kvplug.grammar import parse
 from kvplug.load import Selector
-from kvplug.policy import Digest, Policy
+from kvplug.policy import Digest, Policy, Sharing
 from kvplug.registry import did_you_mean, policy_class
 
 SERVER_KEYS = ("policy", "min_context", "protect", "allow", "max_budget")
@@ -177,15 +178,17 @@ class Offer:
         """What must enter the hashes of a request's pages, so that it shares them with those alone
         that would compute the same: a prompt read sparsely leaves other keys.
 
-        own: the salt that the user gave; it separates as before, and cannot be another's.
+        own: the salt that the user gave; it separates as before, and cannot be another's. What is
+        nobody else's gets one by lot.
         """
-        if not (self.mixed and self.generates):
-            return own
         generate = asked.policy.generate
+        alone = generate is not None and generate.publishes is Sharing.NOBODY
+        if not alone and not (self.mixed and self.generates):
+            return own
         if own is None and generate is None:
             return None
         read = None if generate is None else f"{generate} from {asked.min_context}"
-        return json.dumps([own, read])
+        return json.dumps([own, read, *([token_hex(16)] if alone else [])])
 
     @property
     def names(self) -> list[str]:

@@ -144,11 +144,13 @@ class Planner:
         selects = selects | (block >= 0)
         begin = np.flatnonzero(begins)
         end = np.append(begin[1:], len(row)) - 1
+        stop = position[end] + 1 if len(begin) else position[begin]
         return Segments(
             row=row[begin],
             token=token[begin],
             start=position[begin],
-            stop=position[end] + 1 if len(begin) else position[begin],
+            stop=stop,
+            behind=np.maximum(np.minimum(total, prompt)[row[begin]] - stop, 0),
             kept=kept[begin],
             first=first[begin],
             packed=packed[begin],

@@ -19,8 +19,8 @@ HELD, SINKS = -1, -2
 first."""
 
 _PER_SEGMENT = (
-    "row", "token", "start", "stop", "kept", "first", "packed", "phase", "choice", "selects",
-    "decodes",
+    "row", "token", "start", "stop", "behind", "kept", "first", "packed", "phase", "choice",
+    "selects", "decodes",
 )  # fmt: skip
 
 
@@ -40,6 +40,8 @@ class Segments:
     token: Positions
     start: Positions
     stop: Positions
+    behind: Positions
+    """Queries of the same prompt that the step brings behind these."""
     kept: Positions
     first: Positions
     packed: Positions

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvplug.generate import BlockSelector, QueryBlocks
+from kvplug.generate import BlockSelector, LastQueries, QueryBlocks
 from kvplug.load import Selector, TokenSelector
 from kvplug.plan import Planner
 from kvplug.segments import Segments
@@ -82,6 +82,42 @@ def shares_bytes(blocks: int, heads: int, pages: int) -> int:
 
 
 @dataclass
+class Asking:
+    """As ``LastQueries``, by rows of a step's flat queries. On the device."""
+
+    rows: Tensor
+    """[R, W] int64"""
+    count: Tensor
+    seen: Tensor
+    block: Tensor
+    run: Tensor
+
+    @classmethod
+    def of(cls, segments: Segments, most: int, tensor: Callable[..., Tensor]) -> Asking:
+        """segments: blocks of prompts, one prompt's after the other's"""
+        last = np.flatnonzero(np.append(np.diff(segments.row) != 0, True))
+        first = np.append(0, last[:-1] + 1)
+        behind = segments.behind[last]
+        end = segments.token[last] + segments.queries[last] + behind
+        count = np.minimum(end - segments.token[first], most)
+        rows = np.maximum(end[:, None] + np.arange(-most, 0), (end - count)[:, None])
+        return cls(
+            rows=tensor(rows, torch.int64),
+            count=tensor(count, torch.int32),
+            seen=tensor(segments.visible[last] + behind, torch.int32),
+            block=tensor(last, torch.int64),
+            run=tensor(np.repeat(np.arange(len(last)), last - first + 1), torch.int64),
+        )
+
+    def queries(self, step: Tensor) -> LastQueries:
+        """step: all of its queries. [T, H, G, D]"""
+        return LastQueries(
+            query=step[self.rows], count=self.count, seen=self.seen, block=self.block,
+            run=self.run,
+        )  # fmt: skip
+
+
+@dataclass
 class Blocks:
     """Of a step, on the device: n blocks of T queries of prompts, one after the other."""
 
@@ -97,6 +133,8 @@ class Blocks:
     """Pages that each reads in any case."""
     rows: Tensor
     """``Segments.by_head``. [T * H] int64"""
+    asking: Asking | None = None
+    """Whom the policy asks beside them."""
 
 
 def blocks_of(
@@ -104,7 +142,7 @@ def blocks_of(
 ) -> Blocks:
     """segments: selecting ones of prompts, by that planner. tensor: (array, dtype) -> device"""
     assert planner.blocks is not None
-    queries = segments.queries
+    queries, asks = segments.queries, planner.blocks.asks
     return Blocks(
         size=planner.blocks.block,
         bounds=tensor(np.append(0, np.cumsum(queries)), torch.int32),
@@ -112,6 +150,7 @@ def blocks_of(
         own=tensor(planner.own_pages(segments), torch.int32),
         sinks=planner.sinks,
         rows=tensor(segments.by_head(heads), torch.int64),
+        asking=Asking.of(segments, asks, tensor) if asks else None,
     )
 
 
@@ -127,18 +166,25 @@ def choose_pages(
     *,
     width: int,
     scale: float,
+    step: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logical pages that each KV head of n blocks of queries reads, ascending, and how many.
 
     query [T, H, G, D], keys, digest, page_table [n, P], pages [n]: as ``BlockSelector.score``.
+    step: all queries of the step, for a policy that asks others than the blocks'.
     keep [n]: at most so many pages, the sinks and the block's own among them (never above
     ``width``) -> chosen [n, H, width], counts [n, H] int32. Those are always read; then the
     largest shares, the lower page first among equals, while what is read holds less than
     ``selector.threshold``. Nothing synchronises.
     """
+    last = None
+    if blocks.asking is not None:
+        assert step is not None
+        last = blocks.asking.queries(step)
     asking = QueryBlocks(
-        query=query, bounds=blocks.bounds, start=blocks.start, size=blocks.size, scale=scale
-    )
+        query=query, bounds=blocks.bounds, start=blocks.start, size=blocks.size, scale=scale,
+        last=last,
+    )  # fmt: skip
     shares = selector.score(asking, keys, digest, page_table, pages)
     threshold = selector.mass
     if threshold is not None:

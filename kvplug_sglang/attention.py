@@ -218,7 +218,8 @@ class PlannedAttention:
         picked = mine.view(len(mine), layer.tp_k_head_num, -1, layer.qk_head_dim)  # [Q, H, G, D]
         digest = None if self.digests is None else self.digests.of_layer(layer.layer_id)
         if isinstance(selector, BlockSelector):
-            out = self._blocks(layer, picked, digest, selector, step)
+            every = query.view(len(query), *picked.shape[1:])
+            out = self._blocks(layer, every, picked, digest, selector, step)
             output[slice(None) if step.tokens is None else step.tokens] = out
             return
         self.selected_queries += len(mine)
@@ -235,10 +236,10 @@ class PlannedAttention:
         output.index_copy_(0, step.tokens, out)
 
     def _blocks(
-        self, layer: Any, query: Tensor, digest: Tensor | None, selector: BlockSelector,
-        step: Selected,
+        self, layer: Any, every: Tensor, query: Tensor, digest: Tensor | None,
+        selector: BlockSelector, step: Selected,
     ) -> Tensor:  # fmt: skip
-        """Blocks of a prompt's queries [T, H, G, D] -> [T, Hq, Dv]"""
+        """Blocks of a prompt's queries [T, H, G, D] -> [T, Hq, Dv]; every: the step's."""
         blocks, size = step.blocks, self.engine.page_size
         assert blocks is not None
         self.selected_blocks += len(step.lengths)
@@ -249,7 +250,7 @@ class PlannedAttention:
         chosen, counts = choose_pages(
             selector, blocks, query, keys, digest if selector.digest is not None else None,
             step.page_table, step.pages, step.keep[selector.budget], width=step.width,
-            scale=layer.scaling,
+            scale=layer.scaling, step=every,
         )  # fmt: skip
         heads = Heads.of(step, chosen, counts, size)
         rows = query.flatten(0, 1)[blocks.rows]  # [T * H, G, D]

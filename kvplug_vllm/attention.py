@@ -379,7 +379,8 @@ class PlannedImpl:
         tail = views.tail if selector.digest is not None else None
         asked = heads.to(output.dtype)  # queries may be of eight bits too
         if isinstance(selector, BlockSelector):
-            chosen, counts = self._pages(layer, kv_cache, asked, tail, step, selector)
+            every = query.view(len(query), *heads.shape[1:]).to(output.dtype)
+            chosen, counts = self._pages(layer, kv_cache, every, asked, tail, step, selector)
         else:
             chosen, counts = choose_units(
                 selector, asked, tail, step.page_table, step.pages, step.lengths,
@@ -419,10 +420,10 @@ class PlannedImpl:
             self._put(step, out.view(queries, *output.shape[1:]), output)
 
     def _pages(
-        self, layer: Any, kv_cache: Tensor, query: Tensor, tail: Tensor | None, step: Selected,
-        selector: BlockSelector,
+        self, layer: Any, kv_cache: Tensor, every: Tensor, query: Tensor, tail: Tensor | None,
+        step: Selected, selector: BlockSelector,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """What blocks of queries [T, H, G, D] read, as ``choose_pages``."""
+        """What blocks of queries [T, H, G, D] read, as ``choose_pages``; every: the step's."""
         blocks = step.blocks
         assert blocks is not None
         keys, table = None, step.page_table
@@ -430,7 +431,7 @@ class PlannedImpl:
             keys, table = self.keys_of(layer, kv_cache, table)
         return choose_pages(
             selector, blocks, query, keys, tail, table, step.pages, step.keep[selector.budget],
-            width=step.width, scale=self.logit_scale(layer),
+            width=step.width, scale=self.logit_scale(layer), step=every,
         )  # fmt: skip
 
     def keys_of(self, layer: Any, kv_cache: Tensor, page_table: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +13,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from kvplug import (
+    Asking,
     Blocks,
+    LastQueries,
     Planner,
     QueryBlocks,
     Settings,
@@ -21,6 +24,8 @@ from kvplug import (
     step_reads,
 )
 from kvplug.policies.block_quest import BlockQuest
+from kvplug.policies.flexprefill import FlexPrefill
+from kvplug.policies.minference import FIRST, NEAREST, MInference
 from kvplug.policies.random_prefill import RandomPrefill
 from kvplug.policies.xattention import XAttention
 from tests.core.test_prefill import pages_of, sizes, step
@@ -208,6 +213,156 @@ def test_the_largest_shares_are_read_until_they_hold_the_threshold(sinks, thresh
             assert chosen[i, h, counts[i, h] :].tolist() == [0] * (width - len(got))
 
 
+def asked(S, H, G, D=24):
+    """Two prompts: two blocks of the one, of which the second is cut, and three of the other, with
+    the queries that they and what stands behind them bring."""
+    lengths, rows = (600, 640, 130, 192, 230), (24, 40, 2, 62, 38)
+    blocks, keys, table, pages = paged(5, S, H, D, (640, 640, 230, 230, 230), G, rows, seed=4)
+    pages = torch.tensor([-(-length // S) for length in lengths], dtype=torch.int32)
+    table[1], table[0, pages[0] :] = table[0], 1 << 30  # never read
+    table[2] = table[3] = table[4]
+    start = torch.tensor(lengths, dtype=torch.int32) - torch.tensor(rows, dtype=torch.int32)
+    last = LastQueries(
+        query=torch.randn(2, 64, H, G, D), count=torch.tensor([64, 17], dtype=torch.int32),
+        seen=torch.tensor([655, 237], dtype=torch.int32), block=torch.tensor([1, 4]),
+        run=torch.tensor([0, 0, 1, 1, 1]),
+    )  # fmt: skip
+    return replace(blocks, start=start, last=last), keys, table, pages, lengths, rows
+
+
+def last_weights(blocks, keys, table, pages, length, r, h):
+    """Attention of a prompt's last queries, by position: mean over the group. {position: [T]}"""
+    last = blocks.last
+    b = int(last.block[r])
+    k = keys_seen(keys, table, pages, b, length)[:, h]
+    found = {}
+    for back in range(int(last.count[r])):
+        at = int(last.seen[r]) - 1 - back
+        q = last.query[r, -1 - back, h].double()  # [G, D]
+        logits = (q @ k.T * blocks.scale)[:, : at + 1]
+        share = torch.zeros(length, dtype=torch.double)
+        share[: at + 1] = logits.softmax(-1).mean(0)
+        found[at] = share
+    return found
+
+
+def pages_by(columns, diagonals, start, stop, S):
+    """Pages in which a query of the block reads a column or stands on a diagonal."""
+    read = {t // S for t in columns if t < stop}
+    return read | {(i - d) // S for d in diagonals for i in range(start, stop) if i >= d}
+
+
+def sums(weights, tokens, most):
+    columns, diagonals = sum(weights.values()), torch.zeros(most, dtype=torch.double)
+    for at, share in weights.items():
+        for t in range(max(at + 1 - most, 0), min(tokens, at + 1)):
+            diagonals[at - t] += share[t]
+    return columns, diagonals
+
+
+def greatest(values, number):
+    return set(sorted(range(len(values)), key=lambda t: -float(values[t]))[:number])
+
+
+@pytest.mark.parametrize("S, H, G", SHAPES[:3])
+def test_columns_and_diagonals_are_those_of_the_last_queries(S, H, G):
+    blocks, keys, table, pages, lengths, rows = asked(S, H, G)
+    policy = MInference(vertical=34, slash=104)
+    shares = policy.score(blocks, keys, None, table, pages)
+    alike = shares / shares.amax(-1, keepdim=True)
+    for i, (length, count) in enumerate(zip(lengths, rows, strict=True)):
+        r = int(blocks.last.run[i])
+        whole = lengths[int(blocks.last.block[r])]
+        for h in range(H):
+            weights = last_weights(blocks, keys, table, pages, whole, r, h)
+            columns, diagonals = sums(weights, whole, -(-whole // S) * S)
+            columns[:FIRST], diagonals[:NEAREST] = torch.inf, torch.inf
+            chosen = greatest(columns, 34), greatest(diagonals, 104)
+            wanted = pages_by(*chosen, length - count, length, S)
+            assert set(shares[i, h].nonzero().flatten().tolist()) == wanted
+            assert alike[i, h][sorted(wanted)].min() >= 0.5, "all are read before any is not"
+    torch.testing.assert_close(shares.sum(-1), torch.ones(5, H))
+
+
+@pytest.mark.parametrize("tau", [0, 0.3, 1])
+@pytest.mark.parametrize("S, H, G", SHAPES[:3])
+def test_flexprefill_covers_what_its_pattern_weighs(S, H, G, tau):
+    blocks, keys, table, pages, lengths, rows = asked(S, H, G)
+    keys *= 2  # so that estimates are near and far
+    policy = FlexPrefill(threshold=0.6, tau=tau, min_budget=40)
+    shares, looked = policy.score(blocks, keys, None, table, pages), set()
+    for i, (length, count) in enumerate(zip(lengths, rows, strict=True)):
+        r, P = int(blocks.last.run[i]), int(pages[i])
+        b = int(blocks.last.block[r])
+        whole, every = lengths[b], int(pages[b])
+        found = keys_seen(keys, table, pages, b, whole)
+        pooled = torch.stack([found[p * S : (p + 1) * S].mean(0) for p in range(every)])
+        for h in range(H):
+            weights = last_weights(blocks, keys, table, pages, whole, r, h)
+            columns, diagonals = sums(weights, whole, every * S)
+            a = torch.stack([columns[p * S : (p + 1) * S].sum() for p in range(every)])
+            q = blocks.last.query[r, -int(blocks.last.count[r]) :, h].double().mean(0)
+            given = (q @ pooled[:, h].T * blocks.scale).softmax(-1).mean(0)
+            apart = js(a / a.sum(), given) ** 0.5
+            assert abs(apart - tau) > 1e-4
+            looks = apart < tau
+            looked.add(looks)
+            q = blocks.query[blocks.bounds[i] : blocks.bounds[i + 1], h].double().mean(0)
+            asks = (q @ pooled[:P, h].T * blocks.scale).softmax(-1).mean(0)
+            if looks:
+                wanted = fewest(asks, 0.6)
+            else:
+                chosen = fewest(columns, 0.6), fewest(diagonals, 0.6)
+                wanted = pages_by(*chosen, length - count, length, S)
+            wanted |= greatest(asks if looks else a[:P], -(-40 // S))
+            assert set(shares[i, h].nonzero().flatten().tolist()) == wanted
+    assert looked == ({False} if tau == 0 else {True} if tau == 1 else looked)
+
+
+def js(a, b):
+    middle = (a + b) / 2
+    return sum(float(torch.special.xlogy(one, one / middle).sum()) for one in (a, b)) / 2
+
+
+def fewest(values, share):
+    order = sorted(range(len(values)), key=lambda t: -float(values[t]))
+    held, chosen = 0.0, set()
+    for t in order:
+        if held >= share * float(values.sum()):
+            break
+        chosen.add(t)
+        held += float(values[t])
+    return chosen
+
+
+@claims
+@given(
+    sizes, st.lists(st.tuples(st.integers(0, 300), st.integers(1, 200)), min_size=1, max_size=4)
+)
+def test_who_is_asked_are_the_last_queries_of_each_prompt(S, requests):
+    """Wherever its blocks end, and whatever of it reads everything."""
+    line = "minference(sinks=16, block=64, budget=160, last=50)"
+    planner = Planner(Settings(policy=parse(line), shortcut=False), S)
+    computed, queries = (np.array(each) for each in zip(*requests, strict=True))
+    prompt = computed + queries + np.arange(len(requests)) % 2 * 30 - np.arange(len(requests)) // 2
+    segments = planner.plan(computed, computed + queries, prompt)
+    flat = np.cumsum(queries) - queries
+    segments = segments.where(segments.selects & ~segments.decodes)
+    if not len(segments.row):
+        return
+    found = Asking.of(segments, 64, lambda values, dtype: torch.as_tensor(values, dtype=dtype))
+    for r, row in enumerate(dict.fromkeys(segments.row.tolist())):
+        mine = np.flatnonzero(segments.row == row)
+        assert found.run[mine].tolist() == [r] * len(mine)
+        assert int(found.block[r]) == mine[-1]
+        end = min(int(computed[row] + queries[row]), int(prompt[row]))
+        count = min(64, end - int(segments.start[mine[0]]))
+        assert (int(found.count[r]), int(found.seen[r])) == (count, end)
+        positions = found.rows[r] - flat[row] + computed[row]
+        assert positions[-count:].tolist() == list(range(end - count, end))
+        assert set(positions[:-count].tolist()) <= {end - count}
+
+
 def test_lots_are_the_same_however_a_prompt_is_chunked():
     policy, table = RandomPrefill(seed=3), torch.zeros(2, 30, dtype=torch.int32)
     pages = torch.tensor([20, 21], dtype=torch.int32)
@@ -249,6 +404,12 @@ def test_what_blocks_may_read_is_counted_query_by_query():
         ("xattention(budget=100)", r"at least sinks \+ block = 192, .* got 100; raise it"),
         ("block_quest(budget=0.5)", r"block_quest: budget must be a number of tokens"),
         ("random_prefill(seed=-1)", r"seed must be .* got -1"),
+        ("minference(vertical=10)", r"vertical must be .* at least 30, .* got 10; write minfer"),
+        ("minference(slash=0.5)", r"slash must be .* at least 100, .* got 0\.5"),
+        ("minference(threshold=0.9)", r"not a share: leave threshold out, or write flexprefill"),
+        ("flexprefill(threshold=None)", r"write flexprefill\(threshold=0\.9\), or minference"),
+        ("flexprefill(tau=2)", r"tau must be a distance between 0 and 1, got 2"),
+        ("flexprefill(min_budget=0.1)", r"min_budget must be .* got 0\.1"),
         ("xattention + block_quest", r"both answer the stage 'generate'"),
     ],
 )

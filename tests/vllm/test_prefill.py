@@ -110,6 +110,26 @@ def test_requests_share_pages_with_those_that_read_a_prompt_as_they_do(
         assert answers[narrow, 0][0] != answers[None, 0][0]
 
 
+def test_what_was_read_for_a_prompt_s_end_is_nobody_else_s(engine, random_llama, prompts):
+    """Nor is it its own again; what others left is not read so either."""
+    (prompt,) = prompts(600)
+    offer = {"policy": "minference(vertical=30, slash=100, sinks=0)", "allow": ["quest"]}
+    options = {"max_model_len": 1024, "max_num_batched_tokens": 2048}
+    with engine(random_llama(), offer, **options) as planned:
+        first, second, dense, again = (
+            planned.run([prompt], 12, extra_args={"kvplug": line} if line else None)[0]
+            for line in (None, None, "dense", "dense")
+        )
+        assert [each.num_cached_tokens for each in (first, second, dense)] == [0, 0, 0]
+        assert again.num_cached_tokens > 550
+        assert first.outputs[0].token_ids == second.outputs[0].token_ids
+        assert first.outputs[0].token_ids != dense.outputs[0].token_ids
+        children = planned.run([prompt], 12, n=3, temperature=1, top_k=1)[0]
+        assert {tuple(child.token_ids) for child in children.outputs} == {
+            tuple(first.outputs[0].token_ids)
+        }
+
+
 @pytest.mark.both
 @pytest.mark.parametrize(
     "policy, shape, size",
@@ -119,6 +139,11 @@ def test_requests_share_pages_with_those_that_read_a_prompt_as_they_do(
             "block_quest(budget=192, sinks=32, block=128) + quest(budget=96, dense_layers=0)",
             {"heads": 4, "kv_heads": 1, "head_dim": 32},
             64,
+        ),
+        (
+            "flexprefill(threshold=0.5, sinks=32, min_budget=64) + quest(budget=96)",
+            {"heads": 6, "kv_heads": 2, "head_dim": 64},
+            32,
         ),
         (
             "xattention(stride=16, threshold=0.6, sinks=0, last=9) + twilight(budget=0.2)",
@@ -136,7 +161,7 @@ def test_blocks_read_what_was_chosen_and_nothing_else(
         planned.generate(batch, 4)
         before = shadow.blocks
         cached = planned.run([batch[0][:650] + batch[1]], 4)[0].num_cached_tokens
-        assert cached == 650 // size * size
+        assert cached == (0 if policy.startswith("flex") else 650 // size * size)
         assert shadow.blocks > before > 0
         assert shadow.spared
 

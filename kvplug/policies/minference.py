@@ -1,0 +1,153 @@
+"""MInference's vertical-slash pattern: a prompt's blocks read the columns and diagonals that its
+last queries weigh most.
+
+    p = softmax(scale q . k) of the last 64 queries, causal
+    columns: the ``vertical`` tokens t of greatest sum_q p_qt, the first 30 among them
+    diagonals: the ``slash`` distances d of greatest sum_q p_q,q-d, the last 100 among them
+    query i reads t  iff  t is such a column or i - t such a distance, whole pages
+
+Jiang et al., "MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse
+Attention", NeurIPS 2024, https://arxiv.org/abs/2407.02490
+
+Differs from the paper: all heads have this pattern (there a search offline gives each head one of
+three); query heads that share a KV head read the same pages (mean over the group); where a prompt
+comes in chunks, each asks its own last queries; and of more than ``budget`` tokens the pages that
+those queries weigh most are read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvplug.generate import BlockSelector, QueryBlocks
+from kvplug_kernels.fp8 import bits
+
+FIRST, NEAREST = 30, 100
+"""Columns and diagonals that are always read."""
+WANTED = 0.9999
+"""Share of the estimate that what is wanted holds: a page of 10,000 aside, all of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MInference(BlockSelector):
+    name = "minference"
+    reads = "all; a prompt's blocks the columns and diagonals that its last queries weigh most"
+    paper = "https://arxiv.org/abs/2407.02490"
+    needs_keys: ClassVar[bool] = True
+    asks: ClassVar[int] = 64
+
+    threshold: None = None
+    vertical: int = 1000
+    """Columns."""
+    slash: int = 6096
+    """Diagonals."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field, least in (("vertical", FIRST), ("slash", NEAREST)):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"minference: {field} must be a number of tokens, at least {least}, which are "
+                    f"always read, got {value!r}; write minference(vertical=1000, slash=6096)"
+                )
+        if self.threshold is not None:
+            raise ValueError(
+                "minference reads numbers of columns and diagonals, not a share: leave threshold "
+                "out, or write flexprefill(threshold=0.9)"
+            )
+
+    @property
+    def mass(self) -> float:
+        return WANTED
+
+    def score(
+        self,
+        blocks: QueryBlocks,
+        keys: Tensor | None,
+        digest: Tensor | None,
+        page_table: Tensor,
+        pages: Tensor,
+    ) -> Tensor:
+        assert keys is not None and blocks.last is not None
+        seen = Seen(blocks, keys, page_table, pages)
+        weights = seen.weights()
+        columns, diagonals = weights.sum(2), seen.by_distance(weights)
+        chosen = most(columns, self.vertical, FIRST), most(diagonals, self.slash, NEAREST)
+        return shares(seen.touched(*chosen), seen.by_page(columns)[blocks.last.run])
+
+
+class Seen:
+    """What the last queries of R prompts see: T tokens in P pages, as their last blocks do."""
+
+    def __init__(
+        self, blocks: QueryBlocks, keys: Tensor, page_table: Tensor, pages: Tensor
+    ) -> None:
+        assert blocks.last is not None
+        self.blocks, self.last, self.pages = blocks, blocks.last, pages
+        self.size, last = keys.shape[1], self.last.block
+        self.page = torch.arange(page_table.shape[1], device=pages.device)
+        known = self.page < pages[last, None]
+        table = page_table[last].where(known, page_table[last, :1]).long()
+        self.token = torch.arange(table.shape[1] * self.size, device=pages.device)
+        self.stop = blocks.start + blocks.bounds.diff()
+        self.valid = self.token < self.stop[last, None]  # [R, T]
+        found = bits(keys)[table].view(keys.dtype).float()  # [R, P, S, H, D]
+        self.keys = found.flatten(1, 2).where(self.valid[..., None, None], 0)
+        """[R, T, H, D]"""
+
+    def weights(self) -> Tensor:
+        """The attention of each of the last queries, mean over the group. [R, H, W, T]"""
+        last, W = self.last, self.last.query.shape[1]
+        logits = torch.einsum("rwhgd,rthd->rhgwt", last.query.float(), self.keys)
+        self.at = last.seen[:, None] - W + torch.arange(W, device=self.token.device)  # [R, W]
+        there = self.at >= (last.seen - last.count)[:, None]
+        visible = (self.token <= self.at[..., None]) & self.valid[:, None]
+        logits = (logits * self.blocks.scale).where(visible[:, None, None], -torch.inf)
+        weights = logits.softmax(-1).mean(2)
+        return weights.where(there[:, None, :, None], 0)
+
+    def by_distance(self, weights: Tensor) -> Tensor:
+        """Their sums over the queries at each distance d behind them. [R, H, T]"""
+        token = self.at[..., None] - self.token  # [R, W, T], of each distance
+        T = len(self.token)
+        found = weights.gather(-1, token.clamp(0, T - 1)[:, None].expand_as(weights).long())
+        return found.where(((token >= 0) & (token < T))[:, None], 0).sum(2)
+
+    def by_page(self, each: Tensor) -> Tensor:
+        """[R, H, T] -> sums of pages [R, H, P]"""
+        return each.unflatten(-1, (-1, self.size)).sum(-1)
+
+    def touched(self, columns: Tensor, diagonals: Tensor) -> Tensor:
+        """Pages of which some query of a block reads a token, by a column or by a diagonal. Both
+        [R, H, T] bool -> [n, H, P] bool"""
+        size, run, T = self.size, self.last.run, len(self.token)
+        upright = columns.unflatten(-1, (-1, size)).any(-1)[run]
+        counts = torch.nn.functional.pad(diagonals.long().cumsum(-1), (1, 0))  # [R, H, T + 1]
+        first = self.page * size
+        least = (self.blocks.start[:, None] - first - size + 1).clamp(0, T)  # [n, P]
+        greatest = (self.stop[:, None] - first).clamp(0, T)
+        head = torch.arange(counts.shape[1], device=run.device)[None, :, None]
+        whose = run[:, None, None]
+        between = counts[whose, head, greatest[:, None].long()]
+        between = between - counts[whose, head, least[:, None].long()]
+        return (upright | (between > 0)) & (self.page < self.pages[:, None, None])
+
+
+def most(sums: Tensor, number: int, first: int) -> Tensor:
+    """The greatest ones, the first ones among them. [R, H, T] -> bool"""
+    sums = sums.clone()
+    sums[..., :first] = torch.inf
+    chosen = torch.zeros_like(sums, dtype=torch.bool)
+    return chosen.scatter_(-1, sums.topk(min(number, sums.shape[-1])).indices, True)
+
+
+def shares(wanted: Tensor, weight: Tensor) -> Tensor:
+    """Of pages that are wanted, alike but for their order: those of most weight first. [n, H, P]
+    each; the weights of a block's pages sum to W or less."""
+    each = wanted * (1 + weight / weight.sum(-1, keepdim=True).clamp(min=1e-9))
+    return each / each.sum(-1, keepdim=True).clamp(min=1)
