@@ -194,5 +194,9 @@ def test_pages_are_shared_by_those_that_read_a_prompt_as_they_do():
     assert salt(None, salt(one)) not in apart, "nobody is given another's by naming it"
     alone = read_offer({"policy": one})
     assert alone.salt(alone.settings, "a") == "a", "where all read alike it is the user's"
+    asks = read_offer({"policy": "minference", "allow": ["quest"]})
+    lots = {asks.salt(asks.settings, own) for own in ("a", "a", None, None)}
+    assert len(lots) == 4, "what a prompt's end decided is nobody else's"
+    assert asks.salt(asks.settings_for("dense"), "a") == salt(None, "a")
     without = read_offer({"policy": "dense", "allow": ["quest"]})
     assert without.salt(without.settings, "a") == "a"
