@@ -91,8 +91,7 @@ def _reads(
     chooser = planner.chooser(decodes)
     if chooser is not None and budgets:
         selecting = segments.where(segments.selects)
-        unit = planner.unit if decodes else planner.page_size
-        page = planner.page if decodes else planner.page_size
+        page, unit = planner.grain(decodes)
         for budget in budgets:
             if budget is not None:
                 keep = (

@@ -6,6 +6,7 @@ Axes as in ``kvplug.policy``.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -172,6 +173,10 @@ class BlockSelector(SparsePrefill):
     def page(self, block_size: int) -> int:
         """Tokens of what a digest describes of an engine's block, as ``Selector.page``."""
         return block_size
+
+    def budgets(self, layers: Iterable[int]) -> list[int | float]:
+        """As ``Selector.budgets``: all layers read alike."""
+        return [self.budget]
 
     @abstractmethod
     def score(

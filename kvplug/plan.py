@@ -236,6 +236,10 @@ class Planner:
         """What selects for queries that decode, or for those of a prompt."""
         return self.selector if decodes else self.blocks
 
+    def grain(self, decodes: bool) -> tuple[int, int]:
+        """Tokens of a page, as ``chooser`` is asked about it, and of what it chooses as one."""
+        return (self.page, self.unit) if decodes else (self.page_size, self.page_size)
+
     def layer_budget(self, layer: int, decodes: bool = True) -> int | float | None:
         """What a selecting segment reads in a layer, as policies say it; None for everything."""
         if not decodes:

@@ -358,12 +358,7 @@ class StepPlanner:
         planner, decodes = self.planner(int(segments.choice[0])), bool(segments.decodes[0])
         selector = planner.chooser(decodes)
         assert selector is not None
-        budgets: Sequence[int | float]
-        if isinstance(selector, BlockSelector):
-            page = unit = self.page_size
-            budgets = [selector.budget]
-        else:
-            page, unit, budgets = planner.page, planner.unit, selector.budgets(self.layers)
+        page, unit = planner.grain(decodes)
         return Selected(
             selector=selector,
             tokens=self._tensor(segments.flat),
@@ -371,7 +366,7 @@ class StepPlanner:
             pages=self._tensor(-(-segments.visible // page), torch.int32),
             keep={
                 budget: self._tensor(planner.selection(segments, budget), torch.int32)
-                for budget in budgets
+                for budget in selector.budgets(self.layers)
             },
             lengths=self._tensor(segments.visible, torch.int32),
             page=page,

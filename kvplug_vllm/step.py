@@ -372,7 +372,7 @@ class PlannedBuilder:
         decodes = self.fixed or bool(segments.decodes[0])
         selector = planner.chooser(decodes)
         assert selector is not None
-        unit = planner.unit if decodes else planner.page_size
+        page, unit = planner.grain(decodes)
         lengths, keep = segments.visible, planner.selection(segments)
         width = int(keep.max(initial=1))
         if self.fixed:
@@ -394,12 +394,8 @@ class PlannedBuilder:
                 self._lasting("selected.reads", np.repeat(reads, heads), each=heads),
             )
         table = self._table(common, segments, "selected")
-        budgets: list[int | float]
-        if isinstance(selector, BlockSelector):
+        if not decodes:
             table = table[:, : int(segments.pages.max())].contiguous()
-            page, budgets = planner.page_size, [selector.budget]
-        else:
-            page, budgets = planner.page, selector.budgets(self.layers)
         flat = segments.token if self.fixed else segments.flat
         in_order = (flat == np.arange(len(flat))).all()
         return Selected(
@@ -413,7 +409,7 @@ class PlannedBuilder:
                 budget: self._lasting(
                     f"selected.keep {budget}", planner.selection(segments, budget)
                 )
-                for budget in budgets
+                for budget in selector.budgets(self.layers)
             },
             lengths=self._lasting("selected.lengths", lengths),
             page=page,
