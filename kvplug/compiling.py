@@ -10,6 +10,7 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
+from kvplug.accounting import Labels
 from kvplug.config import Settings
 from kvplug.grammar import parse
 from kvplug.plan import Planner
@@ -86,12 +87,14 @@ class Server:
     def _policy(self) -> tuple[str, Planner]:
         """What the server's metrics name."""
         page = self._read("metrics")
-        size = re.search(r'vllm:cache_config_info\{[^}]*\bblock_size="(\d+)"', page)
+        sizes = re.findall(r'vllm:cache_config_info\{[^}]*\bblock_size="(\d+)"', page)
         lines = re.findall(r'kvplug_packed_prompts_total\{[^}]*\bpolicy="([^"]*)"', page)
-        for line in lines if size else []:
-            policy = parse(line) if "\\" not in line else parse("dense")
-            if policy.scored is not None and policy.scored.compiles:
-                return line, Planner(Settings(policy=policy), int(size[1]))
+        for line in lines if sizes else []:
+            if line == Labels.REST:
+                continue
+            scored = parse(line).scored
+            if scored is not None and scored.compiles:
+                return line, Planner(Settings(policy=parse(line)), int(sizes[0]))
         raise ValueError(
             f"the server at {self.url} compiles no contexts, as far as its metrics say "
             f"({', '.join(lines) or 'nothing of kvplug'}); start it with --attention-backend "

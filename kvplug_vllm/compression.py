@@ -79,11 +79,10 @@ class Compression:
 
     def observations(self, rows: Rows, seen: Sequence[Observed]) -> list[tuple[int, Observed]]:
         """By the stay of their request. What is kept of requests that have left is let go."""
-        packed = [rows.settings[choice].repeats for choice in rows.choice.tolist()]
         wanted = [
             (int(rows.stay[each.row]), each)
             for each in seen
-            if packed[each.row] or not rows.ends[each.row]
+            if not rows.ends[each.row] or rows.settings[rows.choice[each.row]].repeats
         ]
         if wanted:
             staying = Router.staying(self.vllm_config)

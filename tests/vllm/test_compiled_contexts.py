@@ -111,7 +111,8 @@ def test_whoever_comes_with_a_compiled_context_sees_what_was_kept_of_it(
     context, question, other, more = prompts(3 * CHUNK + 40, 50, 70, 60)
     plain = Compiled(model, LINE)
     plain.compile(context)
-    with engine(model, {"policy": LINE}) as planned:
+    # One token less than two chunks: the last token of a repetition comes in a step of its own.
+    with engine(model, {"policy": LINE}, max_num_batched_tokens=2 * CHUNK - 1) as planned:
         planned.poison(freed=False)
         free = planned.free_blocks
         whole = ask(planned, context + question)
@@ -144,6 +145,20 @@ def test_whoever_comes_with_a_compiled_context_sees_what_was_kept_of_it(
             assert plain.agrees(prompt, alone[name], chunks) == 40, name
         batch = [prompt for prompt, _, _ in asked.values()]
         assert planned.generate(batch, 40) == list(alone.values())
+
+        # What a replayed step ends with is packed before the next one runs, from blocks that may
+        # have been handed out by then; nobody has written to them.
+        del planned.pool.get_new_blocks, planned.pool.free_blocks
+        (second,) = prompts(2 * CHUNK, seed=1)
+        plain.compile(second)
+        sets.clear()
+        for prompt in repetitions(second, CHUNK):
+            planned.generate([prompt], 1, extra_args=COMPILE)
+        answer, cached = ask(planned, second + other)
+        assert (cached, plain.agrees(second + other, answer, 2)) == (2 * CHUNK, 40)
+        assert len(sets) == 6
+        for (layer, chunk), (found, _) in sets.items():
+            assert torch.equal(found, plain.kept[layer][chunk]), (layer, chunk)
         assert planned.free_blocks == free
 
 
@@ -182,3 +197,13 @@ def test_what_left_the_pool_is_served_whole_and_what_comes_back_finds_it_again(
         planned.forget()
         answer, cached = ask(planned, turns[0])
         assert (cached, plain.agrees(turns[0], answer)) == (0, 40)
+
+
+@pytest.mark.cpu
+def test_layers_that_see_a_window_are_refused(engine, random_llama):
+    kinds = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 64}
+    with (
+        pytest.raises(ValueError, match="needs layers that all see the whole context"),
+        engine(random_llama(), {"policy": LINE}, hf_overrides=kinds),
+    ):
+        raise AssertionError("it started")
