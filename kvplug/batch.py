@@ -184,9 +184,9 @@ class BatchPlanner:
         found = []
         for one in np.unique(choice).tolist():
             schedule = self.planners[one].schedule
-            if schedule.scored is None or not schedule.scored.needs_queries:
+            if not schedule.window:
                 continue
-            window, rows = schedule.scored.window, np.flatnonzero(choice == one)
+            window, rows = schedule.window, np.flatnonzero(choice == one)
             starts = schedule.begin(prompt[rows])
             row, era = schedule.between(computed[rows], total[rows] + window, starts)
             at, row = schedule.at(era, starts[row]), rows[row]

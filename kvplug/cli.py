@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
+from time import perf_counter
 from typing import Annotated
 
 from kvplug import __version__
+from kvplug.compiling import Server
 from kvplug.doctor import Check
 from kvplug.registry import policy_class, policy_names
 
@@ -106,6 +108,40 @@ def doctor(
         Console().print(table)
     if not all(check.passed for check in found):
         raise typer.Exit(1)
+
+
+@app.command(name="compile")
+def compile_context(
+    file: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="The context's text.")],
+    url: Annotated[str, typer.Option(help="Of the server.")] = "http://localhost:8000",
+    role: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a conversation's first message that begins so, such as system; without it a "
+            "prompt of plain completions."
+        ),
+    ] = None,
+) -> None:
+    """Let a server read a context once for everyone: what its policy keeps serves later requests
+    that begin with it, for as long as its prefix cache has room."""
+    began = perf_counter()
+
+    def tell(done: int, chunks: int) -> None:
+        print(f"\r{done} of {chunks} chunks", end="", file=sys.stderr, flush=True)
+
+    found = Server(url).compile(file.read_text(), role, tell)
+    print(file=sys.stderr)
+    compiled = found.chunks * found.chunk
+    print(
+        f"{found.policy}: {found.tokens:,} tokens, of which {compiled:,} were compiled in "
+        f"{found.chunks:,} chunks of {found.chunk:,}: {found.blocks:,} blocks before, "
+        f"{found.kept:,} now ({perf_counter() - began:.1f} s)"
+    )
+    if not found.chunks:
+        raise ValueError(
+            f"a context of {found.tokens:,} tokens has no whole chunk of {found.chunk:,}; serve a "
+            "policy of smaller chunks"
+        )
 
 
 @contextmanager

@@ -42,6 +42,12 @@ class Composition:
                 )
         for policy in real:
             _check_numbers(policy)
+            if isinstance(policy, ScoredEviction) and policy.compiles and len(real) > 1:
+                raise ValueError(
+                    f"{policy.name} finds contexts as requests of their own left them, and was "
+                    f"never taught what another policy reads or leaves there, got "
+                    f"{' + '.join(map(str, real))!r}; write {policy} alone"
+                )
         order = list(Stage)
 
         def place(policy: Policy) -> tuple[int, bool]:

@@ -63,7 +63,7 @@ class PromptKV:
     """The last W queries of each prompt, rotated as the keys are; None if the policy needs none.
 
     [B, W, H, G, D]. The last row is the prompt's last token; a prompt shorter than W leaves its
-    first rows to garbage.
+    first rows to garbage. Where there is a repetition, its queries.
     """
     lengths: Tensor
     """Tokens of each prompt, those of its partial last page included. [B] int"""
@@ -75,6 +75,12 @@ class PromptKV:
     event: int = 0
     """How often the request was packed before: behind the first time, what is scored are the
     tokens that were kept, in order, and those that came since."""
+    repeated: Tensor | None = None
+    """Keys of the repetition whose queries score a chunk: its tokens again, behind it. [B, W, H,
+    D]; None where nothing is repeated."""
+    first: Tensor | None = None
+    """Keys of the context's first tokens, where a later chunk of it is scored by a repetition: its
+    queries see them too. [B, n, H, D]"""
 
     @property
     def valid(self) -> Tensor:
@@ -124,7 +130,8 @@ class ScoredEviction(Policy):
                     f"{self.name}: {name} must be a number of tokens, at least 1, or None, got "
                     f"{value!r}; write {self.name}({name}=128)"
                 )
-        if self.chunk is not None and self.needs_queries:
+        by_window = self.evidence is Evidence.WINDOW_QUERIES
+        if self.chunk is not None and by_window:
             raise ValueError(
                 f"{self.name}: chunk packs a prompt before its last tokens are there, whose "
                 f"queries {self.name} scores by; leave chunk out, or use keydiff(chunk="
@@ -136,7 +143,7 @@ class ScoredEviction(Policy):
                 "interval out"
             )
         self._check_share()
-        counts = [("sinks", 0), ("window", int(self.needs_queries))]
+        counts = [("sinks", 0), ("window", int(by_window))]
         for field, least in counts if self.appends else [("budget", 1), *counts]:
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -151,7 +158,7 @@ class ScoredEviction(Policy):
                 f"{self.sinks + self.window} tokens, got {kept}; raise the budget or lower "
                 "the other two"
             )
-        if self.needs_queries and self.interval is not None and self.interval < self.window:
+        if by_window and self.interval is not None and self.interval < self.window:
             raise ValueError(
                 f"{self.name}: interval must be at least window = {self.window} tokens, whose "
                 f"queries score what came since, got {self.interval}; raise it or lower the window"
@@ -182,8 +189,14 @@ class ScoredEviction(Policy):
 
     @property
     def needs_queries(self) -> bool:
-        """Whether ``score`` reads the queries of the last ``window`` tokens."""
-        return self.evidence is Evidence.WINDOW_QUERIES
+        """Whether ``score`` reads queries: of the last ``window`` tokens, or of a repetition."""
+        return self.compiles or self.evidence is Evidence.WINDOW_QUERIES
+
+    @property
+    def compiles(self) -> bool:
+        """Whether requests of their own repeat a context, a chunk each, and what they keep of it
+        is found by all later ones; what was never repeated stays whole."""
+        return self.evidence is Evidence.REPETITION
 
     @property
     def every(self) -> int | None:

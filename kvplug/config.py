@@ -19,6 +19,7 @@ DEFAULT_POLICY = "twilight(budget=0.0625)"
 DEFAULT_MIN_CONTEXT = 8192
 ENVIRONMENT = "KVPLUG_POLICY"
 FOR_TESTS = ("shortcut",)
+OF_REQUESTS = ("repeats", "compiled")
 FARTHEST = 1 << 24
 """Tokens: no position beyond is protected, as each protected page is written down."""
 
@@ -36,6 +37,10 @@ class Settings:
     """Token spans [first, last) of every request that no policy may evict."""
     shortcut: bool = True
     """Serve what a policy would read whole through the engine's own path. Tests switch it off."""
+    repeats: bool = False
+    """A request's own: its prompt ends with its last chunk once more, which compiles that."""
+    compiled: int = 0
+    """A request's own: chunks at its start that it found compiled."""
 
     def __str__(self) -> str:
         spans = f", protect={[list(span) for span in self.protect]}" if self.protect else ""
@@ -56,7 +61,8 @@ def read_settings(given: object = None, environ: Mapping[str, str] | None = None
             f'kvplug\'s configuration must be a mapping such as {{"policy": "{DEFAULT_POLICY}"}}, '
             f"got {given!r}"
         )
-    check_keys(given, [f.name for f in fields(Settings) if f.name not in FOR_TESTS])
+    own = (*FOR_TESTS, *OF_REQUESTS)
+    check_keys(given, [f.name for f in fields(Settings) if f.name not in own])
     line = given.get("policy")
     if line is None:
         line = stand_in(environ)

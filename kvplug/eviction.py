@@ -40,8 +40,12 @@ def keep_tokens(
     Raises ValueError if the policy's score has another shape or dtype than it should.
     """
     B, T, H, _ = prompt.keys.shape
+    repeated, start = (
+        None if each is None else widened(each) for each in (prompt.repeated, prompt.first)
+    )
     keys, values = widened(prompt.keys), widened(prompt.values)
-    score = policy.score(replace(prompt, keys=keys, values=values))
+    given = replace(prompt, keys=keys, values=values, repeated=repeated, first=start)
+    score = policy.score(given)
     if score.shape != (B, H, T) or score.dtype is not torch.float32:
         raise ValueError(
             f"{policy.name}.score must return torch.float32 {[B, H, T]} (requests, KV heads, "

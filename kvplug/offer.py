@@ -9,7 +9,7 @@ request arrives, before anyone else can notice.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from secrets import token_hex
@@ -21,11 +21,12 @@ from kvplug.config import Settings, check_keys, read_settings, token_count
 from kvplug.generate import BlockSelector, SparsePrefill
 from kvplug.grammar import parse
 from kvplug.load import Selector
-from kvplug.policy import Digest, Policy, Sharing
+from kvplug.plan import Planner
+from kvplug.policy import Digest, Evidence, Policy, Sharing
 from kvplug.registry import did_you_mean, policy_class
 
 SERVER_KEYS = ("policy", "min_context", "protect", "allow", "max_budget")
-REQUEST_KEYS = ("policy", "budget", "min_context", "protect")
+REQUEST_KEYS = ("policy", "budget", "min_context", "protect", "compile")
 DENSE = "dense"
 Kind = TypeVar("Kind", bound=Policy)
 LONGEST = 10_000
@@ -65,6 +66,12 @@ class Offer:
                 f"find it packed, and min_context is {self.settings.min_context:,}; write "
                 '{"min_context": 0}, or a budget in tokens'
             )
+        for name, cls in zip(self.allow, classes, strict=True):
+            if cls.evidence is Evidence.REPETITION:
+                raise ValueError(
+                    f"kvplug: {name} serves alone: it packs contexts for requests of the server's "
+                    'own policy; drop it from "allow", or write it as "policy"'
+                )
         _ = self.digest
         if not self.mixed:
             if self.max_budget is not None:
@@ -227,8 +234,8 @@ class Offer:
 
         given: None for the server's own; a policy line; a JSON object, as text or as a mapping,
         with ``policy``, ``budget`` (of the server's policy, or of the one named), ``min_context``
-        and ``protect``. Raises Refused for what is not on offer and ValueError for what cannot
-        be read, with what may be asked for.
+        and ``protect``, or with ``compile`` alone. Raises Refused for what is not on offer and
+        ValueError for what cannot be read, with what may be asked for.
         """
         if given is None:
             return self.settings
@@ -248,6 +255,8 @@ class Offer:
     def _chosen(self, given: object) -> Settings:
         wanted = _read(given)
         base = self.settings
+        if "compile" in wanted:
+            return self._compiling(wanted)
         if "policy" in wanted:
             base = replace(base, policy=parse(wanted["policy"]), min_context=0)  # type: ignore[arg-type]
         if "budget" in wanted:
@@ -263,6 +272,39 @@ class Offer:
             )
         self._check(base)
         return base
+
+    def _compiling(self, wanted: Mapping[str, object]) -> Settings:
+        if wanted != {"compile": True}:
+            raise ValueError(
+                f"kvplug: a request that compiles a chunk of a context says so and nothing else, "
+                f'got {dict(wanted)!r}; write {{"compile": true}}'
+            )
+        scored = self.settings.policy.scored
+        if scored is None or not scored.compiles:
+            raise Refused(
+                "nothing to compile",
+                f"kvplug: this server compiles no contexts: it serves {self.settings}; start it "
+                'with {"policy": "kvzip(budget=0.25, chunk=512)"}',
+            )
+        return replace(self.settings, repeats=True)
+
+    def check_prompt(
+        self, asked: Settings, page_size: int, prompt: Sequence[object], answer: int | None
+    ) -> None:
+        """Whether a request's prompt is what its settings say, where they say it. answer: the most
+        tokens that it may decode. Raises Refused: others will find what it leaves."""
+        if not asked.repeats:
+            return
+        chunk = Planner(asked, page_size).chunk * page_size
+        whole = len(prompt) >= 2 * chunk and len(prompt) % chunk == 0
+        if not whole or list(prompt[-chunk:]) != list(prompt[-2 * chunk : -chunk]) or answer != 1:
+            raise Refused(
+                "not a repetition",
+                f"kvplug: a request that compiles brings a context up to a multiple of "
+                f"{chunk:,} tokens, then its last {chunk:,} tokens again, and asks for one token; "
+                f"got {len(prompt):,} tokens that do not end so, or max_tokens={answer}; let "
+                "kvplug compile send them",
+            )
 
     def _check(self, asked: Settings) -> None:
         own = self.settings

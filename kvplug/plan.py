@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kvplug.config import Settings
 from kvplug.generate import BlockSelector, PositionalPrefill
 from kvplug.load import Selector
-from kvplug.policy import Positions
+from kvplug.policy import LIMIT, Positions
 from kvplug.schedule import Schedule
 from kvplug.segments import HELD, SINKS, Segments
 
@@ -55,6 +55,8 @@ class Planner:
         """When requests are packed."""
         self.chunk = self.schedule.every if self.schedule.appends else 0
         """Pages of which each the first few are held, with what was kept of it."""
+        self.compiled = settings.compiled if self.schedule.compiles else LIMIT
+        """So many of them, at most."""
         self.page = self.selector.page(page_size) if self.selector else page_size
         """Tokens of what a digest describes: a page, or a part of it."""
         self.unit = self.selector.unit(self.page) if self.selector else page_size
@@ -70,7 +72,8 @@ class Planner:
     def first_pages(self, positions: Positions) -> Positions:
         """The oldest page, beside the held ones, that a query at each position sees. [n] -> [n]"""
         if self.chunk:
-            return positions // self.page_size // self.chunk * self.chunk
+            passed = positions // self.page_size // self.chunk
+            return np.minimum(passed, self.compiled) * self.chunk
         if self.eviction is None:
             return np.zeros_like(positions)
         first = self.eviction.first_token(positions) // self.page_size

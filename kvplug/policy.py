@@ -64,6 +64,7 @@ class Evidence(Enum):
     KEYS_AND_VALUES = "keys and values"
     WINDOW_QUERIES = "window queries"
     CURRENT_QUERY = "current query"
+    REPETITION = "queries of a repetition"
 
 
 class Sharing(Enum):

@@ -17,6 +17,10 @@ same private pages.
 Where a budget is a share of a chunk, nothing is inserted: at(m) = (m + 1) C S, and event m packs
 the C pages before it into the first k of them, behind the step that computes the last of their
 tokens. A query sees k pages of each chunk before its own.
+
+Where contexts are compiled, a request packs nothing, unless it repeats a chunk: its prompt is of
+whole chunks, the last one twice, and its one event, at its end, packs the first of the two into
+the second's first k pages. A request that found n chunks compiled sees k pages of each of those.
 """
 
 from __future__ import annotations
@@ -57,6 +61,10 @@ class Event:
     """Spans of what is read that no head may evict."""
     phase: int
     """Of the step: after its reads of earlier phases, before those of its own."""
+    repeated: range = range(0)
+    """Pages of the request whose tokens repeat what is packed, and whose queries score it."""
+    first: int = 0
+    """Tokens at its start that those queries see beside."""
 
     @property
     def in_place(self) -> bool:
@@ -118,6 +126,8 @@ class Schedule:
         """Pages that an event leaves, at most."""
         self.appends = scored is not None and scored.appends
         """Whether each event leaves pages of its own, where those that it packs have been."""
+        self.compiles = scored is not None and scored.compiles
+        """Whether requests of their own pack a context for others."""
         self.most_private = 0 if self.appends else self.kept
         """Private pages of a request, at most."""
         least = narrowest or budget
@@ -127,6 +137,10 @@ class Schedule:
         """Pages between events; 0 where prompts alone are packed."""
         self.streams = scored is not None and scored.chunk is not None
         """Whether prompts are packed as they come, so that events do not depend on their end."""
+        self.window = 0
+        """Tokens before an event whose queries score what it packs."""
+        if scored is not None and scored.needs_queries:
+            self.window = self.every * page_size if self.compiles else scored.window
 
     def private_pages(self, prompt: Positions) -> Positions:
         """Pages that hold what a prompt of so many tokens keeps at its end; 0 where it stays
@@ -144,6 +158,8 @@ class Schedule:
 
     def begin(self, prompt: Positions) -> Positions:
         """Position of the first event; NEVER without. [n] -> [n]"""
+        if self.compiles:
+            return prompt if self.settings.repeats else np.full_like(prompt, NEVER)
         if not self.every:
             return np.where(self.private_pages(prompt) > 0, prompt, NEVER)
         if self.appends:
@@ -213,22 +229,29 @@ class Schedule:
 
     def _event(self, row: int, era: int, computed: int, prompt: int) -> Event:
         course, size = self.course(prompt), self.page_size
-        if not era:
-            private, pages, tokens = 0, range(course.column), course.begin
+        repeated, first = range(0), 0
+        if self.compiles:
+            assert self.scored is not None
+            end = prompt // size - self.every
+            private, pages, into = 0, range(end - self.every, end), end
+            repeated, tokens = range(end, end + self.every), len(pages) * size
+            first = self.scored.sinks if pages.start else 0
         elif self.appends:
             pages = range(era * self.every, (era + 1) * self.every)
-            private, tokens = 0, len(pages) * size
+            private, tokens, into = 0, len(pages) * size, pages.start
+        elif not era:
+            private, pages, into = 0, range(course.column), course.column
+            tokens = course.begin
         else:
             last = course.begin // size + era * self.every
             private, pages = course.private, range(last - self.every, last)
-            tokens = (private + len(pages)) * size
+            tokens, into = (private + len(pages)) * size, course.column
         kept = self.kept if self.appends else course.private
         passed = self.phase(*(np.array([n]) for n in (era, computed, course.begin)))
         return Event(
-            row=row, era=era, private=private, pages=pages, tokens=tokens, kept=kept,
-            into=pages.start if self.appends else course.column,
+            row=row, era=era, private=private, pages=pages, tokens=tokens, kept=kept, into=into,
             stay=kept * size + tokens % size, protect=self._protect(private, pages),
-            phase=int(passed[0]),
+            phase=int(passed[0]), repeated=repeated, first=first,
         )  # fmt: skip
 
     def _protect(self, private: int, pages: range) -> Sequence[tuple[int, int]]:
@@ -245,10 +268,11 @@ class Schedule:
         inside = [(max(first, begin), min(last, end)) for first, last in spans]
         return found + [(a + shift, b + shift) for a, b in inside if a < b]
 
-    def scorer(self, event: int) -> ScoredEviction:
-        """What chooses at an event: only the first of those that append has the first tokens."""
+    def scorer(self, event: Event) -> ScoredEviction:
+        """What chooses at an event: of those that append, only one has the first tokens."""
         assert self.scored is not None
-        return self.scored.without_sinks() if self.appends and event else self.scored
+        later = self.appends and event.pages.start
+        return self.scored.without_sinks() if later else self.scored
 
     def course(self, prompt: int) -> Course:
         """Of one request."""

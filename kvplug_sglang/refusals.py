@@ -206,10 +206,11 @@ def unsupported(offer: Offer) -> Iterator[str]:
                 "streaming_llm, whose window is every layer's"
             )
         elif isinstance(part, ScoredEviction) and part.appends:
+            instead = f"write a budget in tokens, such as {part.name}(budget=1024, chunk="
+            instead = "serve it in vLLM" if part.compiles else f"{instead}{part.chunk})"
             yield (
                 f"{part} leaves fewer slots than tokens of a chunk, and SGLang's tree counts one "
-                f"slot a token; write a budget in tokens, such as {part.name}(budget=1024, "
-                f"chunk={part.chunk})"
+                f"slot a token; {instead}"
             )
         elif not isinstance(
             part, (SparsePrefill, PositionalEviction, ScoredEviction, LayerBudgets, Selector)

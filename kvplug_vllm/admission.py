@@ -22,7 +22,7 @@ class Judging:
 
 def judge_requests() -> None:
     """From now on, for each engine that this process admits to, and for the core that it is."""
-    compat.announce_requests(judge, salted)
+    compat.announce_requests(judge, salted, judge_prompt)
     Judging.begun = True
 
 
@@ -37,6 +37,22 @@ def judge(vllm_config: Any, sampling_params: Any) -> None:
     asked = asked_for(sampling_params)
     if asked is not None:
         settings_for(vllm_config, asked)
+
+
+def judge_prompt(vllm_config: Any, request: Any) -> None:
+    """Raises ValueError for a prompt that is not what the request says it is. request: an
+    EngineCoreRequest"""
+    params = request.sampling_params
+    asked = asked_for(params)
+    if asked is None or not selected(vllm_config):
+        return
+    offer, size = offer_of(vllm_config), vllm_config.cache_config.block_size
+    seen = () if request.mm_features else request.prompt_token_ids or ()
+    try:
+        offer.check_prompt(offer.settings_for(asked), size, seen, params.max_tokens)
+    except Refused as error:
+        count_refused(error.reason)
+        raise
 
 
 def salted(vllm_config: Any, sampling_params: Any, salt: str | None) -> str | None:

@@ -37,13 +37,15 @@ def describe(planner: Planner, spec: Any, tokens: int, vllm_config: Any) -> str:
         return f"{parts[0]} Attention and cache are vLLM's own."
     in_flight, schedule = vllm_config.max_in_flight_tokens, planner.schedule
     held, most = f"holds {whole:,} blocks of {size} tokens", None
-    if planner.eviction is not None or schedule.appends:
+    if schedule.compiles:
+        held += f"; of a compiled context {schedule.kept:,} of each {schedule.every:,}"
+    elif planner.eviction is not None or schedule.appends:
         most = planner.most_pages(in_flight, tokens)
     elif schedule.streams:
         most = schedule.most_pages(tokens - 1, in_flight, tokens)
     if most is not None:
         held = f"holds at most {most:,} blocks of {size} tokens instead of {whole:,}"
-    elif planner.scored is not None:
+    elif planner.scored is not None and not schedule.compiles:
         prompt = tokens - 1
         private = int(schedule.private_pages(np.array([prompt]))[0])
         left = private + (prompt % size > 0) if private else whole

@@ -301,9 +301,14 @@ class PlannedImpl:
         window = None
         if scored.needs_queries:
             window = self._window.pop((packing.stay, event.era))[None]
+        repeated, first = (
+            None if pages is None else self.read_pages(layer, kv_cache, pages)[0]
+            for pages in (packing.repeated, packing.first)
+        )
         prompt = self.prompt(
             layer, keys, values, window, packing.pages.new_full((1,), event.tokens),
-            kv_cache.shape[2], event.era,
+            kv_cache.shape[2], event.era, repeated,
+            None if first is None else first[:, : event.first],
         )  # fmt: skip
         keep = packing.pages.new_full((1,), packing.width)
         tokens = keep_tokens(scored, prompt, keep, packing.width, event.protect)
@@ -311,9 +316,11 @@ class PlannedImpl:
 
     def prompt(
         self, layer: Any, keys: Tensor, values: Tensor, window: Tensor | None, lengths: Tensor,
-        page_size: int, event: int = 0,
+        page_size: int, event: int = 0, repeated: Tensor | None = None,
+        first: Tensor | None = None,
     ) -> PromptKV:  # fmt: skip
-        """window [J, W, Hq, D]: the queries of the last tokens."""
+        """window [J, W, Hq, D]: the queries of the last tokens. repeated, first [J, n, H, D]:
+        keys that they see beside, as ``PromptKV``."""
         groups = (self.num_kv_heads, self.num_queries_per_kv)
         return PromptKV(
             keys=keys,
@@ -324,6 +331,8 @@ class PlannedImpl:
             first_head=compat.first_kv_head(layer.layer_name, self.num_kv_heads),
             page_size=page_size,
             event=event,
+            repeated=repeated,
+            first=first,
         )
 
     def store_kept(

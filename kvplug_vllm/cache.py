@@ -13,6 +13,7 @@ from kvplug import LocalLayers, digest_bytes
 from kvplug_vllm import compat
 from kvplug_vllm.announce import say
 from kvplug_vllm.appending import AppendingSpec
+from kvplug_vllm.compiling import CompilingSpec
 from kvplug_vllm.packing import PackingSpec
 from kvplug_vllm.settings import Engine, EvictionSettings
 from kvplug_vllm.streaming import EvictingSpec
@@ -52,16 +53,18 @@ def customize_spec(spec: Any, layer_class: int = 0) -> Any:
         pages, rows = offer.digest_rows(spec.block_size, item)
         digest = digest_bytes(pages * rows, spec.num_kv_heads, spec.head_size, item)
         spec = replace(spec, page_size_padded=spec.unpadded_page_size_bytes + digest)
-    appends = policy.scored is not None and policy.scored.appends
-    if policy.eviction is not None or appends:
+    scored, evicting = policy.scored, EvictingSpec if policy.eviction is not None else None
+    if scored is not None and scored.appends:
+        evicting = CompilingSpec if scored.compiles else AppendingSpec
+    if evicting is not None:
         spec = replace_as(
             spec,
-            AppendingSpec if appends else EvictingSpec,
+            evicting,
             drop=("sliding_window", "attention_chunk_size", "non_causal"),
             settings=EvictionSettings.of(offer),
             in_flight=engine.vllm_config.max_in_flight_tokens,
         )
-    elif policy.scored is not None or offer.mixed:
+    elif scored is not None or offer.mixed:
         budget = layer_classes(engine)[layer_class] if not policy.uniform else None
         tokens = offer.max_tokens if budget is None else budget
         spec = replace_as(
@@ -123,7 +126,22 @@ def split_layers(engine: Engine) -> None:
             f"{engine.settings.policy} has nothing to plan; leave some layers out of local, or "
             "use the policy 'dense'"
         )
+    _check_alike(engine)
     split_budgets(engine)
+
+
+def _check_alike(engine: Engine) -> None:
+    """Raises ValueError where layers of another kind keep blocks behind a compiled context, which
+    vLLM would take for those behind the whole one."""
+    scored = engine.settings.policy.scored
+    if scored is None or not scored.compiles:
+        return
+    planned, all_ = planned_layers(engine.vllm_config), attention_layers(engine.vllm_config)
+    if others := sorted(set(all_) - set(planned)):
+        raise ValueError(
+            f"kvplug: {scored} needs layers that all see the whole context, and {others[0]} sees "
+            "a window; use keydiff(budget=1024)"
+        )
 
 
 def make_local(engine: Engine, local: LocalLayers) -> None:

@@ -446,12 +446,14 @@ def page_tail(kv_cache: torch.Tensor, parts: int, rows: int, head_size: int) -> 
 
 
 def announce_requests(
-    tell: Callable[[Any, Any], None], salt: Callable[[Any, Any, str | None], str | None]
-) -> None:
-    """Call ``tell`` with an engine's configuration and a request's sampling parameters: when the
-    request is admitted, and when the engine's core receives it. A ValueError of ``tell`` fails
-    that request alone; what a core cannot carry out would end it in a step. What is admitted has
-    the salt of its pages' hashes from ``salt``, which is given the user's too.
+    tell: Callable[[Any, Any], None], salt: Callable[[Any, Any, str | None], str | None],
+    show: Callable[[Any, Any], None],
+) -> None:  # fmt: skip
+    """Call ``tell`` with an engine's configuration and a request's sampling parameters, and
+    ``show`` with the request that became of them: when the request is admitted, and when the
+    engine's core receives it. A ValueError of either fails that request alone; what a core cannot
+    carry out would end it in a step. What is admitted has the salt of its pages' hashes from
+    ``salt``, which is given the user's too.
 
     ``validate_params`` is called on a class that all engines of a process share. Until it is
     given the configuration.
@@ -473,12 +475,17 @@ def announce_requests(
         except ValueError as error:
             raise VLLMValidationError(str(error)) from error
         request = admit(self, request_id, prompt, params, *args, **kwargs)
+        try:
+            show(self.vllm_config, request)
+        except ValueError as error:
+            raise VLLMValidationError(str(error)) from error
         request.cache_salt = salt(self.vllm_config, params, request.cache_salt)
         return request
 
     @functools.wraps(receive)
     def preprocess_add_request(self: Any, request: Any) -> Any:
         tell(self.vllm_config, request.sampling_params)
+        show(self.vllm_config, request)
         return receive(self, request)
 
     preprocess_add_request._kvplug = True  # type: ignore[attr-defined]

@@ -31,6 +31,10 @@ class Packing:
     stay: int
     pages: Tensor
     """What is packed, in order, a prompt's partial last page too. [1, P] int64"""
+    repeated: Tensor | None
+    """Pages of the tokens whose queries score it, where they repeat it. [1, P] int64"""
+    first: Tensor | None
+    """Pages of ``event.first`` tokens that they see beside. [1, P] int64"""
     private: Tensor
     """The pages that it is packed into, in order. [1, Kp] int64"""
     slots: Tensor
@@ -75,7 +79,11 @@ class Compression:
 
     def observations(self, rows: Rows, seen: Sequence[Observed]) -> list[tuple[int, Observed]]:
         """By the stay of their request. What is kept of requests that have left is let go."""
-        wanted = [(int(rows.stay[each.row]), each) for each in seen if not rows.ends[each.row]]
+        wanted = [
+            (int(rows.stay[each.row]), each)
+            for each in seen
+            if not rows.ends[each.row] or rows.settings[rows.choice[each.row]].repeats
+        ]
         if wanted:
             staying = Router.staying(self.vllm_config)
             for layer in self._planned():
@@ -129,12 +137,18 @@ class Compression:
         table = common.block_table_tensor[event.row].long()
         blocks = table[self.tensor(event.into + np.arange(event.kept))]
         offset = torch.arange(size, device=blocks.device)
+
+        def pages_of(numbers: range) -> Tensor | None:
+            return table[self.tensor(np.asarray(numbers))][None] if numbers else None
+
         return Packing(
             settings=planner.settings,
-            scored=planner.schedule.scorer(event.era),
+            scored=planner.schedule.scorer(event),
             event=event,
             stay=int(rows.stay[event.row]),
             pages=table[self.tensor(columns)][None],
+            repeated=pages_of(event.repeated),
+            first=pages_of(range(-(-event.first // size))),
             private=blocks[None],
             slots=(blocks[:, None] * size + offset).flatten(),
         )

@@ -74,14 +74,20 @@ class KVPlugImpl(PlannedImpl, FlashAttentionImpl):
             room = shares_bytes(blocks, self.num_kv_heads, -(-longest // size))
             key.new_empty(room, dtype=torch.uint8)
         for scored in offer.scorers:
+            if scored.compiles:
+                longest = min(longest, scored.every or longest)
             shape = 1, longest, self.num_kv_heads, 2 * self.head_size
             kv = key.new_zeros(shape, dtype=self.numbers)
             keys, values = kv.split(self.head_size, dim=-1)
             window = None
             if scored.needs_queries:
-                window = key.new_zeros(1, scored.window, self.num_heads, self.head_size)
+                asking = longest if scored.compiles else scored.window
+                window = key.new_zeros(1, asking, self.num_heads, self.head_size)
             lengths = torch.full((1,), longest, device=key.device)
-            prompt = self.prompt(layer, keys, values, window, lengths, page_size=1)
+            repeated = keys if scored.compiles else None
+            prompt = self.prompt(
+                layer, keys, values, window, lengths, page_size=1, repeated=repeated
+            )
             width = min(offer.max_tokens, longest)
             tokens = keep_tokens(scored, prompt, lengths.clamp(max=width), width)
             if self.numbers is None:

@@ -47,6 +47,8 @@ def refusals(vllm_config: Any) -> Iterator[str]:
         )
     if policy.is_dense and not offer.mixed:
         return
+    if policy.scored is not None and policy.scored.compiles:
+        yield from _compiling(policy.scored, vllm_config)
     yield from unsupported(offer)
     yield from _with_drafts(offer, vllm_config)
     yield from (reason for _, reason in beside(offer.settings, vllm_config))
@@ -101,6 +103,26 @@ def refusals(vllm_config: Any) -> Iterator[str]:
                 f"{evicts.name} beside the model's own windowed layers needs the hybrid "
                 "KV cache manager; drop --disable-hybrid-kv-cache-manager"
             )
+
+
+def _compiling(scored: ScoredEviction, vllm_config: Any) -> Iterator[str]:
+    """What keeps a compiled context from those that come with it."""
+    if vllm_config.cache_config.enable_prefix_caching is False:
+        yield (
+            f"{scored} keeps what it compiles in the prefix cache; drop "
+            "--no-enable-prefix-caching, or use the policy 'dense'"
+        )
+    if getattr(vllm_config.model_config, "is_hybrid", False):
+        yield (
+            f"{scored} on a model with recurrent layers, whose states behind a compiled context "
+            "would be taken for those behind the whole one; use keydiff(budget=1024)"
+        )
+    several = vllm_config.parallel_config.world_size > 1
+    if several and not vllm_config.use_v2_model_runner:
+        yield (
+            f"{scored} on several ranks: Model Runner V1 does not tell them what a preempted "
+            "request finds when it comes back; use one rank, or VLLM_USE_V2_MODEL_RUNNER=1"
+        )
 
 
 def _of_planned_layers(vllm_config: Any) -> Iterator[str]:
@@ -242,7 +264,12 @@ def _beside_drafts(settings: Settings, vllm_config: Any) -> Iterator[str]:
     if vllm_config.speculative_config is None:
         return
     selector, scored = settings.policy.selector, settings.policy.scored
-    if scored is not None and scored.every is not None:
+    if scored is not None and scored.compiles:
+        yield (
+            f"speculative decoding with {scored}, which was never run with drafts; drop "
+            "--speculative-config"
+        )
+    elif scored is not None and scored.every is not None:
         yield (
             f"speculative decoding with {scored}: an answer would be packed with drafts that may "
             "be rejected; leave interval and chunk out, or drop --speculative-config"

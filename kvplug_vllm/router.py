@@ -7,7 +7,7 @@ Model Runner V2 refuses a processor that knows V1 alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +17,7 @@ from vllm.v1.sample.logits_processor.interface import MoveDirectionality
 from kvplug import Choices, Settings
 from kvplug_vllm import compat
 from kvplug_vllm.admission import Judging, not_selected
-from kvplug_vllm.settings import asked_for, offer_of, selected
+from kvplug_vllm.settings import asked_for, compiled_for, offer_of, selected
 
 UNKNOWN = -1
 OWN = 0
@@ -181,6 +181,9 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
 
     def _choice(self, params: Any) -> int:
         settings = self.offer.settings_for(asked_for(params))
+        scored = self.offer.settings.policy.scored
+        if scored is not None and scored.compiles:
+            settings = replace(settings, compiled=compiled_for(params))
         return self.choices.number(settings, self.choice.tolist())
 
     def _stay(self, output: list[int]) -> int:

@@ -18,6 +18,8 @@ LEVEL = "kvplug"
 REQUEST_FIELD = "kvplug"
 """``vllm_xargs={"kvplug": "snapkv(budget=512)"}``, ``SamplingParams(extra_args=...)``."""
 
+COMPILED = "kvplug.compiled"
+
 
 def selected(vllm_config: Any) -> bool:
     """Whether the configuration asks for kvplug."""
@@ -84,6 +86,16 @@ def _listed(keys: list[str]) -> str:
 def asked_for(sampling_params: Any) -> object:
     """What a request says to kvplug; None for nothing."""
     return (getattr(sampling_params, "extra_args", None) or {}).get(REQUEST_FIELD)
+
+
+def compiled_for(sampling_params: Any) -> int:
+    """Chunks at its start that a request found compiled, as it was last admitted."""
+    return int((sampling_params.extra_args or {}).get(COMPILED, 0))
+
+
+def tell_compiled(sampling_params: Any, chunks: int) -> None:
+    """From a scheduler to its workers. What a user writes there, each look-up writes over."""
+    sampling_params.extra_args = {**(sampling_params.extra_args or {}), COMPILED: chunks}
 
 
 @dataclass(frozen=True)

@@ -61,9 +61,7 @@ class Plain:
                 scale=scaling, first_head=first_head, page_size=S, event=event.era,
             )  # fmt: skip
             keep = event.kept * S
-            kept = keep_tokens(self.schedule.scorer(event.era), given, torch.tensor([keep]), keep)[
-                0
-            ]
+            kept = keep_tokens(self.schedule.scorer(event), given, torch.tensor([keep]), keep)[0]
             held = source.gather(1, kept)
             first = event.pages.start if self.schedule.appends else 0
             seen[:, at:, first * S : at // S * S] = False

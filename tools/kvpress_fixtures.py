@@ -14,6 +14,8 @@ hidden states, rotates). No two keys are equal, so those that come back say what
 beside it are the same window queries, computed with transformers' own rotation.
 
 keys and values are drawn as halves of 16 bits, so that they are stored exactly in half the bytes.
+
+Of KVzip the scores of one chunk are written, by each KV head: it shares its budget among heads.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from kvpress import (
     CURPress,
     KeyDiffPress,
     KnormPress,
+    KVzipPress,
     LagKVPress,
     SnapKVPress,
 )
@@ -49,6 +52,9 @@ SHAPES = [
     (1, 320, 2, 4, 16, 64, 1, 32, (0.2, 0.7)),
 ]
 CHUNK = 24
+
+# KV heads, query heads per KV head, head dim, where a chunk begins and ends, its first tokens
+REPETITIONS = [(2, 3, 16, 0, 48, 4), (1, 4, 24, 64, 96, 4), (3, 1, 16, 32, 64, 0)]
 CLEAR = 1e-6
 """Kept and evicted scores are at least so far apart, relatively: no other fp32 order of sums
 changes a set."""
@@ -72,16 +78,49 @@ def kept(press, module, hidden, keys, values, kwargs) -> np.ndarray:
     return tokens.sort(-1)[0].to(torch.int16).numpy()
 
 
+def attention(H: int, G: int, D: int) -> tuple[LlamaConfig, LlamaAttention]:
+    config = LlamaConfig(
+        hidden_size=32, num_attention_heads=H * G, num_key_value_heads=H, head_dim=D
+    )
+    module = LlamaAttention(config, layer_idx=0)
+    torch.nn.init.normal_(module.q_proj.weight, std=0.3)
+    return config, module
+
+
+def repeated(case: int) -> dict[str, np.ndarray]:
+    """One chunk of a context, repeated behind it."""
+    torch.manual_seed(case)
+    H, G, D, begin, end, sinks = REPETITIONS[case]
+    config, module = attention(H, G, D)
+    W, n = end - begin, 2 * end - begin
+    hidden = torch.randn(1, W, 32)
+    cos, sin = LlamaRotaryEmbedding(config)(hidden, torch.arange(end, n)[None])
+    keys = (torch.randn(1, H, n, D) + 0.3 * torch.randn(1, H, 1, D)).half().float()
+    press = KVzipPress(0.5, n_sink=sinks)
+    press.context_length, press.start_idx, press.end_idx = end, begin, end
+    press.score_val = torch.zeros(1, 1, H, end)
+    kwargs = {"position_embeddings": (cos, sin)}
+    press.score_kvzip(module, hidden, keys, keys, None, kwargs)
+    queries = module.q_proj(hidden).view(1, W, H * G, D).transpose(1, 2)
+    queries = apply_rotary_pos_emb(queries, queries, cos, sin)[0]
+    return {
+        f"kvzip {case}/shape": np.array([begin, end, sinks]),
+        f"kvzip {case}/keys": keys.transpose(1, 2).half().numpy(),  # [1, T, H, D]
+        f"kvzip {case}/queries": (  # [1, W, H, G, D]
+            queries.reshape(1, H, G, W, D).permute(0, 3, 1, 2, 4).contiguous().numpy()
+        ),
+        f"kvzip {case}/score": press.score_val[0, ..., begin:].numpy(),  # [1, H, T]
+    }
+
+
 @torch.no_grad()
 def main() -> None:
     arrays: dict[str, np.ndarray] = {}
+    for case in range(len(REPETITIONS)):
+        arrays |= repeated(case)
     for case, (B, n, H, G, D, W, pool, lag, ratios) in enumerate(SHAPES):
         torch.manual_seed(case)
-        config = LlamaConfig(
-            hidden_size=32, num_attention_heads=H * G, num_key_value_heads=H, head_dim=D
-        )
-        module = LlamaAttention(config, layer_idx=0)
-        torch.nn.init.normal_(module.q_proj.weight, std=0.3)
+        config, module = attention(H, G, D)
         hidden = torch.randn(B, n, 32)
         cos, sin = LlamaRotaryEmbedding(config)(hidden, torch.arange(n)[None])
         kwargs = {"position_embeddings": (cos, sin)}

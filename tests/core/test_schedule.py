@@ -190,7 +190,7 @@ def test_protected_tokens_of_a_chunk_stay_with_it():
         [(6, 11), (56, 64)],
         [(0, 12)],
     ]
-    assert [schedule.scorer(event.era).sinks for event in events] == [4, 0, 0]
+    assert [schedule.scorer(event).sinks for event in events] == [4, 0, 0]
 
 
 @claims

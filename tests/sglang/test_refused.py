@@ -128,6 +128,7 @@ def test_dense_is_served_where_a_policy_is_not(resolve):
         ("snapkv(bugdet=64)", "Did you mean 'budget'"),
         ('{"policy": "quest", "allow": ["snapkv"]}', "max_budget must say"),
         ('{"policy": "quest"', "a policy line or a JSON object"),
+        ("kvzip", "SGLang's tree counts one slot a token; serve it in vLLM"),
         ("a_shape(block=48) + quest", "a page of 32 tokens; write a_shape(block=32)"),
     ],
 )

@@ -154,6 +154,16 @@ REFUSED = [
     ),
     ({}, {"policy": "dense", "allow": ["pyramid"]}, ["groups of their own"]),
     ({}, {"policy": "dense", "allow": ["snapkv"]}, ['write {"max_budget": 1024}']),
+    (
+        {"enable_prefix_caching": False},
+        {"policy": "kvzip"},
+        ["keeps what it compiles in the prefix cache; drop --no-enable-prefix-caching"],
+    ),
+    (
+        {"speculative_config": NGRAM},
+        {"policy": "kvzip"},
+        ["speculative decoding with kvzip", "never run with drafts; drop --speculative-config"],
+    ),
     ({"pipeline_parallel_size": 2}, {"policy": "quest"}, ["pipeline parallelism"]),
     (
         {"ubatch_size": 2, "all2all_backend": "deepep_low_latency"},
@@ -237,6 +247,22 @@ def test_drafts_are_refused_beside_recurrent_layers(tmp_path):
     configure(tmp_path, {"policy": "dense"}, **options)
     with pytest.raises(ValueError, match="recurrent layers, whose states rejected drafts change"):
         configure(tmp_path, {"policy": "quest"}, **options)
+
+
+def test_compiling_is_refused_where_a_request_has_other_states_too(tmp_path):
+    from kvplug_evals.models.random_hybrid import build_random_granite4
+
+    build_random_granite4(tmp_path)
+    with pytest.raises(ValueError, match=r"recurrent layers, whose states behind a compiled"):
+        configure(tmp_path, {"policy": "kvzip"}, skip_tokenizer_init=True, block_size=None)
+
+
+def test_compiling_on_several_ranks_needs_a_runner_that_tells_them(random_llama):
+    config = configure(random_llama(), {"policy": "kvzip"})
+    assert list(refusals(config)) == []
+    config.parallel_config.world_size = 2
+    reasons = [reason for reason in refusals(config) if "on several ranks" in reason]
+    assert len(reasons) == (not config.use_v2_model_runner)
 
 
 def test_drafts_are_refused_where_a_step_does_not_wait_for_the_last_one(random_llama):

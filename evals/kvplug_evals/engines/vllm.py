@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from kvplug import Planner, Settings, parse
+from kvplug.compiling import REQUEST, repetitions
 from kvplug_evals.engines.interface import EngineError, EngineOptions, MiB, Reply, Request, Wave
 from kvplug_evals.engines.running import (
     COUNTERS,
@@ -79,6 +81,8 @@ class VLLMEngine:
         self.tokenizer = self.engine.get_tokenizer()
         self.ends = end_tokens(options.model)
         self.requests = 0
+        self.chunk = 0 if self.stock else chunk_of(policy, options.block_size)
+        self.compiled: set[tuple[int, ...]] = set()
 
     def _started(self, policy: str) -> Any:
         options = self.options
@@ -124,6 +128,8 @@ class VLLMEngine:
         seen: the first would otherwise be gone before the last is prefilled.
         """
         check_lengths(requests, self.options.max_model_len)
+        if self.chunk:
+            self._compile(requests)
         before, started = self._counted(), time.monotonic()
         steps = (
             sum(len(request.prompt) for request in requests) // self.options.max_num_batched_tokens
@@ -169,7 +175,25 @@ class VLLMEngine:
             read=read,
         )
 
+    def _compile(self, requests: Sequence[Request]) -> None:
+        """What there is of each prompt in whole chunks, once."""
+        from vllm import SamplingParams
+
+        for request in requests:
+            for prompt in repetitions(request.prompt, self.chunk):
+                if (known := tuple(prompt)) in self.compiled:
+                    continue
+                self.compiled.add(known)
+                self.requests += 1
+                own = SamplingParams(
+                    max_tokens=1, extra_args={"kvplug": REQUEST}, detokenize=False
+                )
+                self.engine.add_request(str(self.requests), {"prompt_token_ids": prompt}, own)
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+
     def forget(self) -> None:
+        self.compiled.clear()
         if not self.engine.reset_prefix_cache():
             raise EngineError("vLLM could not empty its prefix cache; no request may be running")
 
@@ -248,6 +272,14 @@ class VLLMEngine:
                     raise
                 time.sleep(0.1)
         raise AssertionError
+
+
+def chunk_of(policy: str, block_size: int) -> int:
+    """Tokens that a policy compiles together; 0 where it compiles nothing."""
+    composed = parse(policy)
+    if composed.scored is None or not composed.scored.compiles:
+        return 0
+    return Planner(Settings(policy=composed), block_size).chunk * block_size
 
 
 def served_by_kvplug(policy: str) -> dict[str, Any]:
