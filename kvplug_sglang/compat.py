@@ -34,6 +34,9 @@ WITHOUT_FLASH = (
 )  # fmt: skip
 """Architectures that SGLang asserts not to serve over FlashAttention 3, though it is the card's."""
 
+MAMBA_2 = ("FalconH1Config", "GraniteMoeHybridConfig", "NemotronHConfig")
+"""Configurations of models whose recurrent layers are ``MambaMixer2``."""
+
 log = logging.getLogger("sglang.kvplug")
 
 
@@ -235,6 +238,9 @@ def verify_bindings(scheduler: Any) -> None:
     for name in ("checkpoint", "on_release", "swa_reprefill_tail_tokens", "free_kv_row"):
         if getattr(tree, name) is not getattr(UnifiedRadixCache, name):
             raise RuntimeError(broken(f"UnifiedRadixCache.{name}", f"{tree} has its own"))
+    attends = planned_backend(scheduler.tp_worker.model_runner.attn_backend)
+    if not hasattr(attends, "steps"):
+        raise RuntimeError(broken("attn_backend_wrapper", f"{type(attends)} attends in its place"))
     record = schedule_batch.ReqKvInfo(kv_allocated_len=100, cache_protected_len=60)
     if kv_private_tokens(record, 1) != 40:
         raise RuntimeError(broken("kv_private_tokens", "it is not allocated less protected"))
@@ -408,11 +414,13 @@ def shares_caches(model: Any) -> bool:
     return bool(getattr(model.hf_text_config, "num_kv_shared_layers", 0))
 
 
-def recurrent_layers(model: Any) -> bool:
-    """Whether some layers keep a state of a request in place of its tokens."""
-    from sglang.srt.configs.hybrid_arch import mambaish_config
+def unknown_recurrence(model: Any) -> bool:
+    """Whether some layers keep a state of a request, and not as Mamba-2 or a gated delta net."""
+    from sglang.srt.configs.hybrid_arch import hybrid_gdn_config, mambaish_config
 
-    return mambaish_config(model) is not None
+    config = mambaish_config(model)
+    mamba_2 = type(config).__name__ in MAMBA_2
+    return config is not None and not mamba_2 and hybrid_gdn_config(model) is None
 
 
 def caches_last_states_alone(view: Any) -> bool:
@@ -422,11 +430,14 @@ def caches_last_states_alone(view: Any) -> bool:
 
 def special_layers(model: Any) -> Iterator[str]:
     from sglang.srt.configs.model_config import is_minimax_sparse
+    from sglang.srt.layers.attention.qsa.config import is_qwen_qsa
 
-    if is_minimax_sparse(model.hf_config):
+    if is_minimax_sparse(model.hf_config) or is_qwen_qsa(model.hf_config):
         yield "the model selects its own pages, with an index that was trained for it"
     if model.is_encoder_decoder:
         yield "the model has an encoder, whose keys stand before the prompt's"
+    if unknown_recurrence(model):
+        yield "the model has recurrent layers that are neither Mamba-2 nor gated delta nets"
     if not model.is_generation:
         yield "the model does not generate"
 

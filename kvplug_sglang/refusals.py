@@ -167,8 +167,7 @@ def refusals(view: Any, model: Any, given: object) -> Iterator[str]:
         )
     if compat.shares_caches(model):
         yield from sharing.refusals(offer)
-    if compat.recurrent_layers(model):
-        yield from beside_recurrent(view, offer)
+    yield from beside_recurrent(view, offer)
     for what in compat.special_layers(model):
         yield f"{what}, which was never run; use the policy 'dense'"
     if compat.windows_apart(model):
@@ -195,10 +194,9 @@ def refusals(view: Any, model: Any, given: object) -> Iterator[str]:
 
 
 def beside_recurrent(view: Any, offer: Offer) -> Iterator[str]:
-    """Where recurrent layers keep one state a request, of its last token."""
-    if not compat.caches_last_states_alone(view):
-        return
-    if view.page_size is None and default_page(offer) is not None:
+    """Where the prefix cache keeps recurrent states."""
+    alone = compat.caches_last_states_alone(view)
+    if alone and view.page_size is None and default_page(offer) is not None:
         yield (
             "the prefix cache of a model with recurrent layers has pages of one token unless it "
             "keeps states of earlier tokens, and the policy reads pages; add "

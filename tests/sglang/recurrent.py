@@ -2,7 +2,7 @@
 
 ``MambaMixer2`` binds the names of its convolution on CUDA, NPUs and XPUs alone, and its scans are
 Triton. The layers, their states' pool and the tree over it are SGLang's own. ``test_hybrids`` holds
-each of these to the Triton kernel that it replaces.
+what a server answers over these to transformers' models.
 """
 
 from __future__ import annotations
@@ -32,18 +32,24 @@ def step(
 def mamba_chunk_scan_combined(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, D: Tensor, dt_bias: Tensor,
     dt_softplus: bool, cu_seqlens: Tensor, initial_states: Tensor | None, out: Tensor,
-    state_dtype: torch.dtype, **_: Any,
-) -> tuple[None, Tensor, None]:  # fmt: skip
-    """x, out [1, T, H, P] of sequences side by side -> None, their last states, None"""
+    state_dtype: torch.dtype, chunk_size: int, track_seq_idx: Tensor | None,
+    track_end_locs: Tensor | None, **_: Any,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """x, out [1, T, H, P] of sequences side by side -> states before each chunk of the T tokens,
+    the sequences' last ones, and those before ``track_end_locs``"""
     assert dt_softplus
+    tokens, shape = x.shape[1], (*x.shape[2:], B.shape[3])
     rate, ends = functional.softplus(dt[0] + dt_bias), []
+    before = x.new_zeros(tokens + 1, *shape)
     for which, (begin, end) in enumerate(pairwise(cu_seqlens.tolist())):
-        shape = (*x.shape[2:], B.shape[3])
         state = x.new_zeros(shape) if initial_states is None else initial_states[which]
         for t in range(begin, end):
+            before[t] = state
             state, out[0, t] = step(state, x[0, t], rate[t], A, B[0, t], C[0, t], D)
         ends.append(state)
-    return None, torch.stack(ends).to(state_dtype), None
+    before[tokens] = state
+    tracked = None if track_seq_idx is None else before[track_end_locs.long()][None]
+    return before[None, ::chunk_size], torch.stack(ends).to(state_dtype), tracked
 
 
 def selective_state_update(
@@ -59,6 +65,15 @@ def selective_state_update(
     out.copy_(found)
 
 
+def track_mamba_states_if_needed(
+    conv_states: Tensor, ssm_states: Tensor, cache_indices: Tensor, mamba_track_mask: Tensor,
+    mamba_track_indices: Tensor, batch_size: int, check_freed_slots: bool = False,
+) -> None:  # fmt: skip
+    """Copy the states of the requests that the mask names."""
+    for states in (conv_states, ssm_states):
+        states[mamba_track_indices[mamba_track_mask]] = states[cache_indices[mamba_track_mask].long()]
+
+
 def rms_norm_gated(
     x: Tensor, g: Tensor, weight: Tensor, bias: None, activation: str, *, eps: float, **_: Any
 ) -> Tensor:
@@ -71,6 +86,7 @@ def rms_norm_gated(
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before a scheduler is started."""
     from sglang.kernels.ops.attention.fla import fused_norm_gate
+    from sglang.srt.layers.attention import hybrid_linear_attn_backend
     from sglang.srt.layers.attention.mamba import mamba
 
     for name in ("", "_triton"):
@@ -79,3 +95,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mamba, "mamba_chunk_scan_combined", mamba_chunk_scan_combined)
     monkeypatch.setattr(mamba, "selective_state_update", selective_state_update)
     monkeypatch.setattr(fused_norm_gate, "rms_norm_gated", rms_norm_gated)
+    monkeypatch.setattr(
+        hybrid_linear_attn_backend, "track_mamba_states_if_needed", track_mamba_states_if_needed
+    )

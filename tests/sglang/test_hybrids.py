@@ -30,6 +30,10 @@ FORCED = {
 """With room for all, and everything going through them."""
 LAYERS = {"granite4": [1, 3], "falcon_h1": [0, 1], "qwen3_next": [1, 3]}
 """That attend."""
+CLASSES = {
+    "granite4": "GraniteMoeHybridForCausalLM", "falcon_h1": "FalconH1ForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +75,18 @@ class States:
                 self.found = pool.mamba_cache.temporal[:, int(request.kv.mamba_pool_idx)].clone()
 
 
+def by_transformers(name, folder, prompt, tokens):
+    """What its own PyTorch answers."""
+    import transformers
+
+    model = getattr(transformers, CLASSES[name]).from_pretrained(folder, dtype=torch.float32)
+    ids = torch.tensor([prompt])
+    for _ in range(tokens):
+        chosen = model(ids, use_cache=False).logits[:, -1].argmax(1, keepdim=True)
+        ids = torch.cat([ids, chosen], 1)
+    return ids[0, len(prompt) :].tolist()
+
+
 def settled(engine, total=16384):
     """Whether every slot of both pools is free, or evictable."""
     pool = engine.scheduler.req_to_token_pool
@@ -92,6 +108,7 @@ def test_full_budget_equals_stock_token_for_token_and_state_for_state(
     with engine(model, **PAGED) as stock:
         expected, states = turns(stock)
         assert states is not None
+    assert expected[0][2][:4] == by_transformers(name, model, first[2], 4)
     for policy, options in FORCED[name]:
         with engine(model, json.dumps({"policy": policy, "shortcut": False}), **options) as planned:
             answers, found = turns(planned)
@@ -104,9 +121,39 @@ def test_full_budget_equals_stock_token_for_token_and_state_for_state(
             assert bool(planned.backend.selected_queries) == ("budget=4096, " in policy
                                                               or "twilight" in policy)
             hits = [planned.cached(rid) for rid in list(planned.requests)[4:]]
-            shared = options is CACHED and "streaming" not in policy
-            assert hits == ([700, 330, 33, 1] if shared else [0] * 4)
+            assert hits == ([700, 330, 33, 1] if options is CACHED else [0] * 4)
             assert settled(planned)
+
+
+TRACKED = {"mamba_radix_cache_strategy": "extra_buffer", "page_size": 16, "mamba_track_interval": 64}
+"""As on GPUs: states of earlier tokens are kept too, one in 64."""
+
+
+def test_a_tree_that_tracks_states_as_on_a_gpu(engine, granite4, prompts, monkeypatch):
+    """The next turn hits a prompt as far as its last state, compressed or not."""
+    from sglang.srt.arg_groups import mamba_hook
+
+    monkeypatch.setattr(mamba_hook, "_platform_supports_mamba_cache_extra_buffer", lambda: True)
+    first, more = prompts(330, 150, 33, seed=4), prompts(60)[0]
+    small = "snapkv(budget=64, window=16) + quest(budget=48, dense_layers=0)"
+    full = {"policy": FORCED["granite4"][2][0], "shortcut": False}
+    answers = []
+    for policy in (None, json.dumps(full), small):
+        with engine(granite4, policy, **TRACKED) as planned:
+            begun = planned.generate(first, 8)
+            turn = [prompt + answer + more for prompt, answer in zip(first, begun, strict=True)]
+            rids = [planned.send(prompt, 8) for prompt in turn]
+            planned.drain()
+            second = [planned.output(rid) for rid in rids]
+            assert [planned.cached(rid) for rid in rids] == [320, 128, 0]
+            assert settled(planned)
+            answers.append((begun, second))
+            if policy == small:
+                assert planned.backend.packed_prompts == 3 + 2 + 1
+                planned.forget()
+                assert planned.generate(turn, 8) == second, "over a prefix as if fresh"
+    stock, forced, compressed = answers
+    assert forced == stock != compressed
 
 
 def test_small_budgets_are_their_definitions(engine, granite4, prompts, monkeypatch):
