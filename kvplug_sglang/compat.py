@@ -32,7 +32,7 @@ BY_NAME = (
 WITHOUT_FLASH = (
     "Gemma4ForCausalLM", "Gemma4ForConditionalGeneration", "Gemma4UnifiedForConditionalGeneration",
 )  # fmt: skip
-"""Architectures that SGLang asserts not to serve over FlashAttention 3, though it is the card's."""
+"""Architectures that SGLang asserts not to serve over FlashAttention 3, the card's or not."""
 
 MAMBA_2 = ("FalconH1Config", "GraniteMoeHybridConfig", "NemotronHConfig")
 """Configurations of models whose recurrent layers are ``MambaMixer2``."""
@@ -394,6 +394,13 @@ def windows_apart(model: Any) -> bool:
     return bool(model.is_hybrid_swa)
 
 
+def windows_of_other_heads(model: Any) -> bool:
+    """Whether windowed layers keep heads of another number or size than the others (Gemma 4)."""
+    text, heads = model.hf_text_config, model.get_total_num_kv_heads()
+    other = getattr(text, "swa_num_key_value_heads", None) or heads
+    return bool(model.swa_head_dim != model.head_dim or other != heads)
+
+
 def masks_images(model: Any) -> bool:
     """Whether a prompt's images see themselves both ways, by a mask that is made for the stock
     kernel (``gemma3_mm.prepare_attn_masks``)."""
@@ -443,8 +450,8 @@ def special_layers(model: Any) -> Iterator[str]:
 
 
 def keeps_prompts(tree: Any) -> bool:
-    """Whether a prompt's whole pages stay in a tree once they are computed. Beside recurrent layers
-    with an extra buffer it keeps what comes before the last state that was tracked."""
+    """Whether a prompt's whole pages stay in a tree once they are computed. With an extra buffer
+    of recurrent states it keeps what comes before the last one that was tracked."""
     return bool(tree.supports_prefix_sharing() and not tree.enable_mamba_extra_buffer)
 
 

@@ -24,9 +24,7 @@ class KVPlugBackend(ReplayedAttention, TritonAttnBackend):
     ) -> None:
         keys, values = whole.cache(*self._kv(layer.layer_id))
         if whole.longest_run == 1:
-            weights = query.new_empty(
-                *query.shape[:2], self.max_kv_splits, dtype=torch.float32
-            )
+            weights = query.new_empty(*query.shape[:2], self.max_kv_splits, dtype=torch.float32)
             self._decode(
                 layer, query, keys, values, whole.seen, whole.lengths, out, weights, sinks
             )

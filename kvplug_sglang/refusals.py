@@ -170,7 +170,13 @@ def refusals(view: Any, model: Any, given: object) -> Iterator[str]:
     yield from beside_recurrent(view, offer)
     for what in compat.special_layers(model):
         yield f"{what}, which was never run; use the policy 'dense'"
-    if compat.windows_apart(model):
+    if compat.windows_of_other_heads(model):
+        yield (
+            "the model's windowed layers keep heads of another shape than the others, which "
+            "SGLang has in a pool of their own; that pool knows nothing of a row that a policy "
+            "rewrites; use the policy 'dense'"
+        )
+    elif compat.windows_apart(model):
         yield (
             "the model's windowed layers have a pool of their own, which knows nothing of a row "
             "that a policy rewrites; add --disable-hybrid-swa-memory, or use the policy 'dense'"

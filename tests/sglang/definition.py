@@ -36,7 +36,8 @@ class Reads:
         size, length = backend.engine.page_size, int(step.lengths[number])
         table = step.page_table[number].long()
         slots = (table[:, None] * size + torch.arange(size)).flatten()[:length]
-        keys, values = (each[slots] for each in backend.token_to_kv_pool.get_kv_buffer(layer.layer_id))
+        pool = backend.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+        keys, values = (each[slots] for each in pool)
         group = len(query) // keys.shape[1]
         pages = -(-length // size)
         keep = min(-(-budget // size), pages)

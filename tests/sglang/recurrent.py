@@ -1,8 +1,8 @@
 """Mamba-2's kernels as SGLang calls them, in PyTorch: its CPU engine has none.
 
 ``MambaMixer2`` binds the names of its convolution on CUDA, NPUs and XPUs alone, and its scans are
-Triton. The layers, their states' pool and the tree over it are SGLang's own. ``test_hybrids`` holds
-what a server answers over these to transformers' models.
+Triton, as is the norm of gated delta nets. The layers, their states' pool and the tree over it are
+SGLang's own. ``test_hybrids`` holds what a server answers over these to transformers' models.
 """
 
 from __future__ import annotations
@@ -56,9 +56,10 @@ def selective_state_update(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *,
     z: None, dt_bias: Tensor, dt_softplus: bool, state_batch_indices: Tensor, out: Tensor,
 ) -> None:  # fmt: skip
-    """state [slots, H, P, N], x, dt, out [B, H, P], a token of each; A, D, dt_bias of each channel,
+    """state [slots, H, P, N], x, dt, out [B, H, P], a token of each; A, D, dt_bias by channel,
     alike within a head."""
-    assert dt_softplus and z is None
+    assert dt_softplus
+    assert z is None
     slots = state_batch_indices.long()
     rate = functional.softplus(dt[..., 0] + dt_bias[:, 0])
     state[slots], found = step(state[slots], x, rate, A[:, 0, 0], B, C, D[:, 0])
@@ -70,8 +71,9 @@ def track_mamba_states_if_needed(
     mamba_track_indices: Tensor, batch_size: int, check_freed_slots: bool = False,
 ) -> None:  # fmt: skip
     """Copy the states of the requests that the mask names."""
+    source, target = cache_indices[mamba_track_mask].long(), mamba_track_indices[mamba_track_mask]
     for states in (conv_states, ssm_states):
-        states[mamba_track_indices[mamba_track_mask]] = states[cache_indices[mamba_track_mask].long()]
+        states[target] = states[source]
 
 
 def rms_norm_gated(

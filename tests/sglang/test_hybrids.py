@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from importlib import import_module
+from itertools import count
 
 import pytest
 import torch
@@ -110,7 +112,8 @@ def test_full_budget_equals_stock_token_for_token_and_state_for_state(
         assert states is not None
     assert expected[0][2][:4] == by_transformers(name, model, first[2], 4)
     for policy, options in FORCED[name]:
-        with engine(model, json.dumps({"policy": policy, "shortcut": False}), **options) as planned:
+        forced = json.dumps({"policy": policy, "shortcut": False})
+        with engine(model, forced, **options) as planned:
             answers, found = turns(planned)
             assert answers == expected, policy
             torch.testing.assert_close(found, states, rtol=0, atol=1e-4)
@@ -118,14 +121,19 @@ def test_full_budget_equals_stock_token_for_token_and_state_for_state(
             whole = sum(len(p) >= planned.scheduler.page_size for p in [*first, *second])
             packs = policy.startswith(("snapkv", "keydiff"))
             assert planned.backend.packed_prompts == (whole if packs else 0)
-            assert bool(planned.backend.selected_queries) == ("budget=4096, " in policy
-                                                              or "twilight" in policy)
+            assert bool(planned.backend.selected_queries) == (
+                "budget=4096, " in policy or "twilight" in policy
+            )
             hits = [planned.cached(rid) for rid in list(planned.requests)[4:]]
             assert hits == ([700, 330, 33, 1] if options is CACHED else [0] * 4)
             assert settled(planned)
 
 
-TRACKED = {"mamba_radix_cache_strategy": "extra_buffer", "page_size": 16, "mamba_track_interval": 64}
+TRACKED = {
+    "mamba_radix_cache_strategy": "extra_buffer",
+    "page_size": 16,
+    "mamba_track_interval": 64,
+}
 """As on GPUs: states of earlier tokens are kept too, one in 64."""
 
 
@@ -171,6 +179,11 @@ def test_small_budgets_are_their_definitions(engine, granite4, prompts, monkeypa
     assert shadow.packed == 2 * 2
 
 
+def later(passes, act):
+    if next(passes) == 12:
+        act()
+
+
 OFFER = {
     "policy": "snapkv(budget=64, window=16)",
     "allow": ["quest", "keydiff", "knorm"],
@@ -203,10 +216,8 @@ def test_a_small_pool_of_requests_that_end_come_back_and_share_prompts(engine, g
         for _ in range(2):  # the second time over what the first left in the tree
             rids = [server.send(prompt, 40, policy) for prompt, policy in asked]
             doomed = server.send(begin, 40)
-            passes = iter(range(1000))
-            server.steps[:] = [lambda n=passes: next(n) == 12 and server.abort(doomed)]
+            server.steps[:] = [partial(later, count(), partial(server.abort, doomed))]
             server.drain()
-            server.steps.clear()
             wrong = [n for n, rid in enumerate(rids) if server.output(rid) != alone[n]]
             assert not wrong
             assert settled(server, 1024)

@@ -1,4 +1,4 @@
-"""Serve prompts over SGLang's interpreted Triton kernels, under each settings or, for null, without
+"""Serve prompts over SGLang's interpreted Triton kernels, under each settings; null for without
 kvplug. Prints what each did, as JSON."""
 
 import json
