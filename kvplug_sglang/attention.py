@@ -34,9 +34,9 @@ class PlannedAttention:
     req_to_token_pool: Any
     token_to_kv_pool: Any
     attend: Callable[..., None]
-    """(layer, query [N, Hq, D], whole, out [N, Hq, D])"""
+    """(layer, query [N, Hq, D], whole, out [N, Hq, D], sinks [Hq] or None)"""
     attend_heads: Callable[..., None]
-    """(layer, query [Q, H, G, D], step, chosen [Q, H, K], counts [Q, H], out [Q, Hq, D])"""
+    """(layer, query [Q, H, G, D], step, chosen [Q, H, K], counts [Q, H], out [Q, Hq, D], sinks)"""
 
     def __init__(self, runner: Any) -> None:
         super().__init__(runner)  # type: ignore[call-arg]
@@ -45,9 +45,8 @@ class PlannedAttention:
         pool = self.token_to_kv_pool
         self.windows = compat.windows(runner)
         """Of the layers that see no more, in tokens: they stay on the stock path."""
-        every = range(pool.start_layer, pool.start_layer + pool.layer_num)
-        self.layers = [layer for layer in every if layer not in self.windows]
-        """Those that the policy plans."""
+        self.layers = compat.planned_layers(runner)
+        """Those that the policy plans; one that reads another's cache by its owner's number."""
         planned = max(len(self.layers), 1)  # dense serves a model that has none
         table = self.req_to_token_pool.req_to_token
         self.steps = [
@@ -55,9 +54,9 @@ class PlannedAttention:
             for planners, layers in self.engine.serve(self.layers, len(table), table.device)
         ]
         widest = max(self.windows.values(), default=0)
-        self.engine.see(widest, runner.model_config.context_len, len(self.layers))
+        self.engine.see(widest, runner.model_config.context_len, self.layers)
         self.step_of = {layer: n for n, each in enumerate(self.steps) for layer in each.layers}
-        self.digests = Digests.of(self.engine, pool, self.layers)
+        self.digests = Digests.of(self.engine, pool, sorted(set(self.layers)))
         if self.layers:
             self.engine.kv_heads = pool.get_kv_buffer(self.layers[0])[0].shape[1]
         self.engine.layer_bytes = layer_bytes(pool, self.digests, self.engine.page_size)
@@ -125,34 +124,39 @@ class PlannedAttention:
         self, stock: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, layer: Any,
         forward_batch: Any, save: bool, more: dict[str, Any],
     ) -> Tensor:  # fmt: skip
+        owns = k is not None  # else it reads what its owner has written and packed
         if not _planned(layer):
             output = stock(q, k, v, layer, forward_batch, save, **more)
-            if layer.layer_id in self.windows:
+            if owns and layer.layer_id in self.windows:
                 self._keep_window(layer)
             return output
         plan = self.plans[self.step_of[layer.layer_id]]
         query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         if plan is None or plan.phases[0].layers[layer.layer_id] is None:
             output = stock(q, k, v, layer, forward_batch, save, **more)
-            self._written(layer, forward_batch.out_cache_loc)
-            if plan is not None:
+            if owns:
+                self._written(layer, forward_batch.out_cache_loc)
+            if owns and plan is not None:
                 self._observe(layer, query, plan)
                 self._pack_all(layer, plan.phases[0])
             return output
-        _refuse_extras(layer, more)
-        if save and k is not None:
+        sinks = more.pop("sinks", None)
+        _refuse_extras(more)
+        if owns and save:
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc.for_batch(forward_batch), k, v)
-        self._written(layer, forward_batch.out_cache_loc)
-        self._observe(layer, query, plan)
+        if owns:
+            self._written(layer, forward_batch.out_cache_loc)
+            self._observe(layer, query, plan)
         output = query.new_empty(*query.shape[:2], layer.v_head_dim)
         for phase in plan.phases:
-            self._pack_all(layer, phase)
+            if owns:
+                self._pack_all(layer, phase)
             reads = phase.layers[layer.layer_id]
             assert reads is not None
             if reads.whole is not None:
-                self._whole(layer, query, reads.whole, output)
+                self._whole(layer, query, reads.whole, output, sinks)
             for selected, budget in reads.selected:
-                self._selected(layer, query, selected, budget, output)
+                self._selected(layer, query, selected, budget, output, sinks)
         return output.flatten(1)
 
     @property
@@ -201,23 +205,27 @@ class PlannedAttention:
             slots, where = packing.replaced(self.engine.page_size), KVWriteLoc(packing.targets)
             self.token_to_kv_pool.set_kv_buffer(layer, where, keys[slots], values[slots])
 
-    def _whole(self, layer: Any, query: Tensor, whole: Whole, output: Tensor) -> None:
+    def _whole(
+        self, layer: Any, query: Tensor, whole: Whole, output: Tensor, sinks: Tensor | None
+    ) -> None:
         if whole.tokens is None:
-            self.attend(layer, query, whole, output)
+            self.attend(layer, query, whole, output, sinks)
             return
         out = output.new_empty(len(whole.tokens), *output.shape[1:])
-        self.attend(layer, query[whole.tokens], whole, out)
+        self.attend(layer, query[whole.tokens], whole, out, sinks)
         output.index_copy_(0, whole.tokens, out)
 
     def _selected(
-        self, layer: Any, query: Tensor, step: Selected, budget: int | float, output: Tensor
-    ) -> None:
+        self, layer: Any, query: Tensor, step: Selected, budget: int | float, output: Tensor,
+        sinks: Tensor | None,
+    ) -> None:  # fmt: skip
         selector = step.selector
         assert self.digests is not None or selector.digest is None
         mine = query if step.tokens is None else query[step.tokens]
         picked = mine.view(len(mine), layer.tp_k_head_num, -1, layer.qk_head_dim)  # [Q, H, G, D]
         digest = None if self.digests is None else self.digests.of_layer(layer.layer_id)
         if isinstance(selector, BlockSelector):
+            assert sinks is None, "they belong to query heads, and blocks read by KV head"
             every = query.view(len(query), *picked.shape[1:])
             out = self._blocks(layer, every, picked, digest, selector, step)
             output[slice(None) if step.tokens is None else step.tokens] = out
@@ -229,10 +237,10 @@ class PlannedAttention:
             scale=layer.scaling,
         )  # fmt: skip
         if step.tokens is None:
-            self.attend_heads(layer, picked, step, chosen, counts, output)
+            self.attend_heads(layer, picked, step, chosen, counts, output, sinks)
             return
         out = output.new_empty(len(mine), *output.shape[1:])
-        self.attend_heads(layer, picked, step, chosen, counts, out)
+        self.attend_heads(layer, picked, step, chosen, counts, out, sinks)
         output.index_copy_(0, step.tokens, out)
 
     def _blocks(
@@ -255,7 +263,7 @@ class PlannedAttention:
         heads = Heads.of(step, chosen, counts, size)
         rows = query.flatten(0, 1)[blocks.rows]  # [T * H, G, D]
         out = rows.new_empty(*rows.shape[:2], layer.v_head_dim)
-        self.attend(layer, rows, heads, out)
+        self.attend(layer, rows, heads, out, None)
         found = torch.empty_like(out).index_copy_(0, blocks.rows, out)
         return found.view(len(query), -1, layer.v_head_dim)
 
@@ -266,7 +274,7 @@ def _planned(layer: Any) -> bool:
     return decoder and not compat.window(layer)
 
 
-def _refuse_extras(layer: Any, more: dict[str, Any]) -> None:
+def _refuse_extras(more: dict[str, Any]) -> None:
     given = [name for name, value in more.items() if value is not None]
     if given:
         raise ValueError(

@@ -49,14 +49,14 @@ class Digests:
 def page_bytes(pool: Any, digests: Digests | None, page_size: int) -> int:
     """What the pool allocates for a page on this rank: all layers' keys and values, and what
     stands beside them for as long as the page is somebody's."""
-    layers = range(pool.start_layer, pool.start_layer + pool.layer_num)
+    layers = compat.pool_layers(pool)
     token = sum(each[0].nbytes for layer in layers for each in pool.get_kv_buffer(layer))
     return page_size * token + (0 if digests is None else digests.rows[:, 0].nbytes)
 
 
 def layer_bytes(pool: Any, digests: Digests | None, page_size: int) -> tuple[float, float]:
     """Of a token in a layer on this rank, and of its share of its page's digest."""
-    token = sum(each[0].nbytes for each in pool.get_kv_buffer(pool.start_layer))
+    token = sum(each[0].nbytes for each in pool.get_kv_buffer(compat.pool_layers(pool)[0]))
     return token, 0.0 if digests is None else digests.rows[0, 0].nbytes / page_size
 
 
@@ -73,5 +73,5 @@ def token_bytes(original: Any, self: Any, kvc: Any, num_layers: int) -> int:
     item = torch.empty(0, dtype=kvc.kv_cache_dtype).element_size()
     parts, rows = engine.offer.digest_rows(engine.page_size, item)
     page = digest_bytes(parts * rows, heads, model.head_dim, item)
-    planned = num_layers - len(compat.windows(kvc))
+    planned = len(set(compat.planned_layers(kvc)))
     return size + -(-page * planned // engine.page_size)

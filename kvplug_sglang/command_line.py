@@ -58,16 +58,23 @@ def reserve_graphs(original: Any, server_args: Any) -> float:
 
 def name_backend(original: Any, server_args: Any) -> None:
     """Around what SGLang decides by the model's name, some of whose models it serves over
-    attention backends that it knows by name alone."""
-    try:
+    attention backends that it knows by name alone: it is told which one kvplug wraps."""
+    if not compat.selected(server_args):
         original(server_args)
+        return
+    from kvplug_sglang.backend import stock
+
+    wrapped = stock(server_args, compat.view(server_args).device)
+    try:
+        with compat.named(server_args, wrapped):
+            original(server_args)
     except AssertionError as error:
-        if not compat.selected(server_args) or "attention backend" not in str(error):
+        if "attention backend" not in str(error):
             raise
         said = " ".join(str(error).split())
         raise ValueError(
-            f"kvplug cannot serve this configuration:\n- {compat.BY_NAME} ({said}); serve it "
-            "without --attention-backend kvplug"
+            f"kvplug cannot serve this configuration:\n- {compat.BY_NAME.format(wrapped)} "
+            f"({said}); serve it without --attention-backend kvplug"
         ) from error
 
 

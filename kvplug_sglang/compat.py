@@ -13,6 +13,7 @@ import logging
 import pkgutil
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +25,17 @@ FIRST, END = (0, 5, 23), (0, 6)
 """SGLang versions [first, end) that kvplug was tested with."""
 
 BY_NAME = (
-    "SGLang 0.5.23 serves this model over attention backends that it knows by name, and kvplug is "
-    "none of them"
+    "SGLang 0.5.23 serves this model over attention backends that it knows by name, and {}, which "
+    "kvplug wraps here, is none of them"
 )
 """Of models with attention sinks (gpt-oss), Gemma 4 and EXAONE 4; asserted in ``model_hook``."""
+WITHOUT_FLASH = (
+    "Gemma4ForCausalLM", "Gemma4ForConditionalGeneration", "Gemma4UnifiedForConditionalGeneration",
+)  # fmt: skip
+"""Architectures that SGLang asserts not to serve over FlashAttention 3, the card's or not."""
+
+MAMBA_2 = ("FalconH1Config", "GraniteMoeHybridConfig", "NemotronHConfig")
+"""Configurations of models whose recurrent layers are ``MambaMixer2``."""
 
 log = logging.getLogger("sglang.kvplug")
 
@@ -183,6 +191,16 @@ def first_kv_head(layer: Any) -> int:
     return (layer.layer_id * ranks + rank) * layer.tp_k_head_num
 
 
+@contextmanager
+def named(server_args: Any, backend: str) -> Iterator[None]:
+    """For a while ``backend`` stands where kvplug was asked for."""
+    fields = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+    ours = [field for field in fields if getattr(view(server_args), field) == NAME]
+    declare(server_args, dict.fromkeys(ours, backend))
+    yield
+    declare(server_args, dict.fromkeys(ours, NAME))
+
+
 def declare(server_args: Any, decisions: dict[str, Any]) -> None:
     """Decide what the user left open, in the way SGLang's own handlers do."""
     from sglang.srt.arg_groups.overrides import declare_resolution
@@ -220,6 +238,9 @@ def verify_bindings(scheduler: Any) -> None:
     for name in ("checkpoint", "on_release", "swa_reprefill_tail_tokens", "free_kv_row"):
         if getattr(tree, name) is not getattr(UnifiedRadixCache, name):
             raise RuntimeError(broken(f"UnifiedRadixCache.{name}", f"{tree} has its own"))
+    attends = planned_backend(scheduler.tp_worker.model_runner.attn_backend)
+    if not hasattr(attends, "steps"):
+        raise RuntimeError(broken("attn_backend_wrapper", f"{type(attends)} attends in its place"))
     record = schedule_batch.ReqKvInfo(kv_allocated_len=100, cache_protected_len=60)
     if kv_private_tokens(record, 1) != 40:
         raise RuntimeError(broken("kv_private_tokens", "it is not allocated less protected"))
@@ -256,6 +277,8 @@ def default_attention(server_args: Any) -> str:
     )
 
     model = model_config_of(server_args)
+    if not set(WITHOUT_FLASH).isdisjoint(model.hf_config.architectures or ()):
+        return "triton"
     return str(get_default_attn_backend(resolved_view(server_args), uses_mla(model), model))
 
 
@@ -329,14 +352,40 @@ def window(layer: Any) -> int:
     return 0 if before is None or before < 0 else int(before) + 1
 
 
-def windows(runner: Any) -> dict[int, int]:
-    """Of the layers of a runner's model that see no more, by their number."""
+def attending(runner: Any) -> list[Any]:
+    """The layers of a runner's model that attend, in order. One that reads another's cache has
+    the number of its owner."""
     from sglang.srt.layers.radix_attention import RadixAttention
 
     model = getattr(runner, "model", None)  # SGLang's test kit runs layers without one
     layers = [] if model is None else model.modules()
-    found = {each.layer_id: window(each) for each in layers if isinstance(each, RadixAttention)}
+    return [each for each in layers if isinstance(each, RadixAttention)]
+
+
+def pool_layers(pool: Any) -> list[int]:
+    """The numbers of the layers that a pool has caches of."""
+    beside_recurrent = getattr(pool, "full_attention_layer_id_mapping", None)
+    return list(beside_recurrent or range(pool.start_layer, pool.start_layer + pool.layer_num))
+
+
+def windows(runner: Any) -> dict[int, int]:
+    """Of the layers of a runner's model that see no more, by their number."""
+    found = {each.layer_id: window(each) for each in attending(runner)}
     return {layer: seen for layer, seen in found.items() if seen}
+
+
+def planned_layers(runner: Any) -> list[int]:
+    """Of the layers that attend to all that is before them, in order: each as often as it is read
+    in a step."""
+    if getattr(runner, "model", None) is None:
+        return pool_layers(runner.token_to_kv_pool)
+    windowed, found = windows(runner), [each.layer_id for each in attending(runner)]
+    return [layer for layer in found if layer not in windowed]
+
+
+def planned_backend(backend: Any) -> Any:
+    """Ours in a runner's, which beside recurrent layers is a part of it."""
+    return getattr(backend, "full_attn_backend", backend)
 
 
 def declared_window(model: Any) -> int:
@@ -349,6 +398,13 @@ def declared_window(model: Any) -> int:
 def windows_apart(model: Any) -> bool:
     """Whether the tokens of windowed layers lie in a pool of their own."""
     return bool(model.is_hybrid_swa)
+
+
+def windows_of_other_heads(model: Any) -> bool:
+    """Whether windowed layers keep heads of another number or size than the others (Gemma 4)."""
+    text, heads = model.hf_text_config, model.get_total_num_kv_heads()
+    other = getattr(text, "swa_num_key_value_heads", None) or heads
+    return bool(model.swa_head_dim != model.head_dim or other != heads)
 
 
 def masks_images(model: Any) -> bool:
@@ -366,20 +422,43 @@ def attention_sinks(model: Any) -> bool:
     return bool(model.has_attention_sinks)
 
 
-def special_layers(model: Any) -> Iterator[str]:
-    from sglang.srt.configs.hybrid_arch import mambaish_config
-    from sglang.srt.configs.model_config import is_minimax_sparse
+def shares_caches(model: Any) -> bool:
+    """Whether some layers read another layer's cache."""
+    return bool(getattr(model.hf_text_config, "num_kv_shared_layers", 0))
 
-    if is_minimax_sparse(model.hf_config):
+
+def unknown_recurrence(model: Any) -> bool:
+    """Whether some layers keep a state of a request, and not as Mamba-2 or a gated delta net."""
+    from sglang.srt.configs.hybrid_arch import hybrid_gdn_config, mambaish_config
+
+    config = mambaish_config(model)
+    mamba_2 = type(config).__name__ in MAMBA_2
+    return config is not None and not mamba_2 and hybrid_gdn_config(model) is None
+
+
+def caches_last_states_alone(view: Any) -> bool:
+    """Whether the prefix cache has a recurrent state where a request ended and nowhere else."""
+    return bool(view.uses_mamba_radix_cache and view.mamba_radix_cache_strategy == "no_buffer")
+
+
+def special_layers(model: Any) -> Iterator[str]:
+    from sglang.srt.configs.model_config import is_minimax_sparse
+    from sglang.srt.layers.attention.qsa.config import is_qwen_qsa
+
+    if is_minimax_sparse(model.hf_config) or is_qwen_qsa(model.hf_config):
         yield "the model selects its own pages, with an index that was trained for it"
     if model.is_encoder_decoder:
         yield "the model has an encoder, whose keys stand before the prompt's"
-    if mambaish_config(model) is not None:
-        yield "the model mixes attention with recurrent (Mamba-like) layers"
-    if getattr(model.hf_text_config, "num_kv_shared_layers", 0):
-        yield "some of the model's layers read another layer's cache"
+    if unknown_recurrence(model):
+        yield "the model has recurrent layers that are neither Mamba-2 nor gated delta nets"
     if not model.is_generation:
         yield "the model does not generate"
+
+
+def keeps_prompts(tree: Any) -> bool:
+    """Whether a prompt's whole pages stay in a tree once they are computed. With an extra buffer
+    of recurrent states it keeps what comes before the last one that was tracked."""
+    return bool(tree.supports_prefix_sharing() and not tree.enable_mamba_extra_buffer)
 
 
 def head_major_cache() -> bool:

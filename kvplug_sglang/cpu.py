@@ -14,7 +14,10 @@ from kvplug_sglang.step import Selected, Whole
 
 
 class KVPlugBackend(PlannedAttention, TorchNativeAttnBackend):
-    def attend(self, layer: Any, query: Tensor, whole: Whole, out: Tensor) -> None:
+    def attend(
+        self, layer: Any, query: Tensor, whole: Whole, out: Tensor, sinks: Tensor | None
+    ) -> None:
+        assert sinks is None, "the stock kernel takes none"
         keys, values = whole.cache(*self._kv(layer.layer_id))
         sequences = torch.arange(len(whole.lengths))
         more = {"scaling": layer.scaling, "enable_gqa": query.shape[1] != keys.shape[1]}
@@ -30,8 +33,9 @@ class KVPlugBackend(PlannedAttention, TorchNativeAttnBackend):
 
     def attend_heads(
         self, layer: Any, query: Tensor, step: Selected, chosen: Tensor, counts: Tensor,
-        out: Tensor,
+        out: Tensor, sinks: Tensor | None,
     ) -> None:  # fmt: skip
+        assert sinks is None, "the stock kernel takes none"
         size, heads, group = self.engine.page_size, query.shape[1], query.shape[2]
         units, lengths = virtual_heads(
             step.page_table, chosen, counts, step.lengths, size, size * heads, 1,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from kvplug_sglang.attention import PlannedAttention
 from kvplug_sglang.replay import Replayed
 
@@ -38,3 +40,13 @@ class ReplayedAttention(PlannedAttention):
         super().init_forward_metadata_in_graph(forward_batch)  # type: ignore[misc]
         rows = forward_batch.req_pool_indices.long()
         self.plans = [each.plan(rows) for each in self.replays] or [None] * len(self.steps)
+
+
+def with_sinks(out: Tensor, weights: Tensor, sinks: Tensor) -> None:
+    """In place: what KV heads read as sequences of their own, as if beside sinks that belong to
+    query heads.
+
+    out [Q * H, G, D], weights [Q * H, G] the logarithm of what was read, sinks [H * G] logits.
+    """
+    heads = sinks.view(-1, out.shape[1]).repeat(len(out) // (len(sinks) // out.shape[1]), 1)
+    out.mul_((weights - heads.float()).sigmoid()[..., None].to(out.dtype))

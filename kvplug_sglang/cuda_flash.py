@@ -10,24 +10,26 @@ from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBac
 from torch import Tensor
 
 from kvplug_kernels.virtual_heads import virtual_heads
-from kvplug_sglang.cuda import ReplayedAttention
+from kvplug_sglang.cuda import ReplayedAttention, with_sinks
 from kvplug_sglang.step import Heads, Selected, Whole
 
 
 class KVPlugBackend(ReplayedAttention, FlashAttentionBackend):
-    def attend(self, layer: Any, query: Tensor, whole: Whole, out: Tensor) -> None:
+    def attend(
+        self, layer: Any, query: Tensor, whole: Whole, out: Tensor, sinks: Tensor | None
+    ) -> None:
         if isinstance(whole, Heads):
             keys, values = (one_head(each, whole.page_size) for each in self._kv(layer.layer_id))
         else:
             keys, values = self.get_paged_mha_kv_cache(layer)
         self._flash(
             layer, query, keys, values, whole.page_table, whole.lengths, whole.starts,
-            whole.longest_run, out,
+            whole.longest_run, out, sinks=sinks,
         )  # fmt: skip
 
     def attend_heads(
         self, layer: Any, query: Tensor, step: Selected, chosen: Tensor, counts: Tensor,
-        out: Tensor,
+        out: Tensor, sinks: Tensor | None,
     ) -> None:  # fmt: skip
         size, heads, group = self.page_size, query.shape[1], query.shape[2]
         table, lengths = virtual_heads(
@@ -37,12 +39,20 @@ class KVPlugBackend(ReplayedAttention, FlashAttentionBackend):
         keys, values = (one_head(each, step.unit) for each in self._kv(layer.layer_id))
         starts = torch.arange(len(table) + 1, dtype=torch.int32, device=table.device)
         out = out.view(-1, group, out.shape[2])
-        self._flash(layer, query.flatten(0, 1), keys, values, table, lengths, starts, 1, out)
+        weights = self._flash(
+            layer, query.flatten(0, 1), keys, values, table, lengths, starts, 1, out,
+            weighs=sinks is not None,
+        )  # fmt: skip
+        if sinks is not None:
+            assert weights is not None
+            with_sinks(out, weights.T, sinks)
 
     def _flash(
         self, layer: Any, query: Tensor, keys: Tensor, values: Tensor, table: Tensor,
         lengths: Tensor, starts: Tensor, longest_run: int, out: Tensor,
-    ) -> None:  # fmt: skip
+        sinks: Tensor | None = None, weighs: bool = False,
+    ) -> Tensor | None:  # fmt: skip
+        """-> where asked for, what each query's tokens weigh, as a logarithm. [Hq, N]"""
         same = out.dtype == keys.dtype
         found = flash_attn_with_kvcache(
             q=query.to(keys.dtype).contiguous(),
@@ -58,9 +68,15 @@ class KVPlugBackend(ReplayedAttention, FlashAttentionBackend):
             num_splits=self.num_splits,
             out=out if same else None,
             ver=self.fa_impl_ver,
+            return_softmax_lse=weighs,
+            sinks=sinks,
         )
+        weights = None
+        if weighs:
+            found, weights, *_ = found
         if not same:
             out.copy_(found)
+        return weights
 
 
 def one_head(cache: Tensor, page_size: int) -> Tensor:

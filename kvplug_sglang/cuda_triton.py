@@ -11,7 +11,7 @@ from sglang.srt.layers.attention.triton_backend import TritonAttnBackend, logit_
 from torch import Tensor
 
 from kvplug_kernels.slot_lists import slot_lists
-from kvplug_sglang.cuda import ReplayedAttention
+from kvplug_sglang.cuda import ReplayedAttention, with_sinks
 from kvplug_sglang.step import Selected, Whole
 
 SEQUENCES = 256
@@ -19,43 +19,54 @@ SEQUENCES = 256
 
 
 class KVPlugBackend(ReplayedAttention, TritonAttnBackend):
-    def attend(self, layer: Any, query: Tensor, whole: Whole, out: Tensor) -> None:
+    def attend(
+        self, layer: Any, query: Tensor, whole: Whole, out: Tensor, sinks: Tensor | None
+    ) -> None:
         keys, values = whole.cache(*self._kv(layer.layer_id))
         if whole.longest_run == 1:
-            self._decode(layer, query, keys, values, whole.seen, whole.lengths, out)
+            weights = query.new_empty(*query.shape[:2], self.max_kv_splits, dtype=torch.float32)
+            self._decode(
+                layer, query, keys, values, whole.seen, whole.lengths, out, weights, sinks
+            )
             return
         bounds, slots = whole.before
         cap = logit_capping_mod(layer.logit_capping_method, layer.logit_cap)
         self.extend_attention_fwd(
             query.contiguous(), keys[whole.own], values[whole.own], out, keys, values,
             whole.starts, bounds, slots, None, True, None, whole.longest_run, 1.0, 1.0,
-            layer.scaling, logit_cap=cap,
+            layer.scaling, logit_cap=cap, sinks=sinks,
         )  # fmt: skip
 
     def attend_heads(
         self, layer: Any, query: Tensor, step: Selected, chosen: Tensor, counts: Tensor,
-        out: Tensor,
+        out: Tensor, sinks: Tensor | None,
     ) -> None:  # fmt: skip
         bounds, slots = slot_lists(
             step.page_table, step.lengths, self.engine.page_size, chosen, counts, step.unit
         )
         keys, values = (each.view(-1, 1, each.shape[2]) for each in self._kv(layer.layer_id))
         out = out.view(-1, query.shape[2], out.shape[2])
-        read = bounds, slots
-        self._decode(layer, query.flatten(0, 1), keys, values, read, bounds.diff(), out)
+        read, rows = (bounds, slots), query.flatten(0, 1)
+        weights = query.new_empty(*rows.shape[:2], self.max_kv_splits, dtype=torch.float32)
+        if sinks is not None:
+            weights.fill_(-torch.inf)  # of parts that there are none of
+        self._decode(layer, rows, keys, values, read, bounds.diff(), out, weights)
+        if sinks is not None:
+            with_sinks(out, weights.logsumexp(2), sinks)
 
     def _decode(
         self, layer: Any, query: Tensor, keys: Tensor, values: Tensor,
-        read: tuple[Tensor, Tensor], lengths: Tensor, out: Tensor,
+        read: tuple[Tensor, Tensor], lengths: Tensor, out: Tensor, weights: Tensor,
+        sinks: Tensor | None = None,
     ) -> None:  # fmt: skip
-        partial = (*query.shape[:2], self.max_kv_splits)
+        """weights [n, Hq, parts] takes the logarithm of what each part weighs."""
         self.decode_attention_fwd(
             query, keys, values, out, *read,
-            query.new_empty(*partial, out.shape[2], dtype=torch.float32),
-            query.new_empty(partial, dtype=torch.float32),
+            query.new_empty(*weights.shape, out.shape[2], dtype=torch.float32), weights,
             self.splits(lengths, query.shape[1], keys.shape[1]), self.max_kv_splits,
             layer.scaling, 1.0, 1.0,
             logit_cap=logit_capping_mod(layer.logit_capping_method, layer.logit_cap),
+            sinks=sinks,
         )  # fmt: skip
 
     def splits(self, lengths: Tensor, heads: int, kv_heads: int) -> Tensor:

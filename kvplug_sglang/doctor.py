@@ -112,11 +112,12 @@ def canary(tree: Any, engine: Engine) -> None:
         reqs=[request], tree_cache=tree, token_to_kv_pool_allocator=allocator,
     ))  # fmt: skip
     tree.checkpoint(request, up_to=tokens)
-    kept = tokens if tree.supports_prefix_sharing() else 0
+    kept = tokens if compat.keeps_prompts(tree) else 0
     expect("checkpoint", counts(tree), untouched.after(used=kept + size, evictable=kept))
     release_kv_cache(request, tree, checkpoint=True)
     expect("on_release", counts(tree), untouched.after(used=kept, evictable=kept))
     tree.reset()
+    rows.clear()
     allocator.clear()
     expect("reset", counts(tree), untouched)
 

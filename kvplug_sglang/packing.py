@@ -178,7 +178,10 @@ def checkpoint(original: Any, self: Any, req: Any, *, up_to: int, **kwargs: Any)
     if tenant is None or tenant.course is None:
         original(self, req, up_to=up_to, **kwargs)
         return
-    original(self, req, up_to=min(up_to, tenant.prompt, tenant.course.begin), **kwargs)
+    end = min(up_to, tenant.prompt, tenant.course.begin)
+    if end < up_to and self.supports_mamba():
+        end = 0  # a recurrent state is one of ``up_to``, and would be kept for what comes before
+    original(self, req, up_to=end, **kwargs)
     if tenant.course.begin == tenant.prompt <= up_to and not req.finished():
         swap(self, req, tenant)
 

@@ -19,7 +19,7 @@ from kvplug import (
     SparsePrefill,
     read_offer,
 )
-from kvplug_sglang import compat, windows
+from kvplug_sglang import compat, sharing, windows
 from kvplug_sglang.settings import NAME
 
 PAGE_SIZE = 32
@@ -154,14 +154,23 @@ def refusals(view: Any, model: Any, given: object) -> Iterator[str]:
         )
     if compat.head_major_cache():
         yield "the cache's layout is head-major; unset SGLANG_USE_HND_KVCACHE"
-    if compat.attention_sinks(model):
+    if compat.attention_sinks(model) and offer.block_selectors:
         yield (
-            "the model has attention sinks, which SGLang's torch_native attention does not take "
-            "and kvplug was never run with here; use the policy 'dense'"
+            f"{offer.block_selectors[0].name} reads each KV head's pages as sequences of their "
+            "own, and the model's attention sinks belong to query heads; use a_shape or tri_shape"
         )
+    if compat.shares_caches(model):
+        yield from sharing.refusals(offer)
+    yield from beside_recurrent(view, offer)
     for what in compat.special_layers(model):
         yield f"{what}, which was never run; use the policy 'dense'"
-    if compat.windows_apart(model):
+    if compat.windows_of_other_heads(model):
+        yield (
+            "the model's windowed layers keep heads of another shape than the others, which "
+            "SGLang has in a pool of their own; that pool knows nothing of a row that a policy "
+            "rewrites; use the policy 'dense'"
+        )
+    elif compat.windows_apart(model):
         yield (
             "the model's windowed layers have a pool of their own, which knows nothing of a row "
             "that a policy rewrites; add --disable-hybrid-swa-memory, or use the policy 'dense'"
@@ -181,6 +190,18 @@ def refusals(view: Any, model: Any, given: object) -> Iterator[str]:
         yield (
             "some of the model's layers attend within chunks of the context, which was never run; "
             "use the policy 'dense'"
+        )
+
+
+def beside_recurrent(view: Any, offer: Offer) -> Iterator[str]:
+    """Where the prefix cache keeps recurrent states."""
+    alone = compat.caches_last_states_alone(view)
+    if alone and view.page_size is None and default_page(offer) is not None:
+        yield (
+            "the prefix cache of a model with recurrent layers has pages of one token unless it "
+            "keeps states of earlier tokens, and the policy reads pages; add "
+            "--mamba-radix-cache-strategy extra_buffer, --disable-radix-cache, or --page-size 1, "
+            "whose digests are twice its keys"
         )
 
 

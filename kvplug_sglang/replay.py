@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvplug import LayerReads
+from kvplug_sglang import compat
 from kvplug_sglang.compat import Hook
 from kvplug_sglang.router import OWN
 from kvplug_sglang.settings import Engine
@@ -121,7 +122,7 @@ def replayable(original: Any, self: Any, forward_batch: Any) -> bool:
         return possible
     tenants = Engine.serving().router.of(forward_batch.rids)
     choices = [tenant.choice for tenant in tenants]
-    backend = self.attn_backend
+    backend = compat.planned_backend(self.attn_backend)
     if not all(each.serves(choices) for each in backend.replays):
         return False
     packs = any(backend.engine.planner(choice).schedule.every for choice in set(choices))

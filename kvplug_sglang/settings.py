@@ -13,7 +13,7 @@ import torch
 
 from kvplug import BatchPlanner, Choices, Offer, Planner, Refused, Settings, read_offer
 from kvplug.config import ENVIRONMENT
-from kvplug_sglang import windows
+from kvplug_sglang import sharing, windows
 from kvplug_sglang.router import Router
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ class Engine:
         self.router = Router()
         self.window, self.longest = 0, 0
         """Tokens that the model's widest windowed layer sees, and that a request may have."""
+        self.shares = False
+        """Whether layers read another layer's cache."""
         self.scheduler: Any = None
         self.choices = Choices(offer.settings)
         self.planners = BatchPlanner(page_size)
@@ -100,21 +102,26 @@ class Engine:
         assert cls.current is not None
         return cls.current
 
-    def see(self, window: int, longest: int, planned: int) -> None:
+    def see(self, window: int, longest: int, layers: Sequence[int]) -> None:
         """Once a model is loaded: what its windowed layers see, in requests up to ``longest``, and
-        how many others there are. Raises ValueError where a policy has nothing to plan, or does
-        not leave the windowed layers what they see."""
-        if not planned and not self.dense:
+        the others, one that shares a cache by its owner's number. Raises ValueError where a policy
+        has nothing to plan, or does not leave the windowed layers what they see."""
+        if not layers and not self.dense:
+            every = f"every layer of the model sees {window} tokens and no more"
             raise ValueError(
-                f"kvplug: every layer of the model sees {window} tokens and no more, so that "
+                f"kvplug: {every if window else 'no layer of the model attends'}, so that "
                 f"{self.offer.settings.policy} has nothing to plan; use the policy 'dense'"
             )
         self.window, self.longest = window, longest
-        self._leaves_windows(self.offer.settings)
+        self.shares = len(set(layers)) < len(layers)
+        self._fits(self.offer.settings)
 
-    def _leaves_windows(self, settings: Settings) -> Settings:
+    def _fits(self, settings: Settings) -> Settings:
+        """Raises Refused where other layers of the model would miss what a policy takes."""
         if self.window:
             windows.check(self.planners.planner(settings), self.window, self.longest)
+        if self.shares:
+            sharing.check(settings)
         return settings
 
     def serve(self, layers: Sequence[int], rows: int, device: torch.device) -> list[LayerClass]:
@@ -162,7 +169,7 @@ class Engine:
             )
         custom = sampling_params.custom_params
         asked = custom.get(NAME) if isinstance(custom, dict) else None
-        return self._leaves_windows(self.offer.settings_for(asked))
+        return self._fits(self.offer.settings_for(asked))
 
     def policy(self, choice: int) -> str:
         """The line that a choice is counted by."""

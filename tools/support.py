@@ -60,11 +60,13 @@ class Row:
     options: dict[str, Any] = field(default_factory=dict)
     tests: dict[str, str] = field(default_factory=dict)
     """A test -> the policies that it runs."""
+    wraps: str | None = None
+    """SGLang's attention that kvplug wraps, where not that of a CPU."""
 
 
 MODULES = {
     "llama": "random_llama", "gemma3": "random_llama", "granite4": "random_hybrid",
-    "gemma4": "random_shared", "gpt_oss": "random_gpt_oss",
+    "gemma4": "random_shared", "gemma3n": "random_shared", "gpt_oss": "random_gpt_oss",
 }  # fmt: skip
 SMALL: dict[str, Any] = {
     "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4,
@@ -75,7 +77,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 32, "kv_lora_rank": 32, "q_lora_rank": None,
         "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
     },
-    "Lfm2": {"full_attn_idxs": [1]},
 }  # fmt: skip
 VLLM = {
     "Models": [
@@ -196,8 +197,28 @@ SGLANG = {
             "sglang/test_windows.py::test_policies_of_their_own_in_a_batch_answer_as_alone":
             "chosen",
         }),
-        Row("recurrent layers (Granite 4, Falcon-H1, Qwen3-Next)", "Lfm2"),
-        Row("attention sinks (gpt-oss)", "gpt_oss"),
+        Row("recurrent layers (Granite 4, Falcon-H1, Qwen3-Next)", "granite4", options={
+            "mamba_radix_cache_strategy": "no_buffer", "disable_overlap_schedule": True,
+            "page_size": 1,
+        }, tests={
+            "sglang/test_hybrids.py::"
+            "test_full_budget_equals_stock_token_for_token_and_state_for_state":
+            "quest twilight snapkv keydiff streaming_llm",
+            "sglang/test_hybrids.py::"
+            "test_a_small_pool_of_requests_that_end_come_back_and_share_prompts": "chunk chosen",
+        }),
+        Row("layers that share a cache (Gemma 3n)", "gemma3n", wraps="fa3", tests={
+            "sglang/test_architectures.py::"
+            "test_a_policy_is_stock_at_full_budget_and_its_definition_below":
+            "quest keydiff streaming_llm",
+        }),
+        Row("attention sinks (gpt-oss, `--disable-hybrid-swa-memory`)", "gpt_oss", options={
+            "disable_hybrid_swa_memory": True,
+        }, wraps="fa3", tests={
+            "sglang/test_architectures.py::"
+            "test_a_policy_is_stock_at_full_budget_and_its_definition_below":
+            "quest keydiff streaming_llm",
+        }),
         Row("latent attention (DeepSeek)", "DeepseekV2"),
         Row("pooling", options={"is_embedding": True}),
     ],
@@ -252,14 +273,14 @@ def build(name: str, folder: Path) -> Path:
     return folder
 
 
-def refused_by_vllm(model: Path, options: dict[str, Any]) -> list[list[str]]:
+def refused_by_vllm(model: Path, row: Row) -> list[list[str]]:
     """The reasons, for each of POLICIES."""
     from vllm.engine.arg_utils import EngineArgs
 
     from kvplug_vllm.refusals import refusals
 
     given: dict[str, Any] = {"max_model_len": 1024, "skip_tokenizer_init": True}
-    config = EngineArgs(model=str(model), **{**given, **options}).create_engine_config()
+    config = EngineArgs(model=str(model), **{**given, **row.options}).create_engine_config()
     found = []
     for policy in POLICIES.values():
         config.additional_config = {"kvplug": policy}
@@ -267,27 +288,34 @@ def refused_by_vllm(model: Path, options: dict[str, Any]) -> list[list[str]]:
     return found
 
 
-def refused_by_sglang(model: Path, options: dict[str, Any]) -> list[list[str]]:
+def refused_by_sglang(model: Path, row: Row) -> list[list[str]]:
     """The reasons, for each of POLICIES."""
     from sglang.srt.plugins import load_plugins
-    from sglang.srt.server_args import ServerArgs
+
+    from kvplug_sglang import backend
 
     load_plugins()
-    found = []
-    for policy in POLICIES.values():
-        os.environ["KVPLUG_POLICY"] = json.dumps(policy)
-        server = ServerArgs(
-            model_path=str(model), device="cpu", attention_backend="kvplug", **options
-        )
-        try:
-            server.resolve_once()
-        except (ValueError, AssertionError) as error:
-            first, *reasons = str(error).split("\n- ")
-            ours = first.startswith("kvplug")
-            found.append(reasons if ours else [f"SGLang itself: {first.splitlines()[0]}"])
-        else:
-            found.append([])
-    return found
+    stock = backend.stock
+    if row.wraps is not None:
+        backend.stock = lambda server_args, device: row.wraps
+    try:
+        return [_refused(model, policy, row.options) for policy in POLICIES.values()]
+    finally:
+        backend.stock = stock
+
+
+def _refused(model: Path, policy: dict[str, Any], options: dict[str, Any]) -> list[str]:
+    from sglang.srt.server_args import ServerArgs
+
+    os.environ["KVPLUG_POLICY"] = json.dumps(policy)
+    server = ServerArgs(model_path=str(model), device="cpu", attention_backend="kvplug", **options)
+    try:
+        server.resolve_once()
+    except (ValueError, AssertionError) as error:
+        first, *reasons = str(error).split("\n- ")
+        ours = first.startswith("kvplug")
+        return reasons if ours else [f"SGLang itself: {first.splitlines()[0]}"]
+    return []
 
 
 REFUSED = {"vllm": refused_by_vllm, "sglang": refused_by_sglang}
@@ -315,7 +343,7 @@ def part(engine: str) -> str:
             lines += [f"| {title} | {' | '.join(POLICIES)} |", "|---" * (len(POLICIES) + 1) + "|"]
             for row in rows:
                 shown = " ".join(row.tests.values()).split()
-                refused = REFUSED[engine](build(row.model, Path(folder) / row.model), row.options)
+                refused = REFUSED[engine](build(row.model, Path(folder) / row.model), row)
                 cells = []
                 for policy, said in zip(POLICIES, refused, strict=True):
                     line = str(read_offer(POLICIES[policy], environ={}).settings.policy)

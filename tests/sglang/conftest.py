@@ -120,7 +120,9 @@ class Engine:
 
     @property
     def backend(self) -> Any:
-        return self.scheduler.tp_worker.model_runner.attn_backend
+        """Of the layers that attend."""
+        backend = self.scheduler.tp_worker.model_runner.attn_backend
+        return getattr(backend, "full_attn_backend", backend)
 
     @property
     def tree(self) -> Any:
@@ -226,6 +228,7 @@ def start(model: Path, policy: str | None = None, **options: Any) -> Iterator[En
         destroy_distributed_environment,
         destroy_model_parallel,
     )
+    from sglang.srt.eplb.expert_location import set_global_expert_location_metadata
 
     gc.freeze()  # SGLang collects garbage as it starts: a second, among all that is loaded
     Pace.starts += 1
@@ -240,6 +243,7 @@ def start(model: Path, policy: str | None = None, **options: Any) -> Iterator[En
             settings.Engine.current = None
         destroy_model_parallel()
         destroy_distributed_environment()
+        set_global_expert_location_metadata(None, allow_overwrite=True)
         gc.collect()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -12,7 +13,7 @@ from recorded import opaque
 from torch import Tensor
 
 MEANS_MORE = ("k", "v", "qv", "rotary_cos", "cache_batch_idx", "cache_leftpad", "q_descale",
-              "k_descale", "v_descale", "sinks")  # fmt: skip
+              "k_descale", "v_descale")  # fmt: skip
 
 
 @opaque
@@ -20,8 +21,9 @@ def flash_attn_with_kvcache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, *, page_table: Tensor, cache_seqlens: Tensor,
     cu_seqlens_q: Tensor, max_seqlen_q: int, softmax_scale: float, causal: bool = False,
     window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, num_splits: int = 0,
-    scheduler_metadata: Tensor | None = None, out: Tensor | None = None, **more: Any,
-) -> Tensor:  # fmt: skip
+    scheduler_metadata: Tensor | None = None, out: Tensor | None = None,
+    sinks: Tensor | None = None, return_softmax_lse: bool = False, **more: Any,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     unknown = [name for name in MEANS_MORE if more.get(name) is not None]
     assert not unknown, f"the stand-in knows no {unknown}"
     assert not softcap, "nor this"
@@ -30,25 +32,33 @@ def flash_attn_with_kvcache(
     assert out is None or out.shape == q.shape
     assert v_cache.shape[:3] == k_cache.shape[:3]
     out = torch.full_like(q, float("nan")) if out is None else out
+    weights = None
+    if return_softmax_lse:
+        weights = q.new_full((q.shape[1], len(q)), float("-inf"), dtype=torch.float32)
     Flash.attend(
         q=q, k=k_cache, v=v_cache, out=out, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
         seqused_k=cache_seqlens, max_seqlen_k=page_table.shape[1] * k_cache.shape[1],
         softmax_scale=softmax_scale, causal=causal, block_table=page_table,
         scheduler_metadata=scheduler_metadata, window_size=window_size, num_splits=num_splits,
+        s_aux=sinks, weights_out=weights,
     )  # fmt: skip
-    return out
+    return out if weights is None else (out, weights)
 
 
-def install() -> None:
-    """Before a scheduler is started: kvplug wraps FlashAttention 3, as on Hopper."""
+def install(put: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Before a scheduler is started: kvplug wraps FlashAttention 3, as on Hopper, and
+    ``--attention-backend fa3`` is it."""
     kernels = ModuleType("sgl_kernel.flash_attn")
     kernels.flash_attn_with_kvcache = flash_attn_with_kvcache
     kernels.flash_attn_varlen_func = None
     kernels.get_scheduler_metadata = get_scheduler_metadata
     sys.modules["sgl_kernel.flash_attn"] = kernels
     from sglang.kernels.ops.attention import flash_attention
+    from sglang.srt.layers.attention import attention_registry as registry
+    from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
 
     from kvplug_sglang import backend
 
-    flash_attention.fa3_flash_attn_with_kvcache = flash_attn_with_kvcache
-    backend.stock = lambda server_args, device: backend.FLASH
+    put(flash_attention, "fa3_flash_attn_with_kvcache", flash_attn_with_kvcache)
+    registry.ATTENTION_BACKENDS[backend.FLASH] = FlashAttentionBackend
+    put(backend, "stock", lambda server_args, device: backend.FLASH)

@@ -26,6 +26,8 @@ class Shadow:
         forward, pack = PlannedAttention._forward, PlannedAttention._pack
 
         def shadow_forward(backend, stock, q, k, v, layer, *more):
+            if k is None:  # of a layer that reads another's cache
+                return forward(backend, stock, q, k, v, layer, *more)
             heads, kv_heads = layer.tp_q_head_num, layer.tp_k_head_num
             rows = (
                 q.view(len(q), heads, -1),

@@ -168,7 +168,7 @@ WHISPER = {
     "kind, architecture, shape, message",
     [
         ("Whisper", "WhisperForConditionalGeneration", WHISPER, "the model has an encoder"),
-        ("Lfm2", "Lfm2ForCausalLM", {**SMALL, "full_attn_idxs": [1]}, "(Mamba-like) layers"),
+        ("Lfm2", "Lfm2ForCausalLM", {**SMALL, "full_attn_idxs": [1]}, "neither Mamba-2 nor gated"),
         ("Llama", "MiniMaxM3SparseForCausalLM", SMALL, "the model selects its own pages"),
         ("Llama", "LlamaForSequenceClassification", SMALL, "the model does not generate"),
     ],
@@ -185,10 +185,9 @@ def test_models_that_were_never_run(resolve, tmp_path, kind, architecture, shape
 
 APART = {"is_hybrid_swa": True, "hybrid_layer_pattern": [0, 1], "sliding_window": 64}
 SPECIAL = {
-    "the model has attention sinks": {"learnable_sink": True},
     "add --disable-hybrid-swa-memory": APART,
+    "keep heads of another shape": {**APART, "swa_head_dim": 16},
     "attend within chunks": {"attention_chunk_size": 64},
-    "layers read another layer's cache": {"num_kv_shared_layers": 1},
 }
 
 
@@ -205,17 +204,85 @@ def test_layers_that_no_policy_was_run_beside(resolve, tmp_path, message):
         resolve("quest(budget=64)", model=tmp_path, disable_hybrid_swa_memory=True)
 
 
-def test_a_model_that_wants_backends_by_name(resolve, tmp_path):
-    """gpt-oss: SGLang asks for backends that take attention sinks."""
+@pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory):
     from kvplug_evals.models.random_gpt_oss import build_random_gpt_oss
 
-    build_random_gpt_oss(tmp_path / "gpt-oss")
-    with pytest.raises(ValueError, match="backends that it knows by name") as refused:
-        resolve("dense", model=tmp_path / "gpt-oss")
+    folder = tmp_path_factory.mktemp("model") / "gpt-oss"
+    build_random_gpt_oss(folder)
+    return folder
+
+
+def test_a_model_that_wants_backends_by_name(resolve, gpt_oss, monkeypatch):
+    """gpt-oss: SGLang asks for backends that take attention sinks, and is told which one it is."""
+    from kvplug_sglang import backend, compat
+
+    with pytest.raises(ValueError, match="torch_native, which kvplug wraps here") as refused:
+        resolve("dense", model=gpt_oss)
     assert "GptOssForCausalLM requires one of" in str(refused.value)
     assert "serve it without --attention-backend kvplug" in str(refused.value)
     with pytest.raises(AssertionError, match="torch_native"):
-        resolve("dense", model=tmp_path / "gpt-oss", attention_backend="torch_native")
+        resolve("dense", model=gpt_oss, attention_backend="torch_native")
+
+    monkeypatch.setattr(backend, "stock", lambda server_args, device: backend.TRITON)
+    with pytest.raises(ValueError, match="add --disable-hybrid-swa-memory"):
+        resolve("quest(budget=64)", model=gpt_oss)
+    one_pool = {"disable_hybrid_swa_memory": True}
+    served = resolve("quest(budget=64)", model=gpt_oss, **one_pool)
+    assert compat.attention_backends(compat.view(served)) == ("kvplug", "kvplug")
+    with pytest.raises(ValueError, match="sinks belong to query heads; use a_shape or tri_shape"):
+        resolve("xattention", model=gpt_oss, **one_pool)
+    resolve("a_shape", model=gpt_oss, **one_pool)
+
+
+def test_gemma_4_is_not_served_over_flash_attention(resolve, tmp_path, monkeypatch):
+    """SGLang asserts it by name; on Hopper, whose own it is, Triton is wrapped instead."""
+    from sglang.srt.arg_groups import model_override_base
+
+    from kvplug_evals.models.random_shared import build_random_gemma4
+    from kvplug_sglang import backend, compat
+
+    build_random_gemma4(tmp_path / "gemma4")
+    monkeypatch.setattr(model_override_base, "get_default_attn_backend", lambda *_: backend.FLASH)
+    monkeypatch.setattr(backend, "stock", lambda server_args, device: backend.TRITON)
+    served = resolve("quest", model=tmp_path / "gemma4", disable_hybrid_swa_memory=True)
+    assert compat.default_attention(served) == backend.TRITON
+    monkeypatch.setattr(backend, "stock", lambda server_args, device: backend.FLASH)
+    with pytest.raises(ValueError, match="fa3, which kvplug wraps here"):
+        resolve("dense", model=tmp_path / "gemma4")
+
+
+def test_layers_that_share_a_cache(resolve, tmp_path):
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(**SMALL, architectures=["LlamaForCausalLM"], num_kv_shared_layers=1)
+    config.save_pretrained(tmp_path)
+    for policy, message in (
+        ("snapkv", "snapkv scores by the queries of each layer alone; use keydiff"),
+        ('{"policy": "dense", "allow": ["snapkv"], "max_budget": 64}', "use keydiff"),
+        ("pyramid(snapkv)", "gives layers different budgets; give them one budget"),
+        ("keydiff(chunk=512)", "still read in the same step; leave interval and chunk out"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            resolve(policy, model=tmp_path)
+    for policy in ("dense", "quest", "twilight", "streaming_llm", "keydiff", "xattention"):
+        resolve(policy, model=tmp_path)
+
+
+def test_pages_of_one_token_beside_recurrent_layers(resolve, tmp_path):
+    """Where SGLang's prefix cache has the states of requests that ended, and no others."""
+    from kvplug_evals.models.random_hybrid import build_random_granite4
+
+    build_random_granite4(tmp_path / "granite4")
+    ended = {
+        "model": tmp_path / "granite4", "mamba_radix_cache_strategy": "no_buffer",
+        "disable_overlap_schedule": True,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="add --mamba-radix-cache-strategy extra_buffer"):
+        resolve("quest(budget=64)", **ended)
+    resolve("quest(budget=64)", **ended, page_size=1)
+    resolve("quest(budget=64)", **ended, disable_radix_cache=True)
+    resolve("snapkv(budget=64)", **ended)
 
 
 @pytest.mark.parametrize(

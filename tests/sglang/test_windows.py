@@ -155,8 +155,8 @@ def test_a_model_of_windowed_layers_alone_has_nothing_to_plan():
     from kvplug_sglang.settings import Engine
 
     with pytest.raises(ValueError, match="nothing to plan; use the policy 'dense'"):
-        Engine(read_offer({"policy": "quest"}, environ={}), 16, None).see(WINDOW, 8192, 0)
-    Engine(read_offer({"policy": "dense"}, environ={}), 16, None).see(WINDOW, 8192, 0)
+        Engine(read_offer({"policy": "quest"}, environ={}), 16, None).see(WINDOW, 8192, [])
+    Engine(read_offer({"policy": "dense"}, environ={}), 16, None).see(WINDOW, 8192, [])
 
 
 @pytest.mark.parametrize("size", [1, 16])

@@ -87,8 +87,9 @@ class Flash:
         causal: bool, block_table: Tensor, scheduler_metadata: Tensor | None = None,
         window_size: Any = None, num_splits: int = 0, s_aux: Tensor | None = None,
         q_descale: Tensor | None = None, k_descale: Tensor | None = None,
-        v_descale: Tensor | None = None, **_: Any,
+        v_descale: Tensor | None = None, weights_out: Tensor | None = None, **_: Any,
     ) -> None:  # fmt: skip
+        """weights_out [Hq, N] takes the logarithm of what each query's tokens weigh."""
         cls.check(q, k, cu_seqlens_q, max_seqlen_q, seqused_k, max_seqlen_k, block_table,
                   scheduler_metadata, num_splits)  # fmt: skip
         assert s_aux is None or cls.version == 3, "version 2 knows no sinks"
@@ -124,6 +125,8 @@ class Flash:
                 if window_size is not None and window_size[0] >= 0:
                     hidden |= torch.arange(length)[None] < last - window_size[0]
                 scores.masked_fill_(hidden, float("-inf"))
+            if weights_out is not None:
+                weights_out[:, a:b] = scores.logsumexp(2)
             if s_aux is not None:
                 sinks = s_aux.float()[:, None, None].expand(-1, b - a, 1)
                 scores = torch.cat([scores, sinks], 2)

@@ -47,6 +47,7 @@ def build_random_qwen3_next(folder: Path, *, seed: int = 0) -> None:
     config = Qwen3NextConfig(
         **_shape(layers=4),
         layer_types=["linear_attention", "full_attention"] * 2,
+        full_attention_interval=2,  # the same, as published configurations say it
         linear_num_key_heads=2,
         linear_num_value_heads=4,
         linear_key_head_dim=64,
