@@ -35,8 +35,10 @@ def _configured(vllm_config: Any) -> None:
     """vLLM has made a configuration: refuse what would be wrong before anything loads."""
     from vllm.logger import init_logger
 
-    from kvplug_vllm.settings import resolve, selected, without_effect
+    from kvplug_vllm.settings import Engine, resolve, selected, without_effect
 
+    if Engine.serves(vllm_config):
+        return
     log = init_logger("vllm.kvplug")
     for line in without_effect(vllm_config):
         log.warning_once("kvplug: without effect: %s", line)

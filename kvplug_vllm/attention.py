@@ -44,8 +44,8 @@ from kvplug_vllm.step import Selected, StepPlan, Whole
 class PlannedBackend:
     """Before a stock AttentionBackend in the bases."""
 
-    layer_class: ClassVar[int] = 0
-    """Which of the layers' different budgets a layer has."""
+    layer_class: ClassVar[int | None] = 0
+    """Which of the layers' different budgets a layer has; None for a drafter's layer."""
     supports_kv_cache_update_bypass = False
     """Models may not write keys past do_kv_cache_update: digests would miss them (vLLM 0.33)."""
 
@@ -104,11 +104,13 @@ class PlannedImpl:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         vllm_config = get_current_vllm_config()
-        if Engine.current is None or Engine.current.vllm_config is not vllm_config:
+        if not Engine.serves(vllm_config):
             refuse(vllm_config)
         engine = Engine.enter(vllm_config)
         windowed = self.sliding_window not in (None, -1, (-1, -1))
-        self.planned = self.attn_type == AttentionType.DECODER and not windowed
+        self.drafts = bool(engine.layers)
+        """Whether a drafter has it: it sees all, whatever the model that verifies it sees."""
+        self.planned = self.attn_type == AttentionType.DECODER and not windowed and not self.drafts
         """Windowed layers stay on the stock path; the policy plans the global ones."""
         self.offer = engine.offer
         """What requests of the engine may ask for."""

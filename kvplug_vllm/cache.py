@@ -35,13 +35,17 @@ class DigestedSpec(FullAttentionSpec):
         return replace(super().merge(specs), digest_bytes=specs[0].digest_bytes)
 
 
-def customize_spec(spec: Any, layer_class: int = 0) -> Any:
-    """The cache spec of one layer under the engine's policy; windowed layers stay stock.
+def customize_spec(spec: Any, layer_class: int | None = 0) -> Any:
+    """The cache spec of one layer under the engine's policy; windowed layers and those of a
+    drafter stay stock.
 
     A selector with a digest grows the page by it; an eviction brings its own manager.
-    layer_class: which of the layers' different budgets this one has (``layer_classes``).
+    layer_class: which of the layers' different budgets this one has (``layer_classes``); None for
+    a drafter's.
     """
     engine = Engine.current
+    if layer_class is None:
+        return spec
     if spec.block_size == 1:  # vLLM asks for the bytes of a token, before it sets the block's size
         return spec
     if engine is None or type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
@@ -104,13 +108,14 @@ def planned_layers(vllm_config: Any) -> list[str]:
 
 
 def attention_layers(vllm_config: Any) -> list[str]:
-    """Names of the layers that attend to a request's own tokens, first to last."""
+    """Names of the model's layers that attend to a request's own tokens, first to last."""
     layers = vllm_config.compilation_config.static_forward_context
     found = [
         name
         for name, layer in layers.items()
         if hasattr(getattr(layer, "impl", None), "planned")
         and layer.impl.attn_type == AttentionType.DECODER
+        and not layer.impl.drafts
     ]
     return sorted(found, key=compat.layer_index)
 
@@ -118,6 +123,7 @@ def attention_layers(vllm_config: Any) -> list[str]:
 def split_layers(engine: Engine) -> None:
     """Once all layers are there, and before vLLM asks for their specs: what tells them apart.
     Raises ValueError where no layer is left that the policy could plan."""
+    set_drafter_apart(engine)
     if engine.settings.policy.local is not None:
         make_local(engine, engine.settings.policy.local)
     if engine.settings.policy.plans and not planned_layers(engine.vllm_config):
@@ -142,6 +148,18 @@ def _check_alike(engine: Engine) -> None:
             f"kvplug: {scored} needs layers that all see the whole context, and {others[0]} sees "
             "a window; use keydiff(budget=1024)"
         )
+
+
+def set_drafter_apart(engine: Engine) -> None:
+    """Once the model's layers are known, those of its drafter keep the cache that vLLM gives them:
+    a drafter that loses what it read drafts worse, and saves what is little beside the model's."""
+    context = engine.vllm_config.compilation_config.static_forward_context
+    if not engine.layers:
+        engine.layers.update(context)
+        compat.give_draft_models_their_blocks()
+    for name in context.keys() - engine.layers:
+        if hasattr(getattr(context[name], "impl", None), "planned"):
+            compat.set_layer_class(context[name], None)
 
 
 def make_local(engine: Engine, local: LocalLayers) -> None:

@@ -210,6 +210,34 @@ def show_rows_beside_drafts(seen_by: Callable[..., Any]) -> None:
         runner.build_logitsprocs = build_logitsprocs  # type: ignore[attr-defined]
 
 
+def give_draft_models_their_blocks() -> None:
+    """Let the draft model of Model Runner V1 find the blocks of its own cache group in a step's
+    metadata: where it is to write its keys it computes from those.
+
+    Until GPUModelRunner._build_attention_metadata asks for a DraftModelProposer's group as it does
+    for an EagleProposer's (0.33 hands it the first group's blocks, which the model writes to).
+    """
+    module: Any = sys.modules.get("vllm.v1.worker.gpu_model_runner")
+    if module is None:  # V2, which has no such fault
+        return
+    stock = module.GPUModelRunner._build_attention_metadata
+    if getattr(stock, "_kvplug", False):
+        return
+
+    @functools.wraps(stock)
+    def _build_attention_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
+        metadata, drafting = stock(self, *args, **kwargs)
+        drafter = getattr(self, "drafter", None)
+        if drafting is not None and isinstance(drafter, module.DraftModelProposer):
+            blocks = self.input_batch.block_table[drafter.kv_cache_gid]
+            table = blocks.get_device_tensor(drafting.num_reqs)
+            drafting = drafting.replace(block_table_tensor=table)
+        return metadata, drafting
+
+    _build_attention_metadata._kvplug = True  # type: ignore[attr-defined]
+    module.GPUModelRunner._build_attention_metadata = _build_attention_metadata
+
+
 def name_requests() -> None:
     """Let Model Runner V2 name each row's slot for models with recurrent layers too.
 
@@ -390,7 +418,7 @@ def layer_index(layer_name: str) -> int:
     return extract_layer_index(layer_name)
 
 
-def set_layer_class(layer: Any, layer_class: int) -> None:
+def set_layer_class(layer: Any, layer_class: int | None) -> None:
     """Let the backend that a layer shows to vLLM know which class of layers it belongs to.
 
     Until ``customize_spec`` is given the layer: it is called on ``get_attn_backend()`` alone.
@@ -420,7 +448,7 @@ def set_window(layer: Any, window: int) -> None:
 
 
 @functools.cache
-def _with_layer_class(backend: type, layer_class: int) -> type:
+def _with_layer_class(backend: type, layer_class: int | None) -> type:
     return type(f"{backend.__name__}{layer_class}", (backend,), {"layer_class": layer_class})
 
 

@@ -208,17 +208,21 @@ def _with_connector(offer: Offer, vllm_config: Any) -> Iterator[str]:
         )
 
 
+DRAFTERS = ("ngram", "draft_model", "eagle")
+"""Methods of speculative decoding that were seen to answer as without drafts."""
+
+
 def _with_drafts(offer: Offer, vllm_config: Any) -> Iterator[str]:
     """Where several queries of a request are verified in a step."""
     speculative = vllm_config.speculative_config
     if speculative is None:
         return
-    if speculative.method != "ngram":
+    if speculative.method not in DRAFTERS:
         yield (
-            f"speculative decoding by {speculative.method!r} with {offer.settings.policy}: no "
-            "policy has been taught what becomes of a drafter's own layers, or of drafts that "
-            "only the device knows; use --speculative-config "
-            '\'{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}\', or the '
+            f"speculative decoding by {speculative.method!r} with {offer.settings.policy} was "
+            "never seen to answer as without drafts; use --speculative-config "
+            '\'{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}\' or '
+            '\'{"method": "draft_model", "model": "…", "num_speculative_tokens": 3}\', or the '
             "policy 'dense'"
         )
     elif vllm_config.scheduler_config.async_scheduling and (

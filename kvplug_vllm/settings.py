@@ -110,6 +110,8 @@ class Engine:
     offer: Offer
     announced: set[str] = field(default_factory=set, compare=False)
     """Lines that its log has: builders are made for a profile too."""
+    layers: set[str] = field(default_factory=set, compare=False)
+    """Names of the model's own, once they are all there: later ones are its drafter's."""
 
     current: ClassVar[Engine | None] = None
 
@@ -119,9 +121,18 @@ class Engine:
 
     @classmethod
     def enter(cls, vllm_config: Any) -> Engine:
-        if cls.current is None or cls.current.vllm_config is not vllm_config:
+        if cls.current is None or not cls.serves(vllm_config):
             cls.current = cls(vllm_config, offer_of(vllm_config))
         return cls.current
+
+    @classmethod
+    def serves(cls, vllm_config: Any) -> bool:
+        """Whether the configuration is this engine's, or one that vLLM makes of it to load a
+        drafter: those have its own drafter."""
+        if cls.current is None:
+            return False
+        own, drafts = cls.current.vllm_config, vllm_config.speculative_config
+        return own is vllm_config or (drafts is not None and drafts is own.speculative_config)
 
 
 @dataclass(frozen=True, kw_only=True)

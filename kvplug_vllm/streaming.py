@@ -106,8 +106,10 @@ class EvictingManager(SingleTypeKVCacheManager):
         dcp_world_size: int = 1,
         pcp_world_size: int = 1,
     ) -> tuple[tuple[list[Any], ...], int]:
-        assert not drop_eagle_block and dcp_world_size == pcp_world_size == 1
+        """drop_eagle_block: EAGLE's layers compute their last block anew, and so do ours."""
+        assert dcp_world_size == pcp_world_size == 1
         size = kv_cache_spec.block_size
+        max_length = max(max_length - size * drop_eagle_block, 0)
         hashes: Sequence[Any] = resolve_block_hashes(
             block_hashes,
             block_pool.hash_block_size,

@@ -80,8 +80,21 @@ class Engine:
         return self.pool.get_num_free_blocks()
 
     @property
-    def layers(self) -> dict[str, Any]:
+    def all_layers(self) -> dict[str, Any]:
         return self.config.compilation_config.static_forward_context
+
+    @property
+    def layers(self) -> dict[str, Any]:
+        """The model's own, without those of its drafter."""
+        drafter = getattr(self.runner, "drafter", None) or getattr(self.runner, "speculator", None)
+        names = ("_draft_attn_layer_names", "draft_attn_layer_names")  # of V1, of V2
+        drafts = set().union(*(getattr(drafter, name, ()) for name in names))
+        return {name: layer for name, layer in self.all_layers.items() if name not in drafts}
+
+    @property
+    def runner(self) -> Any:
+        core = self.llm.llm_engine.engine_core.engine_core
+        return core.model_executor.driver_worker.worker.model_runner
 
     @property
     def impls(self) -> list[Any]:
@@ -99,9 +112,9 @@ class Engine:
 
     @property
     def builders(self) -> list[Any]:
-        runner = self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
-        groups = runner.worker.model_runner.attn_groups
-        return [group.get_metadata_builder() for groups_ in groups for group in groups_]
+        groups = [group for groups in self.runner.attn_groups for group in groups]
+        own = [group for group in groups if not self.layers.keys().isdisjoint(group.layer_names)]
+        return [group.get_metadata_builder() for group in own]
 
     def without_shortcut(self) -> None:
         """From now on everything goes through selection and rewritten tables."""
@@ -136,7 +149,7 @@ class Engine:
         """
         import torch
 
-        caches = {layer.kv_cache.data_ptr(): layer.kv_cache for layer in self.layers.values()}
+        caches = {layer.kv_cache.data_ptr(): layer.kv_cache for layer in self.all_layers.values()}
         pool, scheduler = self.pool, self.scheduler
         new_blocks, free_blocks = pool.get_new_blocks, pool.free_blocks
         returned: list[int] = []

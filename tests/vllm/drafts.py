@@ -1,9 +1,12 @@
-"""A drafter that knows the answers: how many of its drafts are right is the test's to say."""
+"""Drafters: one that knows the answers, so that how many of its drafts are right is the test's to
+say, and two with layers of their own that are right and wrong as it happens."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -81,6 +84,49 @@ class Oracle:
             module = ModuleType("vllm.v1.spec_decode.ngram_proposer")
             module.NgramProposer = proposer
             monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def build_draft_model(model: Path, folder: Path) -> None:
+    """The model itself, but for a little noise."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, folder)
+    random = torch.Generator().manual_seed(1)
+    weights = {
+        name: weight + 0.03 * weight.std() * torch.randn(weight.shape, generator=random)
+        for name, weight in load_file(folder / "model.safetensors").items()
+    }
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def build_eagle_head(model: Path, folder: Path) -> None:
+    """A Llama's own layers as an EAGLE head, which sees each token but the first: its projection
+    takes the token and leaves the model's hidden state out. The first layer has no norm, which
+    random embeddings hardly need."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    own = {
+        name.removeprefix("model."): weight
+        for name, weight in weights.items()
+        if name.startswith("model.layers.") and "layers.0.input_layernorm" not in name
+    }
+    size = weights["model.embed_tokens.weight"].shape[1]
+    own["fc.weight"] = torch.cat([torch.eye(size), torch.zeros(size, size)], 1)
+    save_file(own, folder / "model.safetensors", {"format": "pt"})
+
+
+BUILD = {"draft_model": build_draft_model, "eagle": build_eagle_head}
+
+
+def speculative(method: str, model: Path, folder: Path, **more: Any) -> dict[str, Any]:
+    """What ``--speculative-config`` says. folder: of a drafter with layers, built there once."""
+    if method == "ngram":
+        return SPECULATIVE
+    if not folder.exists():
+        BUILD[method](model, folder)
+    return {"method": method, "model": str(folder), "num_speculative_tokens": K, **more}
 
 
 def verified(engine: Any) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import os
 import pickle
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from dataclasses import fields
+from functools import partial
 from importlib.metadata import EntryPoint, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -690,6 +692,51 @@ def test_model_runner_v1_loads_the_router_beside_drafts_once_we_ask(
     monkeypatch.setattr(package, "_load_custom_logitsprocs", lambda _: [])
     others = package.build_logitsprocs(plain, torch.device("cpu"), False, False).all
     assert Router not in map(type, others)
+
+
+def test_model_runner_v1_s_draft_model_gets_its_own_group_s_blocks(monkeypatch):
+    from vllm.v1.worker import gpu_model_runner as module
+
+    from kvplug_vllm import compat
+
+    build = module.GPUModelRunner._build_attention_metadata
+    source = inspect.getsource(inspect.unwrap(build))
+    _, _, asked = source.partition("isinstance(\n                    self.drafter,")
+    first, _, rest = asked.partition(")")
+    assert "EagleProposer" in first, f"{MOVED}: see compat.give_draft_models_their_blocks"
+    assert "DraftModelProposer" not in first, "it asks: delete compat's own"
+    assert "self.drafter.kv_cache_gid == kv_cache_gid" in rest
+    sizes = inspect.getsource(module.DraftModelProposer.set_inputs_first_pass)
+    assert "new_slot_mapping = compute_new_slot_mapping(" in sizes, MOVED
+
+    @dataclasses.dataclass
+    class Common:
+        num_reqs: int
+        block_table_tensor: str
+
+        def replace(self, **fields):
+            return dataclasses.replace(self, **fields)
+
+    def stock(runner):
+        return "metadata", runner.first
+
+    monkeypatch.setattr(module.GPUModelRunner, "_build_attention_metadata", stock)
+    for _ in range(2):
+        compat.give_draft_models_their_blocks()
+    tables = [
+        SimpleNamespace(get_device_tensor=lambda rows, group=group: f"{rows} rows of {group}")
+        for group in range(2)
+    ]
+    runner = SimpleNamespace(
+        first=Common(3, "3 rows of 0"), input_batch=SimpleNamespace(block_table=tables)
+    )
+    ask = partial(module.GPUModelRunner._build_attention_metadata, runner)
+    assert ask()[1].block_table_tensor == "3 rows of 0"
+    runner.drafter = module.DraftModelProposer.__new__(module.DraftModelProposer)
+    runner.drafter.kv_cache_gid = 1
+    assert ask() == ("metadata", Common(3, "3 rows of 1"))
+    runner.first = None
+    assert ask() == ("metadata", None)
 
 
 def test_model_runner_v2_takes_the_router_from_its_entry_point():

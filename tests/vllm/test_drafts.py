@@ -1,7 +1,8 @@
 """Speculative decoding: drafts change how many steps an answer takes, and nothing else.
 
-The drafter knows the answers and is wrong on purpose, so that steps accept all, some or none of
-their drafts, before, on and behind the borders of pages.
+The drafter of ``ngram`` knows the answers and is wrong on purpose, so that steps accept all, some
+or none of their drafts, before, on and behind the borders of pages. Those with layers of their own
+are nearly the model, which reads less than they do.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import pytest
 import torch
 import twin
 
-from tests.vllm.drafts import SPECULATIVE, Oracle, verified
+from tests.vllm.drafts import Oracle, speculative, verified
 from tests.vllm.test_eviction import add
 from tests.vllm.test_lifecycle import preemptions
 from tests.vllm.test_selection import Shadow
@@ -42,7 +43,7 @@ def later(engine, first, answers, tokens):
 
 def full_pages(engine, request):
     """Blocks of a request that hold nothing but accepted tokens, all that they have room for."""
-    (manager,) = engine.scheduler.kv_cache_manager.coordinator.single_type_managers
+    manager, *_ = engine.scheduler.kv_cache_manager.coordinator.single_type_managers
     held = getattr(manager, "held", {}).get(request.request_id)
     private, prompt = held.course.private if held else 0, request.num_prompt_tokens
     for column, block in enumerate(manager.req_to_blocks[request.request_id]):
@@ -71,33 +72,76 @@ def check_digests(engine) -> int:
     return len(pages)
 
 
+def check_drafter(engine) -> None:
+    """What a policy frees or packs is the model's: a drafter's layers have the cache that vLLM
+    gives them, and all of a request's blocks."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.worker.utils import customize_attention_spec
+
+    drafts = {name: each for name, each in engine.all_layers.items() if name not in engine.layers}
+    for layer in drafts.values():
+        spec = layer.get_kv_cache_spec(engine.config)
+        assert type(customize_attention_spec(layer.get_attn_backend(), spec)) is FullAttentionSpec
+        assert not getattr(layer.impl, "planned", False)
+    manager = engine.scheduler.kv_cache_manager
+    for group, of in zip(
+        manager.kv_cache_config.kv_cache_groups, manager.coordinator.single_type_managers,
+        strict=True,
+    ):  # fmt: skip
+        for request in engine.scheduler.running if drafts.keys() & set(group.layer_names) else ():
+            row = of.req_to_blocks[request.request_id]
+            assert len(row) * 32 >= request.num_computed_tokens
+            assert not any(block.is_null for block in row)
+
+
+WHOLE = {"disable_eagle_block_drop": True}
+"""EAGLE else computes a turn's last cached block anew, in which an answer may lie: a prompt's
+queries read all, those of an answer what was selected for them."""
+
+
 @pytest.mark.parametrize(
-    "policy",
+    "policy, methods",
     [
-        "twilight(budget=0.15, top_p=0.9, dense_layers=0)",
-        "streaming_llm(sinks=40, window=150) + quest(budget=96, dense_layers=1)",
-        pytest.param("snapkv(budget=128)", marks=ONLY_CPU),
-        pytest.param("pyramid(snapkv(budget=128, window=32), beta=4)", marks=ONLY_CPU),
-        "keydiff(budget=160) + quest(budget=96, dense_layers=0)",
+        ("twilight(budget=0.15, top_p=0.9, dense_layers=0)", ["ngram", "draft_model"]),
+        (
+            "streaming_llm(sinks=40, window=150) + quest(budget=96, dense_layers=1)",
+            ["ngram", "draft_model", "eagle"],
+        ),
+        pytest.param("snapkv(budget=128)", ["ngram", "draft_model", "eagle"], marks=ONLY_CPU),
+        (
+            "pyramid(snapkv(budget=128, window=32), beta=4)",
+            ["draft_model"] if twin.MODE else ["ngram"],
+        ),
+        (
+            "keydiff(budget=160) + quest(budget=96, dense_layers=0)",
+            ["ngram"] if twin.MODE else ["ngram", "draft_model"],
+        ),
     ],
 )
-def test_drafts_change_no_answer(engine, random_llama, prompts, oracle, policy):
+def test_drafts_change_no_answer(
+    engine, random_llama, prompts, oracle, tmp_path, policy, methods
+):
     model, first, tokens = random_llama(), prompts(300, 33, 500, 1, 257), 40
     with engine(model, {"policy": policy}, **OPTIONS) as plain:
         answers = plain.generate(first, tokens)
         expected = later(plain, first, answers, tokens)
     oracle.knows(first, answers)
     oracle.knows(*expected[:2])
-    drafts = {"speculative_config": SPECULATIVE}
-    with engine(model, {"policy": policy}, **OPTIONS, **drafts) as planned:
-        planned.poison(freed=False)
-        free = planned.free_blocks
-        assert pressed(planned, first, tokens) == answers
-        assert later(planned, first, answers, tokens) == expected
-        accepted, rejected = verified(planned)
-        assert accepted > 150
-        assert rejected > 100
-        assert planned.free_blocks == free
+    for method in methods:
+        more = WHOLE if method == "eagle" and "quest" in policy else {}
+        drafts = {
+            "speculative_config": speculative(method, model, tmp_path / method, **more),
+            "async_scheduling": False,
+        }
+        with engine(model, {"policy": policy}, **OPTIONS, **drafts) as planned:
+            planned.poison(freed=False)
+            free = planned.free_blocks
+            assert pressed(planned, first, tokens) == answers
+            assert later(planned, first, answers, tokens) == expected
+            accepted, rejected = verified(planned)
+            assert accepted > (150 if method == "ngram" else 60)
+            assert rejected > 100
+            assert planned.free_blocks == free
 
 
 def pressed(engine, batch, tokens) -> list[list[int]]:
@@ -117,6 +161,7 @@ def pressed(engine, batch, tokens) -> list[list[int]]:
             engine.pool.free_blocks(hostages)
             hostages = []
         checked += check_digests(engine)
+        check_drafter(engine)
     assert seen, "the pool was meant to be too small"
     assert checked or not engine.impls[0].digest
     return [found[f"r{index}"] for index in range(len(batch))]
@@ -158,24 +203,28 @@ class Asked:
 
 
 @pytest.mark.parametrize(
-    "policy",
+    "policy, method",
     [
-        pytest.param("dense", marks=ONLY_CPU),
-        "quest(budget=96, dense_layers=0)",
-        "twilight(budget=0.3, dense_layers=0)",
+        pytest.param("dense", "ngram", marks=ONLY_CPU),
+        ("quest(budget=96, dense_layers=0)", "ngram"),
+        ("quest(budget=96, dense_layers=0)", "draft_model"),
+        ("twilight(budget=0.3, dense_layers=0)", "ngram"),
     ],
 )
 def test_each_draft_selects_and_is_counted_like_a_decode_step(
-    engine, random_llama, prompts, monkeypatch, oracle, policy
+    engine, random_llama, prompts, monkeypatch, oracle, tmp_path, policy, method
 ):
+    model = random_llama()
     batch, options = prompts(250, 33, 420), {"max_model_len": 512, "block_size": 128}
-    with engine(random_llama(), {"policy": policy}, **options) as plain:
+    with engine(model, {"policy": policy}, **options) as plain:
         expected = plain.generate(batch, 14)
     oracle.knows(batch, expected)
     shadow = Shadow(monkeypatch)
-    with engine(
-        random_llama(), {"policy": policy}, speculative_config=SPECULATIVE, **options
-    ) as planned:
+    drafts = {
+        "speculative_config": speculative(method, model, tmp_path / method),
+        "async_scheduling": False,
+    }
+    with engine(model, {"policy": policy}, **drafts, **options) as planned:
         asked = Asked(planned, monkeypatch)
         assert planned.generate(batch, 14) == expected
         assert all(verified(planned))

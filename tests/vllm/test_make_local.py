@@ -22,6 +22,7 @@ class Impl(PlannedImpl):
         self.attn_type, self.kv_sharing_target_layer_name = kind, reads
         self.planned = kind == "decoder" and (pair[0] if pair else window) == -1
         self.local, self.digest = False, object() if self.planned else None
+        self.drafts = False
 
 
 def layer(cls, number, impl):

@@ -232,11 +232,44 @@ def test_the_same_options_pass_without_a_policy(random_llama):
     configure(random_llama(), {"policy": "dense"}, speculative_config=speculative)
 
 
-def test_a_drafter_with_a_cache_of_its_own_is_refused(random_llama):
-    drafter = {"method": "draft_model", "model": str(random_llama()), "num_speculative_tokens": 2}
-    configure(random_llama(), {"policy": "dense"}, speculative_config=drafter)
-    with pytest.raises(ValueError, match="by 'draft_model' with snapkv"):
-        configure(random_llama(), {"policy": "snapkv"}, speculative_config=drafter)
+def drafting(method, model):
+    return {"method": method, "model": str(model), "num_speculative_tokens": 2}
+
+
+def test_drafters_that_were_never_run_are_refused(random_llama):
+    eagle3 = drafting("eagle3", random_llama())
+    configure(random_llama(), {"policy": "dense"}, speculative_config=eagle3)
+    with pytest.raises(ValueError, match=r"by 'eagle3' with snapkv.* was never seen") as caught:
+        configure(random_llama(), {"policy": "snapkv"}, speculative_config=eagle3)
+    assert '{"method": "draft_model", "model": "…", "num_' in str(caught.value)
+
+
+@pytest.mark.parametrize("policy", ["pyramid(snapkv)", LOCAL])
+def test_model_runner_v1_is_refused_drafters_that_it_would_split(random_llama, policy):
+    """What its groups of a few layers are for, a drafter of one layer fits into."""
+    for layers, method in ((1, "draft_model"), (2, "draft_model"), (2, "eagle")):
+        drafts = drafting(method, random_llama(layers=layers))
+        if layers == 1:
+            config = configure(random_llama(), {"policy": policy}, speculative_config=drafts)
+            assert not config.use_v2_model_runner
+        else:
+            with pytest.raises(ValueError, match="the drafter has 2, which Model Runner V1 wants"):
+                configure(random_llama(), {"policy": policy}, speculative_config=drafts)
+
+
+def test_a_drafter_beside_what_is_let_go_of_needs_groups(random_llama):
+    options = {
+        "speculative_config": drafting("draft_model", random_llama()),
+        "disable_hybrid_kv_cache_manager": True,
+    }
+    configure(random_llama(), {"policy": "quest"}, **options)
+    for kvplug in (
+        {"policy": "snapkv"},
+        {"policy": "streaming_llm"},
+        {"policy": "dense", "allow": ["quest"]},
+    ):
+        with pytest.raises(ValueError, match="a drafter keeps what the model's layers let go of"):
+            configure(random_llama(), kvplug, **options)
 
 
 def test_drafts_are_refused_beside_recurrent_layers(tmp_path):
