@@ -8,8 +8,8 @@ it would have had, and a nursery for its own children. All else is as in a proce
 started: its main module, what it imports of kvplug, when engines load it as their plugin.
 
 What reads its environment as it is imported would keep the nursery's: where a variable of
-``READ_BY_IMPORTS`` differs, the process is started as ever. So is what other programs start, as
-``unshare`` does servers of both engines in tests, and all that a test marked ``started`` starts.
+``READ_BY_IMPORTS`` differs, the process is started as ever. So is what other programs start, and
+all that a test marked ``started`` starts.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ READ_BY_IMPORTS = (
 )  # fmt: skip
 NOT_READ = (
     "PYTHONPATH", "PYTHONUNBUFFERED", "VLLM_LOGGING_LEVEL", "TORCHINDUCTOR_CACHE_DIR",
-    "TORCHINDUCTOR_COMPILE_THREADS", "TORCHINDUCTOR_CPP_DYNAMIC_THREADS",
+    "TORCHINDUCTOR_COMPILE_THREADS", "TORCHINDUCTOR_CPP_DYNAMIC_THREADS", "TORCH_COMPILE_DISABLE",
 )  # fmt: skip
 """Followed when the process begins, or read by what no test compiles."""
 
@@ -217,6 +217,7 @@ def serve(line: socket.socket) -> None:
 
 
 def begin(birth: Birth, files: list[int], tell: int) -> None:
+    first = pickle.loads(birth.first) if birth.first else lambda: None  # by the asker's own paths
     if birth.session:
         os.setsid()
     elif os.getpgid(0) != birth.group:
@@ -235,10 +236,8 @@ def begin(birth: Birth, files: list[int], tell: int) -> None:
     interrupt = signal.default_int_handler if birth.interrupted else signal.SIG_IGN
     signal.signal(signal.SIGINT, interrupt)
     follow(birth.environment)
-    own = nursery_of_this_process()
-    if birth.first:
-        pickle.loads(birth.first)()
-    own.install()
+    first()  # before its nursery, whose forks it holds for as it would for children
+    nursery_of_this_process().install()
     os.write(last, struct.pack("i", os.getpid()))
     os.close(last)
 
@@ -251,6 +250,8 @@ def follow(environment: Mapping[str, str]) -> None:
         numpy.random.seed()
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", os.cpu_count())))
+    if dynamo := sys.modules.get("torch._dynamo.config"):
+        dynamo.disable = environment.get("TORCH_COMPILE_DISABLE") == "1"
     if values := sys.modules.get("prometheus_client.values"):
         values.ValueClass = values.get_value_class()  # by PROMETHEUS_MULTIPROC_DIR
     if "vllm.logger" in sys.modules:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
@@ -28,7 +29,7 @@ def seen():
         "files": sorted(int(each) for each in os.listdir("/proc/self/fd") if int(each) < 3),
         "parent": os.getppid() == int(os.environ["PARENT"]),
         "leads": [os.getsid(0) == os.getpid(), os.getpgid(0) == os.getpid()],
-        "imported": "wave" in sys.modules,
+        "imported": "wave" in sys.modules, "nice": os.nice(0),
         "interrupted by": str(signal.getsignal(signal.SIGINT)),
     }
 
@@ -64,6 +65,7 @@ def test_a_fork_has_what_a_start_would_have(tmp_path, command, session):
         done = subprocess.run(
             [sys.executable, *command, "an argument"], input="a line", text=True, cwd=tmp_path,
             capture_output=True, start_new_session=session, timeout=60,
+            preexec_fn=partial(os.nice, 3),
             env={**os.environ, "PYTHONPATH": "a:b", "PARENT": str(os.getpid()), "SAID": "ä\n="},
         )  # fmt: skip
         assert (done.returncode, done.stderr) == (3, "")

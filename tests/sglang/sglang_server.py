@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -69,9 +69,9 @@ class Server:
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
 
-def command(model: Path, port: int, *options: str) -> list[str]:
+def arguments(model: Path, port: int, *options: str) -> list[str]:
     return [
-        sys.executable, "-m", "sglang.launch_server", "--model-path", str(model),
+        "--model-path", str(model),
         "--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1", "--port", str(port),
         "--max-total-tokens", "8192", "--mem-fraction-static", "0.5", "--chunked-prefill-size",
         "256", "--max-running-requests", "16", "--skip-tokenizer-init", "--skip-server-warmup",
@@ -81,17 +81,23 @@ def command(model: Path, port: int, *options: str) -> list[str]:
 
 @contextlib.contextmanager
 def serve(
-    model: Path, folder: Path, *options: str, within: Sequence[str] = (), **environment: str
+    model: Path,
+    folder: Path,
+    *options: str,
+    program: Sequence[str] = ("-m", "sglang.launch_server"),
+    begin: Callable[[], None] | None = None,
+    **environment: str,
 ) -> Iterator[Server]:
-    """A server that is ready; stopped with all its processes in the end. within: a command that
-    runs the one behind it."""
+    """A server that is ready; stopped with all its processes in the end. begin: what its process
+    does first."""
     port = free_port()
     log = folder / f"server-{port}.log"
     Pace.starts += 1
     with log.open("w") as out:
         process = subprocess.Popen(
-            [*within, *command(model, port, *options)],
+            [sys.executable, *program, *arguments(model, port, *options)],
             stdout=out, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            preexec_fn=begin,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
         )  # fmt: skip
     server = Server(port, process, log)

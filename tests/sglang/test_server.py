@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from urllib.error import HTTPError
 
 import pytest
 from sglang_server import serve
+
+from tests.processes import disk_of, mount_disk
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -21,19 +22,18 @@ OFFER = json.dumps(
         "max_budget": 4096,
     }
 )
-IN_A_SMALL_DISK = 'mount -t tmpfs -o size=4m none "$0" && echo $$ >"$0.pid" && exec "$@"'
 PAGE = (2 * 16 + 2) * 2 * 1 * 64 * 4
 """Bytes on one of two ranks: keys, values and digest of two layers, one head of 64, fp32."""
 
 
 def test_a_hook_that_is_gone_stops_the_server(random_llama, tmp_path):
-    """SGLang without one of the functions that a hook stands around."""
-    (tmp_path / "sitecustomize.py").write_text(SABOTAGE)
+    """SGLang without one of the functions that a hook stands around, in each of its processes."""
+    script = tmp_path / "without.py"
+    script.write_text(WITHOUT)
     options = ["--attention-backend", "kvplug", "--kvplug-policy", "snapkv(budget=64)"]
-    path = os.pathsep.join([str(tmp_path), *sys.path])
     with (
         pytest.raises(RuntimeError, match="the server did not start") as stopped,
-        serve(random_llama(), tmp_path, *options, PYTHONPATH=path),
+        serve(random_llama(), tmp_path, *options, program=[str(script)]),
     ):
         pass
     log = str(stopped.value)
@@ -42,24 +42,14 @@ def test_a_hook_that_is_gone_stops_the_server(random_llama, tmp_path):
     assert "Install sglang==0.5.23, or start without --attention-backend kvplug" in log
 
 
-SABOTAGE = """
-import importlib.abc, importlib.machinery, sys
+WITHOUT = """
+import runpy
 
-NAME = "sglang.srt.managers.schedule_policy"
+from sglang.srt.managers.schedule_policy import PrefillAdder
 
-class Sabotage(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name != NAME:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path)
-        execute = spec.loader.exec_module
-        def without(module):
-            execute(module)
-            del module.PrefillAdder._request_slot_reserve_for_req
-        spec.loader.exec_module = without
-        return spec
-
-sys.meta_path.insert(0, Sabotage())
+del PrefillAdder._request_slot_reserve_for_req
+if __name__ == "__main__":
+    runpy.run_module("sglang.launch_server", run_name="__main__")
 """
 
 
@@ -101,8 +91,7 @@ def server(random_llama, disk):
                "--tp-size", "2", "--enable-metrics"]  # fmt: skip
     with serve(
         random_llama(), disk.parent, *options,
-        within=["unshare", "-rm", "sh", "-c", IN_A_SMALL_DISK, str(disk)],
-        PROMETHEUS_MULTIPROC_DIR=str(disk), **strict,
+        begin=partial(mount_disk, str(disk), "4m"), PROMETHEUS_MULTIPROC_DIR=str(disk), **strict,
     ) as server:  # fmt: skip
         yield server
 
@@ -161,8 +150,7 @@ def test_a_full_disk_ends_the_counting_and_nothing_else(server, disk, mixed):
     prompt, tokens = mixed[0]
     expected = server.ask(prompt, tokens)["output_ids"]
     assert server.metric("kvplug_decode_queries_total") > 0
-    process = disk.with_suffix(".pid").read_text().strip()
-    fill(Path(f"/proc/{process}/root") / disk.relative_to("/"))
+    fill(disk_of(disk))
     for budget in range(100, 130):  # each of them new to the counters
         assert server.ask(prompt, 4, f"knorm(budget={budget})")["output_ids"]
     assert server.ask(prompt, tokens)["output_ids"] == expected
