@@ -142,6 +142,7 @@ def test_a_tree_that_tracks_states_as_on_a_gpu(engine, granite4, prompts, monkey
     from sglang.srt.arg_groups import mamba_hook
 
     monkeypatch.setattr(mamba_hook, "_platform_supports_mamba_cache_extra_buffer", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     first, more = prompts(330, 150, 33, seed=4), prompts(60)[0]
     small = "snapkv(budget=64, window=16) + quest(budget=48, dense_layers=0)"
     full = {"policy": FORCED["granite4"][2][0], "shortcut": False}
@@ -157,7 +158,7 @@ def test_a_tree_that_tracks_states_as_on_a_gpu(engine, granite4, prompts, monkey
             assert settled(planned)
             answers.append((begun, second))
             if policy == small:
-                assert planned.backend.packed_prompts == 3 + 2 + 1
+                assert planned.backend.packed_prompts == 2 + 3, "33 tokens stay whole"
                 planned.forget()
                 assert planned.generate(turn, 8) == second, "over a prefix as if fresh"
     stock, forced, compressed = answers
@@ -168,7 +169,7 @@ def test_small_budgets_are_their_definitions(engine, granite4, prompts, monkeypa
     reads = Reads(monkeypatch)
     with engine(granite4, "quest(budget=96, dense_layers=0)", **PAGED) as planned:
         planned.generate(prompts(500, 250, 33), 4)
-    assert reads.checked == 2 * 3 * 3
+    assert reads.checked == 2 * 2 * 3, "33 tokens are read whole"
     assert reads.spared > 0
     shadow = Shadow(monkeypatch)
     with engine(granite4, "snapkv(budget=96, window=16)", **CACHED) as planned:
@@ -206,7 +207,7 @@ def test_a_small_pool_of_requests_that_end_come_back_and_share_prompts(engine, g
     asked = [
         ((begin if n % 2 else []) + end, CHOICES[n % len(CHOICES)]) for n, end in enumerate(ends)
     ]
-    small = {"max_total_tokens": 1024, "schedule_conservativeness": 0.02, **CACHED}
+    small = {"max_total_tokens": 640, "schedule_conservativeness": 0.02, **CACHED}
     with engine(granite4, json.dumps(OFFER), **small) as server:
         alone = []
         for prompt, policy in asked:
@@ -220,7 +221,7 @@ def test_a_small_pool_of_requests_that_end_come_back_and_share_prompts(engine, g
             server.drain()
             wrong = [n for n, rid in enumerate(rids) if server.output(rid) != alone[n]]
             assert not wrong
-            assert settled(server, 1024)
+            assert settled(server, 640)
         requests = server.requests.values()
         assert sum(request.retraction_count for request in requests) > 0, "the pool was too small"
         assert sum(request.cached_tokens for request in requests) > 0
