@@ -402,6 +402,8 @@ def windows_apart(model: Any) -> bool:
 
 def windows_of_other_heads(model: Any) -> bool:
     """Whether windowed layers keep heads of another number or size than the others (Gemma 4)."""
+    if not windows_apart(model) and not declared_window(model):
+        return False
     text, heads = model.hf_text_config, model.get_total_num_kv_heads()
     other = getattr(text, "swa_num_key_value_heads", None) or heads
     return bool(model.swa_head_dim != model.head_dim or other != heads)

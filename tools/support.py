@@ -198,8 +198,7 @@ SGLANG = {
             "chosen",
         }),
         Row("recurrent layers (Granite 4, Falcon-H1, Qwen3-Next)", "granite4", options={
-            "mamba_radix_cache_strategy": "no_buffer", "disable_overlap_schedule": True,
-            "page_size": 1,
+            "disable_radix_cache": True,  # whose states a CPU has in pages of one token alone
         }, tests={
             "sglang/test_hybrids.py::"
             "test_full_budget_equals_stock_token_for_token_and_state_for_state":

@@ -1,7 +1,7 @@
 """Mamba-2's kernels as SGLang calls them, in PyTorch: its CPU engine has none.
 
 ``MambaMixer2`` binds the names of its convolution on CUDA, NPUs and XPUs alone, and its scans are
-Triton, as is the norm of gated delta nets. The layers, their states' pool and the tree over it are
+Triton, as are the norm of gated delta nets and the gate of experts beside them. The layers, their states' pool and the tree over it are
 SGLang's own. ``test_hybrids`` holds what a server answers over these to transformers' models.
 """
 
@@ -85,11 +85,20 @@ def rms_norm_gated(
     return (normed * functional.silu(g.float())).to(x.dtype)
 
 
+def fused_gate_sigmoid_mul_add(
+    hidden_states: Tensor, gate_weight: Tensor, shared_output: Tensor, final_hidden_states: Tensor
+) -> None:
+    """Of experts that are shared: in place, all but the gate [C] by token [T, C]."""
+    gate = (hidden_states @ gate_weight).sigmoid()
+    final_hidden_states += gate[:, None] * shared_output
+
+
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before a scheduler is started."""
     from sglang.kernels.ops.attention.fla import fused_norm_gate
     from sglang.srt.layers.attention import hybrid_linear_attn_backend
     from sglang.srt.layers.attention.mamba import mamba
+    from sglang.srt.models import qwen2_moe
 
     for name in ("", "_triton"):
         monkeypatch.setattr(mamba, f"causal_conv1d_fn{name}", causal_conv1d_fn_cpu, False)
@@ -100,3 +109,4 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         hybrid_linear_attn_backend, "track_mamba_states_if_needed", track_mamba_states_if_needed
     )
+    monkeypatch.setattr(qwen2_moe, "fused_gate_sigmoid_mul_add", fused_gate_sigmoid_mul_add)

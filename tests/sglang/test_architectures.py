@@ -106,18 +106,14 @@ def test_a_policy_is_stock_at_full_budget_and_its_definition_below(
 def test_sglang_s_triton_kernels_serve_them_too(build, prompts):
     """Gemma 4, which SGLang serves over these alone on a CPU, and gpt-oss's sinks."""
     full = {"policy": FORCED[0], "shortcut": False}
-    cases = {
-        "gemma4": [None, full, {"policy": "keydiff(budget=128) + quest(budget=32)"}],
-        "gpt_oss": [None, full],
-    }
-    batch = prompts(150, 70, 1, seed=21)
-    for name, settings in cases.items():
-        found = served(build(name), batch, settings)
+    batch = prompts(70, 1, seed=21)
+    for name in ("gemma4", "gpt_oss"):
+        found = served(build(name), batch, [None, full])
         assert found[0]["backend"] == "sglang.srt.layers.attention.triton_backend"
         for planned in found[1:]:
             assert planned["backend"] == "kvplug_sglang.cuda_triton"
             assert planned["selected"] > 0
-            assert planned["packed"] == 2, "prompts of a page and more"
+            assert planned["packed"] == 1, "the prompt of a page and more"
         assert found[1]["answers"] == found[0]["answers"]
 
 

@@ -142,6 +142,7 @@ def test_a_tree_that_tracks_states_as_on_a_gpu(engine, granite4, prompts, monkey
     from sglang.srt.arg_groups import mamba_hook
 
     monkeypatch.setattr(mamba_hook, "_platform_supports_mamba_cache_extra_buffer", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     first, more = prompts(330, 150, 33, seed=4), prompts(60)[0]
     small = "snapkv(budget=64, window=16) + quest(budget=48, dense_layers=0)"
     full = {"policy": FORCED["granite4"][2][0], "shortcut": False}
@@ -157,7 +158,7 @@ def test_a_tree_that_tracks_states_as_on_a_gpu(engine, granite4, prompts, monkey
             assert settled(planned)
             answers.append((begun, second))
             if policy == small:
-                assert planned.backend.packed_prompts == 3 + 2 + 1
+                assert planned.backend.packed_prompts == 2 + 3, "33 tokens stay whole"
                 planned.forget()
                 assert planned.generate(turn, 8) == second, "over a prefix as if fresh"
     stock, forced, compressed = answers
@@ -168,7 +169,7 @@ def test_small_budgets_are_their_definitions(engine, granite4, prompts, monkeypa
     reads = Reads(monkeypatch)
     with engine(granite4, "quest(budget=96, dense_layers=0)", **PAGED) as planned:
         planned.generate(prompts(500, 250, 33), 4)
-    assert reads.checked == 2 * 3 * 3
+    assert reads.checked == 2 * 2 * 3, "33 tokens are read whole"
     assert reads.spared > 0
     shadow = Shadow(monkeypatch)
     with engine(granite4, "snapkv(budget=96, window=16)", **CACHED) as planned:
@@ -199,30 +200,36 @@ CHOICES = [
 ]
 
 
-def test_a_small_pool_of_requests_that_end_come_back_and_share_prompts(engine, granite4, prompts):
+def test_a_small_pool_of_requests_that_end_come_back_and_share_prompts(
+    engine, granite4, prompts, monkeypatch
+):
     """Retracted, aborted and in a batch they answer as alone, and no state or slot is lost."""
+    import sglang.srt.managers.scheduler as scheduling
+
     begin = prompts(130, seed=7)[0]
-    ends = prompts(*range(11, 200, 16), seed=8)
+    ends = prompts(*range(11, 200, 24), seed=8)
     asked = [
         ((begin if n % 2 else []) + end, CHOICES[n % len(CHOICES)]) for n, end in enumerate(ends)
     ]
-    small = {"max_total_tokens": 1024, "schedule_conservativeness": 0.02, **CACHED}
+    small = {"max_total_tokens": 1024, **CACHED}
     with engine(granite4, json.dumps(OFFER), **small) as server:
         alone = []
         for prompt, policy in asked:
             server.forget()
-            alone.append(server.generate([prompt], 40, policy)[0])
+            alone.append(server.generate([prompt], 24, policy)[0])
         server.forget()
+        monkeypatch.setattr(scheduling, "TEST_RETRACT", True)
+        monkeypatch.setattr(scheduling, "TEST_RETRACT_INTERVAL", 23)
         for _ in range(2):  # the second time over what the first left in the tree
-            rids = [server.send(prompt, 40, policy) for prompt, policy in asked]
-            doomed = server.send(begin, 40)
+            rids = [server.send(prompt, 24, policy) for prompt, policy in asked]
+            doomed = server.send(begin, 24)
             server.steps[:] = [partial(later, count(), partial(server.abort, doomed))]
             server.drain()
             wrong = [n for n, rid in enumerate(rids) if server.output(rid) != alone[n]]
             assert not wrong
             assert settled(server, 1024)
         requests = server.requests.values()
-        assert sum(request.retraction_count for request in requests) > 0, "the pool was too small"
+        assert sum(request.retraction_count for request in requests) >= 3
         assert sum(request.cached_tokens for request in requests) > 0
         from kvplug_sglang.settings import Engine
 
