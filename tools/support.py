@@ -331,9 +331,11 @@ def part(engine: str) -> str:
             for row in rows:
                 shown = " ".join(row.tests.values()).split()
                 model = build(row.model, Path(folder) / row.model)
-                by_itself = {"method": row.drafts, "model": str(model), "num_speculative_tokens": 2}
-                drafts = {"speculative_config": by_itself} if row.drafts else {}
-                refused = REFUSED[engine](model, {**row.options, **drafts})
+                drafts = {
+                    "method": row.drafts, "model": str(model), "num_speculative_tokens": 2,
+                }  # fmt: skip
+                more = {"speculative_config": drafts} if row.drafts else {}
+                refused = REFUSED[engine](model, {**row.options, **more})
                 cells = []
                 for policy, said in zip(POLICIES, refused, strict=True):
                     line = str(read_offer(POLICIES[policy], environ={}).settings.policy)

@@ -118,9 +118,7 @@ queries read all, those of an answer what was selected for them."""
         ),
     ],
 )
-def test_drafts_change_no_answer(
-    engine, random_llama, prompts, oracle, tmp_path, policy, methods
-):
+def test_drafts_change_no_answer(engine, random_llama, prompts, oracle, tmp_path, policy, methods):
     model, first, tokens = random_llama(), prompts(300, 33, 500, 1, 257), 40
     with engine(model, {"policy": policy}, **OPTIONS) as plain:
         answers = plain.generate(first, tokens)
