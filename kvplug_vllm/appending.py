@@ -110,9 +110,8 @@ class AppendingManager(EvictingManager):
         pcp_world_size: int = 1,
     ) -> tuple[tuple[list[Any], ...], int]:
         """Whole chunks, all of whose packed blocks are there."""
-        assert dcp_world_size == pcp_world_size == 1
+        assert not drop_eagle_block and dcp_world_size == pcp_world_size == 1
         size = kv_cache_spec.block_size
-        max_length = max(max_length - size * drop_eagle_block, 0)
         planner = kv_cache_spec.settings.planner(size)
         hashes: Sequence[Any] = resolve_block_hashes(
             block_hashes,

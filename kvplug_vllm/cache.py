@@ -36,8 +36,8 @@ class DigestedSpec(FullAttentionSpec):
 
 
 def customize_spec(spec: Any, layer_class: int | None = 0) -> Any:
-    """The cache spec of one layer under the engine's policy; windowed layers and those of a
-    drafter stay stock.
+    """The cache spec of one layer under the engine's policy; windowed layers stay stock, and so
+    do those of a drafter.
 
     A selector with a digest grows the page by it; an eviction brings its own manager.
     layer_class: which of the layers' different budgets this one has (``layer_classes``); None for

@@ -239,6 +239,27 @@ def _with_drafts(offer: Offer, vllm_config: Any) -> Iterator[str]:
             "whose states rejected drafts change too: it was never seen to answer as without "
             "drafts; drop --speculative-config, or use the policy 'dense'"
         )
+    if speculative.uses_draft_kv_cache():
+        yield from _with_drafter(offer, vllm_config)
+
+
+def _with_drafter(offer: Offer, vllm_config: Any) -> Iterator[str]:
+    """Where a drafter has layers, and caches, of its own."""
+    policy, speculative = offer.settings.policy, vllm_config.speculative_config
+    layers = speculative.draft_model_config.get_num_layers(speculative.draft_parallel_config)
+    parts = not policy.uniform or policy.local is not None
+    if parts and layers > 1 and not vllm_config.use_v2_model_runner:
+        yield (
+            f"speculative decoding with {policy}: layers that keep different tokens make groups "
+            f"of a few layers each, and the drafter has {layers}, which Model Runner V1 wants in "
+            "one; use a drafter of one layer, n-grams, or Model Runner V2"
+        )
+    evicts = policy.eviction is not None or policy.scored is not None or offer.mixed
+    if evicts and vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        yield (
+            "a drafter keeps what the model's layers let go of, which needs the hybrid KV cache "
+            "manager; drop --disable-hybrid-kv-cache-manager, or use n-grams"
+        )
 
 
 def beside(settings: Settings, vllm_config: Any) -> Iterator[tuple[str, str]]:

@@ -58,6 +58,8 @@ class Row:
     model: str = "llama"
     """Whose builder is ``build_random_…``, or a configuration of ``CONFIGS``."""
     options: dict[str, Any] = field(default_factory=dict)
+    drafts: str = ""
+    """The method of speculative decoding by the model itself."""
     tests: dict[str, str] = field(default_factory=dict)
     """A test -> the policies that it runs."""
     wraps: str | None = None
@@ -145,13 +147,15 @@ VLLM = {
             "test_local_layers_are_those_of_a_configuration_token_for_token": "local",
         }),
         Row("tensor parallelism", options={"tensor_parallel_size": 2}, tests={
-            "vllm/test_models.py::test_two_ranks_answer_as_one": "quest snapkv",
+            "vllm/test_models.py::test_two_ranks_answer_as_one": "quest snapkv local",
         }),
         Row("pipeline parallelism", options={"pipeline_parallel_size": 2}),
         Row("micro-batches", options={"ubatch_size": 2, "all2all_backend": "deepep_low_latency"}),
         Row("`--kv-cache-dtype fp8`, `fp8_e4m3`", options={"kv_cache_dtype": "fp8"}, tests={
             "vllm/test_eight_bits.py::test_full_budget_equals_stock":
             "twilight quest streaming_llm snapkv keydiff pyramid",
+            "vllm/test_local.py::"
+            "test_local_layers_have_fp8_caches_as_those_of_a_configuration": "local",
         }),
         Row("`fp8_e5m2` (CPUs alone)", options={"kv_cache_dtype": "fp8_e5m2"}, tests={
             "vllm/test_eight_bits.py::test_full_budget_equals_stock":
@@ -163,6 +167,8 @@ VLLM = {
         Row("`--kv-offloading-size`", options={"kv_offloading_size": 1}, tests={
             "vllm/test_offloading.py::test_a_prefix_from_host_memory_is_chosen_from_as_it_was":
             "quest twilight",
+            "vllm/test_local.py::"
+            "test_local_layers_beside_drafts_and_host_memory_answer_as_without": "local",
         }),
         Row("other KV connectors", options={
             "kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"},
@@ -172,6 +178,15 @@ VLLM = {
         }, tests={
             "vllm/test_drafts.py::test_drafts_change_no_answer":
             "twilight quest streaming_llm snapkv keydiff pyramid",
+            "vllm/test_local.py::"
+            "test_local_layers_beside_drafts_and_host_memory_answer_as_without": "local",
+        }),
+        Row("drafts by a model", drafts="draft_model", tests={
+            "vllm/test_drafts.py::test_drafts_change_no_answer":
+            "twilight quest streaming_llm snapkv keydiff",
+        }),
+        Row("drafts by an EAGLE head", drafts="eagle", tests={
+            "vllm/test_drafts.py::test_drafts_change_no_answer": "quest streaming_llm snapkv",
         }),
         Row("LoRA", options={"enable_lora": True}),
         Row("prompt embeddings", options={"enable_prompt_embeds": True}),
@@ -279,6 +294,10 @@ def refused_by_vllm(model: Path, row: Row) -> list[list[str]]:
     from kvplug_vllm.refusals import refusals
 
     given: dict[str, Any] = {"max_model_len": 1024, "skip_tokenizer_init": True}
+    if row.drafts:
+        given["speculative_config"] = {
+            "method": row.drafts, "model": str(model), "num_speculative_tokens": 2,
+        }  # fmt: skip
     config = EngineArgs(model=str(model), **{**given, **row.options}).create_engine_config()
     found = []
     for policy in POLICIES.values():

@@ -67,7 +67,7 @@ def attend(
     block_table: Tensor, softcap: float, scheduler_metadata: Tensor, k_scale: float,
     v_scale: float, kv_cache_dtype: str, alibi_slopes: None, s_aux: None, dynamic_causal: None,
 ) -> None:  # fmt: skip
-    assert causal and sliding_window == -1 and not softcap
+    assert causal and not softcap
     assert alibi_slopes is s_aux is dynamic_causal is None
     assert query.dtype == output.dtype and output.is_contiguous()
     keys, values = pages(key_cache, value_cache, kv_cache_dtype)
@@ -84,7 +84,10 @@ def attend(
         k, v = (each.repeat_interleave(group, 1) for each in (k, v))
         logits = torch.einsum("qhd,khd->hqk", query[a:b].float(), k) * (scale * k_scale)
         last = torch.arange(length - (b - a), length)[:, None]
-        logits.masked_fill_(torch.arange(length) > last, float("-inf"))
+        hidden = torch.arange(length) > last
+        if sliding_window != -1:  # tokens, the query's own among them
+            hidden |= torch.arange(length) <= last - sliding_window
+        logits.masked_fill_(hidden, float("-inf"))
         output[a:b] = torch.einsum("hqk,khd->qhd", logits.softmax(-1), v) * v_scale
 
 

@@ -18,7 +18,7 @@ from tests.vllm.test_selection import Shadow
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900), pytest.mark.both]
 
-OPTIONS = {"max_model_len": 1024, "num_gpu_blocks_override": 110, "max_num_batched_tokens": 256}
+OPTIONS = {"max_model_len": 1024, "num_gpu_blocks_override": 220, "max_num_batched_tokens": 256}
 ONLY_CPU = pytest.mark.skipif(bool(twin.MODE), reason="others say as much there")
 
 

@@ -3,10 +3,15 @@ so: the same weights under stock vLLM with the windows in the configuration say 
 
 from __future__ import annotations
 
+import cpu_eight_bits
 import pytest
+import twin
 
 from kvplug_vllm import metrics
-from tests.vllm.test_lifecycle import preemptions
+from tests.stand_ins.host_memory import HostMemory
+from tests.vllm.drafts import Oracle, speculative, verified
+from tests.vllm.test_lifecycle import preemptions, solo
+from tests.vllm.test_offloading import CONNECTOR
 from tests.vllm.test_streaming import concurrency
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -137,3 +142,51 @@ def test_what_reads_and_keeps_all_beside_it_changes_nothing(engine, model, promp
     with engine(model, {"policy": policy, "shortcut": False}, **OPTIONS) as local:
         assert turns(local, prompts) == expected
         assert [n > 0 for n in local.selected] == [True, False, True, True]
+
+
+QUEST = "quest(budget=96, dense_layers=0)"
+
+
+@pytest.mark.cpu
+def test_local_layers_have_fp8_caches_as_those_of_a_configuration(
+    engine, model, prompts, monkeypatch
+):
+    cpu_eight_bits.install(monkeypatch)
+    fp8 = {"kv_cache_dtype": "fp8"}
+    with engine(model, {"policy": QUEST}, **by_configuration(1, 3), **fp8) as windowed:
+        expected = groups(windowed), turns(windowed, prompts), windowed.selected
+    with engine(model, {"policy": f"{QUEST} + {LOCAL}"}, **OPTIONS, **fp8) as local:
+        assert (groups(local), turns(local, prompts), local.selected) == expected
+        local.forget()
+        assert crowded(local, prompts) == solo(local, prompts(64, 60, 50, 33, seed=1), 90)
+
+
+@pytest.mark.both
+def test_local_layers_beside_drafts_and_host_memory_answer_as_without(
+    engine, model, prompts, monkeypatch, tmp_path
+):
+    policy = {"policy": f"{QUEST} + {LOCAL}"}
+    with engine(model, policy, **OPTIONS) as plain:
+        first, second = expected = turns(plain, prompts)
+    oracle = Oracle()
+    oracle.install(monkeypatch)
+    asked = batch(prompts)
+    oracle.knows(asked, first)
+    oracle.knows([prompt + asked[1][:90] for prompt in asked], second)
+    methods = ["draft_model"] if twin.MODE else ["ngram"]
+    for method in methods:
+        drafts = speculative(method, model, tmp_path / method)
+        options = {"speculative_config": drafts, "async_scheduling": False, **OPTIONS}
+        with engine(model, policy, **options) as drafted:
+            drafted.poison(freed=False)
+            assert turns(drafted, prompts) == expected
+            assert all(verified(drafted))
+    with engine(model, policy, kv_transfer_config=CONNECTOR, **OPTIONS) as offloaded:
+        offloaded.poison(freed=False)
+        for round_ in range(2):
+            found = offloaded.run(asked, 12)
+            assert [list(each.outputs[0].token_ids) for each in found] == first
+            assert sum(each.num_cached_tokens for each in found) >= 600 * round_
+            offloaded.forget()
+        assert HostMemory.worker is not None
+        assert HostMemory.worker.moved["loaded"] > 0

@@ -62,6 +62,7 @@ class Schedule:
         must_fit=True,
         caching=True,
         asks=(),
+        eagle=False,
     ):
         """asks: what requests ask of kvplug, in turn."""
         self.asks = asks
@@ -75,6 +76,7 @@ class Schedule:
             scheduler_block_size=S,
             hash_block_size=S,
             max_in_flight_tokens=chunk * ahead,
+            use_eagle=eagle,
             enable_caching=caching,
         )
         self.pool = self.manager.block_pool
@@ -465,10 +467,9 @@ def test_nor_does_one_without_a_prefix_cache(policy, options, events, spare):
 # What a prefix lookup finds.
 
 
-def streaming(sinks, window, blocks=200, **given) -> Schedule:
-    return Schedule(
-        [evicting_spec(f"streaming_llm(sinks={sinks}, window={window})", 64, **given)], blocks
-    )
+def streaming(sinks, window, blocks=200, eagle=False, **given) -> Schedule:
+    spec = evicting_spec(f"streaming_llm(sinks={sinks}, window={window})", 64, **given)
+    return Schedule([spec], blocks, eagle=eagle)
 
 
 def overwrite(schedule, pages_kept) -> None:
@@ -507,6 +508,15 @@ def test_a_second_turn_hits_as_long_as_possible_without_the_pages_between():
     overwrite(schedule, [pages[page] for page in (0, 16, 17)])
     assert set(cached_pages(schedule, tokens)) == {0, 16, 17}
     assert schedule.serve([*tokens, 1, 2, 3]) == 288
+
+
+def test_beside_eagle_a_hit_is_a_block_shorter():
+    """Its layers cannot take over a prefix's last block: they read the token behind it."""
+    schedule = streaming(sinks=4, window=32, eagle=True)
+    tokens = document(300)
+    schedule.serve(tokens)
+    assert schedule.serve([*tokens, 1, 2, 3]) == 288 - S
+    assert schedule.serve(tokens[: S + 1]) == schedule.serve(tokens[:1]) == 0
 
 
 def test_the_pages_between_are_overwritten_by_traffic_alone():
