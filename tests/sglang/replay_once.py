@@ -1,34 +1,58 @@
 """Serve cases with decode steps replayed from recorded graphs. Prints what each did, as JSON.
 
-Over SGLang's Triton backend, or over its FlashAttention 3 where ``KVPLUG_TEST_FLASH`` is set.
-A case: [server's settings, requests' own policies or null for each prompt].
+A case: ["triton" or "flash" for SGLang's attention of that name, whether kvplug's kernels are
+interpreted or their references stand for them, server's settings, requests' own policies or null
+for each prompt].
 """
 
+import importlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import triton
 from conftest import start
 
 
+def by_case(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel that a capture looks into, or its reference, which waits for its tensors."""
+    from recorded import opaque
+
+    from kvplug_kernels.dispatch import interpreted
+
+    whole = opaque(function)
+    return lambda *args, **kwargs: (function if interpreted() else whole)(*args, **kwargs)
+
+
 def main(model: str, prompts: str, tokens: str, cases: list[str]) -> None:
+    triton.knobs.runtime.interpret = True  # whatever becomes of the variable
+    import flash
+    from cuda_path import NAMES, OPERATIONS
     from interpreter import patch_once
     from recorded_graph import capture
 
+    for name in OPERATIONS:
+        function = NAMES.get(name, name)
+        module = importlib.import_module(f"kvplug_kernels.{name}")
+        setattr(module, function, by_case(getattr(module, function)))
+    from kvplug_sglang import backend
+
     patch_once()
-
-    if "KVPLUG_TEST_FLASH" in os.environ:
-        import flash
-
-        flash.install()
+    stocks = {"triton": backend.stock}
+    flash.install()
+    stocks["flash"] = backend.stock
     batch, found = json.loads(prompts), []
     options = {
         "chunked_prefill_size": 64,
         "context_length": 512,
         "triton_attention_num_kv_splits": 2,  # each is a program, which the interpreter is slow at
     }
-    for settings, chosen in map(json.loads, cases):
+    for stock, interpreted, settings, chosen in map(json.loads, cases):
+        backend.stock = stocks[stock]
+        os.environ["TRITON_INTERPRET"] = str(int(interpreted))
         with start(Path(model), settings, **options) as engine:
             graphs = capture(engine.scheduler.tp_worker.model_runner)
             waves = []
@@ -39,12 +63,11 @@ def main(model: str, prompts: str, tokens: str, cases: list[str]) -> None:
                 ]
                 engine.drain()
                 waves.append([engine.output(rid) for rid in rids])
-            backend = type(engine.backend).__module__
             found.append(
                 {
                     "waves": waves,
                     "replays": graphs.replays,
-                    "backend": backend,
+                    "backend": type(engine.backend).__module__,
                     "counted": engine.counted()["decode_queries"],
                 }
             )

@@ -62,12 +62,14 @@ def main(model: str, policy: str) -> None:
     del os.environ["TRITON_INTERPRET"]
     import flash
     from cuda_path import NAMES
+    from interpreter import patch_once
     from recorded import opaque
 
     for name in PLAIN:
         function = NAMES.get(name, name)
         module = importlib.import_module(f"kvplug_kernels.{name}")
         setattr(module, function, opaque(getattr(module, function)))
+    patch_once()
     flash.install()
     from recorded_graph import capture
 

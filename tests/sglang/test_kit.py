@@ -27,10 +27,10 @@ BOTH = (
 def test_the_kit_is_green(interpreted):
     """In a process of its own: the kit replaces SGLang's idea of the world when it is imported."""
     policies = [DENSE, SELECTED, STREAMED, BOTH]
+    triton = {"TRITON_INTERPRET": "1"} if interpreted else {}
     done = subprocess.run(
         [sys.executable, str(KIT), *policies],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path),
-             "TRITON_INTERPRET": str(int(interpreted))},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **triton},
         capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

@@ -24,7 +24,7 @@ import torch
 from recorded import Graph, capture, opaque
 from torch import Tensor
 
-SIZES = [1, 2, 4, 8]
+SIZES = [1, 4, 8]
 """Batches that are captured: others are padded, or run eagerly beyond them."""
 
 OPERATIONS = ("page_bound", "page_select", "page_digest", "virtual_heads", "pack_tokens",

@@ -19,6 +19,7 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
+from interpreter import patch_once
 from torch import Tensor
 
 
@@ -83,6 +84,7 @@ def checked() -> Iterator[Counter[str]]:
 
 def replace_kernels() -> None:
     """After vLLM's V2 modules can be imported; once in a process."""
+    patch_once()
     import vllm.v1.sample.ops.topk_topp_sampler as sampler
     import vllm.v1.worker.gpu.input_batch as inputs
     import vllm.v1.worker.gpu.sample.gumbel as gumbel

@@ -6,7 +6,7 @@ import pytest
 from vllm import SamplingParams
 
 from tests.plain_llama import Plain
-from tests.vllm.test_lifecycle import preemptions, solo
+from tests.vllm.test_lifecycle import ROOMY, leave, preemptions, with_room
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -51,24 +51,22 @@ def test_preempted_answers_are_packed_again_as_before(
         random_llama(),
         {"policy": policy},
         enable_prefix_caching=caching,
-        num_gpu_blocks_override=27,
+        num_gpu_blocks_override=ROOMY,
         max_model_len=640,
         max_num_batched_tokens=256,
         dtype="float32",
     ) as planned:
         planned.poison(freed=not caching)
         free = planned.free_blocks
-        expected = solo(planned, batch, 240)
-        seen = preemptions(planned)
-        # Little is held: take blocks away so that the rest cannot grow together.
-        hostages = planned.pool.get_new_blocks(planned.free_blocks - 17)
-        assert planned.generate(batch, 240) == expected
+        expected = with_room(planned, batch, 160)
+        hostages, seen = leave(planned, 17), preemptions(planned)
+        assert planned.generate(batch, 160) == expected
         assert len(seen) >= 3, "the pool was meant to be too small"
         planned.pool.free_blocks(hostages)
         assert planned.free_blocks == free
-        for _ in range(2):
-            (again,) = planned.run(batch[1:2], 240)
-            assert list(again.outputs[0].token_ids) == expected[1]
+        for tokens in (1, 160):
+            (again,) = planned.run(batch[1:2], tokens)
+            assert list(again.outputs[0].token_ids) == expected[1][:tokens]
         last = 32 if "snapkv" in policy else 1
         assert again.num_cached_tokens == (caching and (333 - last) // S * S)
 

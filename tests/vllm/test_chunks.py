@@ -6,7 +6,7 @@ import pytest
 from vllm import SamplingParams
 
 from tests.plain_llama import Plain
-from tests.vllm.test_lifecycle import preemptions, solo
+from tests.vllm.test_lifecycle import ROOMY, leave, preemptions, with_room
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -67,22 +67,21 @@ def test_preempted_requests_are_packed_again_as_before(
         random_llama(),
         {"policy": policy},
         enable_prefix_caching=caching,
-        num_gpu_blocks_override=32,
+        num_gpu_blocks_override=ROOMY,
         max_model_len=1024,
         max_num_batched_tokens=128,
     ) as planned:
         planned.poison(freed=not caching)
         free = planned.free_blocks
-        expected = solo(planned, batch, 120)
-        seen = preemptions(planned)
-        hostages = planned.pool.get_new_blocks(planned.free_blocks - 18)
+        expected = with_room(planned, batch, 120)
+        hostages, seen = leave(planned, 18), preemptions(planned)
         assert planned.generate(batch, 120) == expected
         assert len(seen) >= 3, "the pool was meant to be too small"
         planned.pool.free_blocks(hostages)
         assert planned.free_blocks == free
-        for _ in range(2):
-            (again,) = planned.run(batch[1:2], 120)
-            assert list(again.outputs[0].token_ids) == expected[1]
+        for tokens in (1, 120):
+            (again,) = planned.run(batch[1:2], tokens)
+            assert list(again.outputs[0].token_ids) == expected[1][:tokens]
         assert again.num_cached_tokens == (caching and (96 + 64 - 1) // S * S), "up to its event"
 
 

@@ -10,7 +10,7 @@ import pytest
 import twin
 
 from tests.vllm import test_eviction, test_selection
-from tests.vllm.test_lifecycle import preemptions, solo
+from tests.vllm.test_lifecycle import ROOMY, leave, preemptions, with_room
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -146,14 +146,15 @@ def test_preempted_requests_answer_as_alone(engine, random_llama, prompts):
     batch = prompts(224, 256, 240, 231, 97)
     policy = "keydiff(budget=96) + quest(budget=96, dense_layers=0)"
     with engine(
-        random_llama(), {"policy": policy}, kv_cache_dtype=CACHES[0], num_gpu_blocks_override=22,
-        max_model_len=512, max_num_batched_tokens=128,
+        random_llama(), {"policy": policy}, kv_cache_dtype=CACHES[0],
+        num_gpu_blocks_override=ROOMY, max_model_len=512, max_num_batched_tokens=128,
     ) as planned:  # fmt: skip
         planned.poison(freed=False)
-        free, expected = planned.free_blocks, solo(planned, batch, 100)
-        seen = preemptions(planned)
+        free, expected = planned.free_blocks, with_room(planned, batch, 100)
+        hostages, seen = leave(planned, 21), preemptions(planned)
         assert planned.generate(batch, 100) == expected
         assert seen, "the pool was meant to be too small"
+        planned.pool.free_blocks(hostages)
         assert planned.free_blocks == free
 
 

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,15 +19,16 @@ from tests.pace import Pace
 
 httpx = pytest.importorskip("httpx")
 
+from kvplug_evals.served import process  # noqa: E402
 from kvplug_evals.served.engine import NAME  # noqa: E402
 from kvplug_evals.served.start import serve  # noqa: E402
 from kvplug_evals.served.vllm import VLLM  # noqa: E402
+from tests.processes import disk_of, mount_disk  # noqa: E402
 from tests.vllm.test_metrics import shown  # noqa: E402
 
 pytestmark = [pytest.mark.engine, pytest.mark.cpu, pytest.mark.timeout(900)]
 
 OFFER = {"policy": "dense", "allow": ["snapkv", "quest", "keydiff"], "max_budget": 512}
-IN_A_SMALL_DISK = 'mount -t tmpfs -o size=300k none "$0" && echo $$ >"$0.pid" && exec "$@"'
 LONG, SHORT = [(7 * i) % 40000 for i in range(600)], [7, 8, 9]
 
 
@@ -39,11 +41,11 @@ class Server(VLLM):
     def command(self, policy, port):
         command = super().command(policy, port)
         command[command.index("--additional-config") + 1] = json.dumps({"kvplug": OFFER})
-        return ["unshare", "-rm", "sh", "-c", IN_A_SMALL_DISK, str(self.disk), *command]
+        return command
 
     def settings(self):
         # Logprobs are compiled in TMPDIR, which would not do on this disk.
-        return {**super().settings(), "TMPDIR": str(self.disk), "TORCHDYNAMO_DISABLE": "1"}
+        return {**super().settings(), "TMPDIR": str(self.disk), "TORCH_COMPILE_DISABLE": "1"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +73,10 @@ def server(smollm2, tmp_path_factory) -> Iterator[Running]:
     disk, log = folder / "disk", folder / "server.log"
     disk.mkdir()
     Pace.starts += 1
-    with serve(Server(model=smollm2, disk=disk), "dense", log) as started:
-        inside = Path(f"/proc/{(folder / 'disk.pid').read_text().strip()}/root")
-        yield Running(url=started.url, disk=inside / disk.relative_to("/"), log=log)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process, "_die_with_parent", partial(mount_disk, str(disk), "300k"))
+        with serve(Server(model=smollm2, disk=disk), "dense", log) as started:
+            yield Running(url=started.url, disk=disk_of(disk), log=log)
 
 
 CHAT = [{"role": "user", "content": "Hello"}]
