@@ -8,7 +8,7 @@ from kvplug import parse, policy_class, policy_names, read_settings, registry
 
 EXAMPLE = "write, for example, 'quest(budget=2048)' or 'streaming_llm(sinks=4, window=1020)'"
 KNOWN = (
-    "Known: a_shape, block_quest, chunkkv, cur, dense, keydiff, knorm, lagkv, local, pyramid, "
+    "Known: a_shape, block_quest, chunkkv, cur, dense, keydiff, knorm, kvzip, lagkv, local, pyramid, "
     "quest, r_kv, random, random_prefill, snapkv, streaming_llm, tova, tri_shape, twilight, "
     "xattention."
 )
