@@ -1,8 +1,9 @@
 """Mamba-2's kernels as SGLang calls them, in PyTorch: its CPU engine has none.
 
 ``MambaMixer2`` binds the names of its convolution on CUDA, NPUs and XPUs alone, and its scans are
-Triton, as are the norm of gated delta nets and the gate of experts beside them. The layers, their states' pool and the tree over it are
-SGLang's own. ``test_hybrids`` holds what a server answers over these to transformers' models.
+Triton, as are the norm of gated delta nets and the gate of experts beside them. The layers, their
+states' pool and the tree over it are SGLang's own. ``test_hybrids`` holds what a server answers
+over these to transformers' models.
 """
 
 from __future__ import annotations

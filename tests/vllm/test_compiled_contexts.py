@@ -207,3 +207,24 @@ def test_layers_that_see_a_window_are_refused(engine, random_llama):
         engine(random_llama(), {"policy": LINE}, hf_overrides=kinds),
     ):
         raise AssertionError("it started")
+
+
+@pytest.mark.cpu
+def test_a_block_has_a_name_for_each_policy_and_for_what_it_was_computed_behind():
+    from kvplug import read_offer
+    from kvplug_vllm.compiling import CompilingSpec
+    from kvplug_vllm.settings import EvictionSettings
+
+    def spec(line, **more):
+        settings = EvictionSettings.of(read_offer({"policy": line, **more}, environ={}))
+        shape = {"block_size": S, "num_kv_heads": 1, "head_size": 64, "dtype": torch.float32}
+        return CompilingSpec(**shape, settings=settings, in_flight=64)
+
+    specs = [
+        spec(LINE), spec(f"kvzip(budget=0.5, chunk={CHUNK})"), spec("kvzip(budget=0.25)"),
+        spec(LINE, protect=[[5, 9]]),
+    ]  # fmt: skip
+    names = [each.name(end, n) for each in specs for end in (b"one", b"two") for n in range(2)]
+    names += [each.name_behind(b"one", chunks) for each in specs for chunks in (1, 2)]
+    assert len(set(names)) == len(names) == 24
+    assert specs[0].name(b"one", 0) == spec(LINE).name(b"one", 0)
