@@ -92,12 +92,10 @@ def test_two_ranks_answer_as_one(random_llama, prompts, tmp_path):
         "asks": [None, *(line for line in SMALL if line not in alone), *BY_HEAD],
     }
     forced = {"policy": "twilight(budget=1.0, dense_layers=0)", "shortcut": False}
-    local = {"policy": 'local(layers="1", window=100) + quest(budget=96, dense_layers=0)'}
     jobs = {
         "servers": [
             mixed,
             {"kvplug": forced, "asks": [None]},
-            {"kvplug": local, "asks": [None]},
             *({"kvplug": {"policy": line}, "asks": [None]} for line in alone if "pyramid" in line),
         ],
         "prompts": prompts(600, 430, 33, 1),
