@@ -26,10 +26,20 @@ from kvplug_vllm.settings import Engine, offer_of
 from kvplug_vllm.step import PlannedBuilder
 
 
+def may_replay(vllm_config: Any) -> bool:
+    """Whether graphs may replay whole decode steps: not where how many selections a step needs is
+    unknown when it is captured, nor where what a step completes is packed before the next one
+    and vLLM, for its recurrent layers, blanks what it gave away in between."""
+    offer = offer_of(vllm_config)
+    scored = offer.settings.policy.scored
+    late = scored is not None and scored.appends
+    return not offer.mixed and not (late and getattr(vllm_config.model_config, "is_hybrid", False))
+
+
 def most_replayed(vllm_config: Any) -> int:
     """Requests of the largest decode step that a graph of ours replays; 0 for none."""
-    compilation, offer = vllm_config.compilation_config, offer_of(vllm_config)
-    if offer.mixed or not offer.settings.policy.plans:
+    compilation = vllm_config.compilation_config
+    if not may_replay(vllm_config) or not offer_of(vllm_config).settings.policy.plans:
         return 0
     if not compilation.cudagraph_mode.has_full_cudagraphs():
         return 0
@@ -134,10 +144,9 @@ class KVPlugBuilder(PlannedBuilder, FlashAttentionMetadataBuilder):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        offer = offer_of(vllm_config)
-        if offer.mixed:  # how many selections a step needs is not known when it is captured
+        if not may_replay(vllm_config):
             return AttentionCGSupport.NEVER
-        if not offer.settings.policy.plans:
+        if not offer_of(vllm_config).settings.policy.plans:
             return super().get_cudagraph_support(vllm_config, kv_cache_spec)
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 

@@ -55,6 +55,34 @@ def replays() -> int:
     return Graph.replays
 
 
+@pytest.mark.parametrize(
+    "policy, hybrid, most",
+    [
+        ("keydiff(budget=0.25, chunk=512)", False, 8),
+        ("keydiff(budget=0.25, chunk=512)", True, 0),
+        ("keydiff(budget=512, chunk=128)", True, 8),
+    ],
+)
+def test_nothing_waits_for_the_next_step_where_blocks_are_blanked_before_it(policy, hybrid, most):
+    """vLLM blanks new blocks of a model with recurrent layers before a step is planned."""
+    from types import SimpleNamespace
+
+    from vllm.config import CUDAGraphMode
+
+    from kvplug_vllm.cuda import KVPlugBuilder, most_replayed
+
+    config: Any = SimpleNamespace(
+        additional_config={"kvplug": {"policy": policy}}, speculative_config=None,
+        model_config=SimpleNamespace(is_hybrid=hybrid),
+        compilation_config=SimpleNamespace(
+            cudagraph_mode=CUDAGraphMode.FULL, max_cudagraph_capture_size=8
+        ),
+    )  # fmt: skip
+    assert most_replayed(config) == most
+    support = KVPlugBuilder.get_cudagraph_support(config, None)
+    assert (support.name == "NEVER") == (not most)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_replayed_steps_answer_as_eager_ones(engine, random_llama, prompts, policy):
     from cuda_path import eagerly
