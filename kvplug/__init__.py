@@ -39,11 +39,11 @@ from kvplug.segments import Segments
 from kvplug.selection import (
     Asking,
     Blocks,
+    block_bytes,
     blocks_of,
     choose_pages,
     choose_units,
     logits_bytes,
-    shares_bytes,
 )
 
 __version__ = "0.1.0"
@@ -85,6 +85,7 @@ __all__ = [
     "Stage",
     "StepReads",
     "TokenSelector",
+    "block_bytes",
     "blocks_of",
     "byte_share",
     "choose_pages",
@@ -99,7 +100,6 @@ __all__ = [
     "read_offer",
     "read_settings",
     "reads_by_policy",
-    "shares_bytes",
     "step_reads",
     "window_queries",
 ]

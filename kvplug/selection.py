@@ -76,9 +76,17 @@ def choose_units(
     )
 
 
-def shares_bytes(blocks: int, heads: int, pages: int) -> int:
-    """What choosing pages for blocks takes at once. heads: KV heads."""
-    return 2 * 4 * blocks * heads * pages
+def block_bytes(
+    selector: BlockSelector, queries: int, heads: int, group: int, dim: int, tokens: int,
+    page_size: int,
+) -> int:  # fmt: skip
+    """What choosing pages for so many queries of prompts takes at once, over contexts of so many
+    tokens. heads: KV heads, each of ``group`` query heads of ``dim`` numbers."""
+    shares = 4 * -(-queries // selector.block) * heads * -(-tokens // page_size)
+    if not selector.asks:
+        return 2 * shares
+    one = 4 * tokens * (3 * selector.asks * group + 2 * dim)  # prompt and KV head: logits and keys
+    return (2 + 3 * group) * shares + one
 
 
 @dataclass

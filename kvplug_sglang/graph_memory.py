@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvplug import BatchPlanner, Offer, TokenSelector, read_offer, shares_bytes
+from kvplug import BatchPlanner, Offer, TokenSelector, block_bytes, read_offer
 from kvplug_sglang import compat
 from kvplug_sglang.backend import TRITON, stock
 from kvplug_sglang.compression import packing_bytes
@@ -61,14 +61,16 @@ def choosing_bytes(
 ) -> int:
     """The most that choosing pages for prompts' queries, so many in a step, takes on one rank, by
     each policy that a request may have; layer by layer. lists: of tokens are read, not tables."""
-    heads, pages = model.get_num_kv_heads(ranks), -(-model.context_len // page_size)
+    heads, query_heads = model.get_num_kv_heads(ranks), model.num_attention_heads // ranks
+    longest, read = model.context_len, 4 + (8 * page_size if lists else 4)
     found = 0
     for selector in offer.block_selectors:
-        blocks = -(-queries // selector.block)
-        width = min(-(-selector.budget // page_size), pages)
-        read = 4 + (8 * page_size if lists else 4)
-        chosen = blocks * heads * width * read
-        found = max(found, shares_bytes(blocks, heads, pages) + chosen)
+        room = block_bytes(
+            selector, queries, heads, query_heads // heads, model.head_dim, longest, page_size
+        )
+        width = -(-min(selector.budget, longest) // page_size)
+        chosen = -(-queries // selector.block) * heads * width * read
+        found = max(found, room + chosen)
     return found
 
 

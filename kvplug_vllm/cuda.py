@@ -20,7 +20,7 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from kvplug import TokenSelector, keep_tokens, logits_bytes, shares_bytes
+from kvplug import TokenSelector, block_bytes, keep_tokens, logits_bytes
 from kvplug_vllm.attention import PlannedBackend, PlannedImpl
 from kvplug_vllm.settings import Engine, offer_of
 from kvplug_vllm.step import PlannedBuilder
@@ -80,8 +80,10 @@ class KVPlugImpl(PlannedImpl, FlashAttentionImpl):
             key.new_empty(room, dtype=torch.uint8)
         for selector in offer.block_selectors:
             size = Engine.current.vllm_config.cache_config.block_size
-            blocks = -(-len(key) // selector.block)
-            room = shares_bytes(blocks, self.num_kv_heads, -(-longest // size))
+            room = block_bytes(
+                selector, len(key), self.num_kv_heads, self.num_queries_per_kv, self.head_size,
+                longest, size,
+            )  # fmt: skip
             key.new_empty(room, dtype=torch.uint8)
         for scored in offer.scorers:
             if scored.compiles:

@@ -76,29 +76,27 @@ class FlexPrefill(BlockSelector):
     ) -> Tensor:
         assert keys is not None and blocks.last is not None and self.threshold is not None
         seen, last, threshold = Seen(blocks, keys, page_table, pages), blocks.last, self.threshold
-        weights = seen.weights()
-        columns, diagonals = weights.sum(2), seen.by_distance(weights)
-        chosen = covering(columns, threshold), covering(diagonals, threshold)
-        pooled = _mean_keys(seen)
-        asked = self._pooled(blocks, pooled, pages)
-        looks = distance(seen.by_page(columns), self._estimate(blocks, seen, pooled)) < self.tau
+        chosen = covering(seen.columns, threshold), covering(seen.diagonals, threshold)
+        asked, by_page = self._pooled(blocks, seen.means, pages), seen.by_page(seen.columns)
+        looks = distance(by_page, self._estimate(blocks, seen)) < self.tau
         wanted = seen.touched(*chosen)
         wanted = covering(asked, threshold).where(looks[last.run][..., None], wanted)
-        weight = asked.where(looks[last.run][..., None], seen.by_page(columns)[last.run])
+        weight = asked.where(looks[last.run][..., None], by_page[last.run])
         weight = weight.where(seen.page < pages[:, None, None], 0)
         least = -(-self.min_budget // seen.size)
         rank = weight.argsort(dim=-1, descending=True, stable=True).argsort(-1)
         wanted |= (rank < least) & (seen.page < pages[:, None, None])
         return shares(wanted, weight)
 
-    def _estimate(self, blocks: QueryBlocks, seen: Seen, pooled: Tensor) -> Tensor:
+    def _estimate(self, blocks: QueryBlocks, seen: Seen) -> Tensor:
         """b of each prompt. [R, H, P]"""
-        last = seen.last
+        last = blocks.last
+        assert last is not None
         W = last.query.shape[1]
         there = torch.arange(W, device=last.count.device) >= W - last.count[:, None]
         query = last.query.float() * there[..., None, None, None]
         mean = query.sum(1) / last.count[:, None, None, None]
-        logits = torch.einsum("rhgd,rphd->rhgp", mean, pooled) * blocks.scale
+        logits = torch.einsum("rhgd,rphd->rhgp", mean, seen.means) * blocks.scale
         seen_pages = seen.pages[last.block][:, None, None, None]
         return logits.where(seen.page < seen_pages, -torch.inf).softmax(-1).mean(2)
 
@@ -114,13 +112,6 @@ class FlexPrefill(BlockSelector):
         page = torch.arange(pooled.shape[1], device=pages.device)
         seen = page < pages[:, None, None, None]
         return (logits * blocks.scale).where(seen, -torch.inf).softmax(-1).mean(2)
-
-
-def _mean_keys(seen: Seen) -> Tensor:
-    """Of each page's tokens that are there. [R, P, H, D]"""
-    keys = seen.keys.unflatten(1, (-1, seen.size)).sum(2)
-    count = seen.valid.unflatten(1, (-1, seen.size)).sum(-1)
-    return keys / count.clamp(min=1)[..., None, None]
 
 
 def covering(sums: Tensor, threshold: float) -> Tensor:

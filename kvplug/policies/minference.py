@@ -75,10 +75,10 @@ class MInference(BlockSelector):
     ) -> Tensor:
         assert keys is not None and blocks.last is not None
         seen = Seen(blocks, keys, page_table, pages)
-        weights = seen.weights()
-        columns, diagonals = weights.sum(2), seen.by_distance(weights)
-        chosen = most(columns, self.vertical, FIRST), most(diagonals, self.slash, NEAREST)
-        return shares(seen.touched(*chosen), seen.by_page(columns)[blocks.last.run])
+        wanted = seen.touched(
+            most(seen.columns, self.vertical, FIRST), most(seen.diagonals, self.slash, NEAREST)
+        )
+        return shares(wanted, seen.by_page(seen.columns)[blocks.last.run])
 
 
 class Seen:
@@ -87,36 +87,38 @@ class Seen:
     def __init__(
         self, blocks: QueryBlocks, keys: Tensor, page_table: Tensor, pages: Tensor
     ) -> None:
+        """One prompt and KV head after the other, which bounds what this takes at once."""
         assert blocks.last is not None
-        self.blocks, self.last, self.pages = blocks, blocks.last, pages
-        self.size, last = keys.shape[1], self.last.block
-        self.page = torch.arange(page_table.shape[1], device=pages.device)
-        known = self.page < pages[last, None]
-        table = page_table[last].where(known, page_table[last, :1]).long()
-        self.token = torch.arange(table.shape[1] * self.size, device=pages.device)
+        last, self.blocks, self.pages, self.size = blocks.last, blocks, pages, keys.shape[1]
+        (R, W, H, _, D), P = last.query.shape, page_table.shape[1]
+        self.page = torch.arange(P, device=pages.device)
+        self.token = torch.arange(P * self.size, device=pages.device)
         self.stop = blocks.start + blocks.bounds.diff()
-        self.valid = self.token < self.stop[last, None]  # [R, T]
-        found = bits(keys)[table].view(keys.dtype).float()  # [R, P, S, H, D]
-        self.keys = found.flatten(1, 2).where(self.valid[..., None, None], 0)
-        """[R, T, H, D]"""
-
-    def weights(self) -> Tensor:
-        """The attention of each of the last queries, mean over the group. [R, H, W, T]"""
-        last, W = self.last, self.last.query.shape[1]
-        logits = torch.einsum("rwhgd,rthd->rhgwt", last.query.float(), self.keys)
-        self.at = last.seen[:, None] - W + torch.arange(W, device=self.token.device)  # [R, W]
-        there = self.at >= (last.seen - last.count)[:, None]
-        visible = (self.token <= self.at[..., None]) & self.valid[:, None]
-        logits = (logits * self.blocks.scale).where(visible[:, None, None], -torch.inf)
-        weights = logits.softmax(-1).mean(2)
-        return weights.where(there[:, None, :, None], 0)
-
-    def by_distance(self, weights: Tensor) -> Tensor:
-        """Their sums over the queries at each distance d behind them. [R, H, T]"""
-        token = self.at[..., None] - self.token  # [R, W, T], of each distance
-        T = len(self.token)
-        found = weights.gather(-1, token.clamp(0, T - 1)[:, None].expand_as(weights).long())
-        return found.where(((token >= 0) & (token < T))[:, None], 0).sum(2)
+        self.valid = self.token < self.stop[last.block, None]  # [R, T]
+        known = self.page < pages[last.block, None]
+        table = page_table[last.block].where(known, page_table[last.block, :1]).long()
+        counted = self.valid.unflatten(1, (P, -1)).sum(-1).clamp(min=1)
+        shape = R, H, len(self.token)
+        self.columns, self.diagonals = (last.query.new_zeros(shape).float() for _ in range(2))
+        """Sums of the last queries' attention, mean over the group: of each token, and of each
+        distance behind a query. [R, H, T]"""
+        self.means = last.query.new_zeros(R, P, H, D).float()
+        """Mean key of each page. [R, P, H, D]"""
+        for r, row in enumerate(table):
+            at = last.seen[r] - W + torch.arange(W, device=pages.device)
+            there = at >= last.seen[r] - last.count[r]
+            visible = (self.token <= at[:, None]) & self.valid[r]
+            behind = at[:, None] - self.token  # the token at each distance
+            inside = (behind >= 0) & (behind < len(self.token)) & there[:, None]
+            behind = behind.clamp(0, len(self.token) - 1).long()
+            for h in range(H):
+                found = bits(keys[:, :, h])[row].view(keys.dtype).float().flatten(0, 1)  # [T, D]
+                found = found.where(self.valid[r][:, None], 0)
+                logits = last.query[r, :, h].float() @ found.T * blocks.scale  # [W, G, T]
+                weights = logits.where(visible[:, None], -torch.inf).softmax(-1).mean(1)
+                self.columns[r, h] = weights.where(there[:, None], 0).sum(0)
+                self.diagonals[r, h] = weights.gather(1, behind).where(inside, 0).sum(0)
+                self.means[r, :, h] = found.unflatten(0, (P, -1)).sum(1) / counted[r][:, None]
 
     def by_page(self, each: Tensor) -> Tensor:
         """[R, H, T] -> sums of pages [R, H, P]"""
@@ -125,7 +127,8 @@ class Seen:
     def touched(self, columns: Tensor, diagonals: Tensor) -> Tensor:
         """Pages of which some query of a block reads a token, by a column or by a diagonal. Both
         [R, H, T] bool -> [n, H, P] bool"""
-        size, run, T = self.size, self.last.run, len(self.token)
+        assert self.blocks.last is not None
+        size, run, T = self.size, self.blocks.last.run, len(self.token)
         upright = columns.unflatten(-1, (-1, size)).any(-1)[run]
         counts = torch.nn.functional.pad(diagonals.long().cumsum(-1), (1, 0))  # [R, H, T + 1]
         first = self.page * size

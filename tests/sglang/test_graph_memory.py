@@ -164,4 +164,6 @@ def test_choosing_for_prompts_is_reckoned_with():
     assert tables == shares + 128 * 8 * 512 * 8 / MIB
     assert lists == shares + 128 * 8 * 512 * (4 + 8 * 32) / MIB
     assert choosing("dense", allow=["xattention"]) == tables, "a request may"
+    asked = (4 * 131072 * (3 * 64 * 4 + 2 * 128) / MIB) + 3 * 4 * shares / 2
+    assert choosing("minference(budget=16384)") == tables + asked, "logits of the last 64 queries"
     assert choosing("a_shape") == choosing("quest") == 0
