@@ -12,7 +12,7 @@ from kvplug import BatchPlanner, Offer, TokenSelector, block_bytes, read_offer
 from kvplug_sglang import compat
 from kvplug_sglang.backend import TRITON, stock
 from kvplug_sglang.compression import packing_bytes
-from kvplug_sglang.refusals import default_page
+from kvplug_sglang.refusals import default_page, unsupported
 from kvplug_sglang.settings import given
 
 MIB = 1 << 20
@@ -53,6 +53,8 @@ def _sparse() -> Offer | None:
         offer = read_offer(given(), environ={})
     except ValueError:
         return None  # refused a little later, together with all other reasons
+    if list(unsupported(offer)):
+        return None  # as is this
     return None if offer.settings.policy.is_dense and not offer.mixed else offer
 
 

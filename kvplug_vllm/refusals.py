@@ -117,6 +117,12 @@ def _compiling(scored: ScoredEviction, vllm_config: Any) -> Iterator[str]:
             f"{scored} on a model with recurrent layers, whose states behind a compiled context "
             "would be taken for those behind the whole one; use keydiff(budget=1024)"
         )
+    text = getattr(vllm_config.model_config, "hf_text_config", None)
+    if getattr(text, "sliding_window", None):
+        yield (
+            f"{scored} needs layers that all see the whole context, and some of the model's see a "
+            "window; use keydiff(budget=1024)"
+        )
     several = vllm_config.parallel_config.world_size > 1
     if several and not vllm_config.use_v2_model_runner:
         yield (

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from kvplug import read_offer
 
@@ -32,7 +33,8 @@ replayed graphs, see the README); served: not refused, and no test of its own; a
 start, with the reason below. `snapkv` stands for what scores tokens by queries, `keydiff` by keys
 and values (`knorm`, `random`, `lagkv`, `cur` too), *chunk* and *share* for `keydiff` with a
 `chunk`, of which it keeps a number of tokens or a share, `a_shape` and `xattention` for what reads
-prompts by position and by an estimate, *chosen* for a server whose requests choose (`allow`).
+prompts by position and by an estimate, *compiled* for `kvzip`, *chosen* for a server whose
+requests choose (`allow`). Of beam search a number is the answer to the request that asks for it.
 Nothing here has run on a GPU unless `kvplug doctor` says so. Written by `tools/support.py`.
 """
 POLICIES: Mapping[str, dict[str, Any]] = {
@@ -45,6 +47,7 @@ POLICIES: Mapping[str, dict[str, Any]] = {
     "pyramid": {"policy": "pyramid(snapkv)"},
     "chunk": {"policy": "keydiff(chunk=512)"},
     "share": {"policy": "keydiff(budget=0.25, chunk=512)"},
+    "compiled": {"policy": "kvzip"},
     "a_shape": {"policy": "a_shape"},
     "xattention": {"policy": "xattention"},
     "local": {"policy": 'local(layers="1::2")'},
@@ -62,6 +65,8 @@ class Row:
     """The method of speculative decoding by the model itself."""
     tests: dict[str, str] = field(default_factory=dict)
     """A test -> the policies that it runs."""
+    beams: bool = False
+    """A request for beam search, not a server."""
     wraps: str | None = None
     """SGLang's attention that kvplug wraps, where not that of a CPU."""
 
@@ -82,7 +87,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 VLLM = {
     "Models": [
-        Row("full attention, any group (Llama, Qwen 3, …)", tests={
+        Row("full attention, any group, in chunks and ragged batches (Llama, Qwen 3, …)", tests={
             "vllm/test_full_budget.py::test_full_budget_equals_stock": "dense twilight quest "
             "streaming_llm",
             "vllm/test_eviction.py::test_full_budget_equals_stock": "snapkv keydiff pyramid",
@@ -92,6 +97,8 @@ VLLM = {
             "test_answers_are_those_of_a_plain_llama_that_packs_at_the_same_positions": "chunk",
             "vllm/test_chunks.py::"
             "test_chunks_packed_where_they_lie_are_those_of_a_plain_llama": "share",
+            "vllm/test_compiled_contexts.py::"
+            "test_whoever_comes_with_a_compiled_context_sees_what_was_kept_of_it": "compiled",
             "vllm/test_prefill.py::test_a_prompt_by_position_is_a_plain_llama_s": "a_shape",
             "vllm/test_prefill.py::test_blocks_read_what_was_chosen_and_nothing_else":
             "xattention",
@@ -189,6 +196,11 @@ VLLM = {
             "vllm/test_drafts.py::test_drafts_change_no_answer": "quest streaming_llm snapkv",
         }),
         Row("LoRA", options={"enable_lora": True}),
+        Row("sleep mode (GPUs alone)", options={"enable_sleep_mode": True}),
+        Row("beam search over 8,000 tokens", options={"max_model_len": 8192}, beams=True, tests={
+            "vllm/test_admission.py::test_an_llms_beams_are_judged_by_what_is_done_to_them":
+            "dense streaming_llm",
+        }),
         Row("prompt embeddings", options={"enable_prompt_embeds": True}),
         Row("`--disable-hybrid-kv-cache-manager`", options={
             "disable_hybrid_kv_cache_manager": True,
@@ -197,7 +209,7 @@ VLLM = {
 }  # fmt: skip
 SGLANG = {
     "Models": [
-        Row("full attention, any group (Llama, Qwen 3, …)", tests={
+        Row("full attention, any group, in chunks and ragged batches (Llama, Qwen 3, …)", tests={
             "sglang/test_full_budget.py::test_full_budget_equals_stock":
             "dense twilight quest streaming_llm snapkv keydiff pyramid",
             "sglang/test_chunks.py::"
@@ -290,7 +302,10 @@ def build(name: str, folder: Path) -> Path:
 def refused_by_vllm(model: Path, row: Row) -> list[list[str]]:
     """The reasons, for each of POLICIES."""
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+    from vllm.sampling_params import BeamSearchParams
 
+    from kvplug_vllm.admission import refuse_beams
     from kvplug_vllm.refusals import refusals
 
     given: dict[str, Any] = {"max_model_len": 1024, "skip_tokenizer_init": True}
@@ -298,11 +313,21 @@ def refused_by_vllm(model: Path, row: Row) -> list[list[str]]:
         given["speculative_config"] = {
             "method": row.drafts, "model": str(model), "num_speculative_tokens": 2,
         }  # fmt: skip
-    config = EngineArgs(model=str(model), **{**given, **row.options}).create_engine_config()
+    if row.beams:
+        given["attention_backend"] = "kvplug"
+    platform = type(current_platform)
+    with mock.patch.object(platform, "is_sleep_mode_available", return_value=True):
+        config = EngineArgs(model=str(model), **{**given, **row.options}).create_engine_config()
     found = []
     for policy in POLICIES.values():
         config.additional_config = {"kvplug": policy}
-        found.append(list(refusals(config)))
+        reasons = list(refusals(config))
+        if row.beams:
+            try:
+                refuse_beams(config, BeamSearchParams(2, 4), [[1] * 8000])
+            except ValueError as error:
+                reasons.append(str(error))
+        found.append(reasons)
     return found
 
 
