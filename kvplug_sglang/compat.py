@@ -376,10 +376,10 @@ def windows(runner: Any) -> dict[int, int]:
 
 def planned_layers(runner: Any) -> list[int]:
     """Of the layers that attend to all that is before them, in order: each as often as it is read
-    in a step."""
-    if getattr(runner, "model", None) is None:
-        return pool_layers(runner.token_to_kv_pool)
+    in a step; where a runner has no model that shows them (SGLang's attention kit), its pool's."""
     windowed, found = windows(runner), [each.layer_id for each in attending(runner)]
+    if not found:
+        return pool_layers(runner.token_to_kv_pool)
     return [layer for layer in found if layer not in windowed]
 
 

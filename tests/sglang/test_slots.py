@@ -64,7 +64,7 @@ def prepared(rows, heads, group, pages, size, channels=16):
     layer = SimpleNamespace(layer_id=0, logit_capping_method="tanh", logit_cap=0.0, scaling=1.0)
     query = torch.randn(rows, heads, group, channels)
     out = torch.empty(rows, heads * group, channels)
-    return backend, (layer, query, step, chosen, counts, out)
+    return backend, (layer, query, step, chosen, counts, out, None)
 
 
 def attended(*shape):
