@@ -38,14 +38,14 @@ POLICIES = {
         "streaming_llm(sinks=32, window=992)",
         "quest(budget=512)",
         "snapkv(budget=1024)",
-        "snapkv(budget=1024) + twilight(budget=0.25)",
+        "snapkv(budget=1024) + quest(budget=512)",
     ),
     "sglang": (
         "twilight(budget=0.0625)",
         "streaming_llm(sinks=32, window=480)",
         "quest(budget=256)",
         "snapkv(budget=512)",
-        "snapkv(budget=512) + twilight(budget=0.25)",
+        "snapkv(budget=512) + quest(budget=256)",
     ),
 }
 
