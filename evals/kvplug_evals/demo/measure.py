@@ -18,6 +18,9 @@ from kvplug_evals.served.engine import NAME, Engine, EngineState
 
 OUTPUT_TOKENS = 24
 SAMPLE_SECONDS = 0.1
+PATIENCE = 1800
+"""Seconds for an answer: the last of the documents waits for all before it, minutes each on a CPU
+that has no instructions for bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +190,7 @@ async def hold(
     ``sampled(held)`` is called at every sample of the blocks held, ``turned()`` after a turn
     and after the documents.
     """
-    timeout = httpx.Timeout(300, connect=10)
+    timeout = httpx.Timeout(PATIENCE, connect=10)
     async with httpx.AsyncClient(base_url=url, timeout=timeout) as http:
         clients = Clients(engine, http, conversation)
         await clients.warm_up()
