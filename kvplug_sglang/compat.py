@@ -296,10 +296,10 @@ def decode_batch(view: Any) -> int:
     return 0 if decode.backend == Backend.DISABLED else int(decode.max_bs or 0)
 
 
-def prefill_tokens(view: Any) -> int:
-    """Queries of prompts that a step has at most; without chunks it may be one more prompt's."""
+def prefill_tokens(view: Any, model: Any) -> int:
+    """Queries of prompts that a step has at most; without chunks a whole prompt's."""
     chunk = view.chunked_prefill_size or 0
-    return int(chunk if chunk > 0 else max(view.max_prefill_tokens, view.context_length or 0))
+    return int(chunk if chunk > 0 else max(view.max_prefill_tokens, model.context_len))
 
 
 def captures_prefill(view: Any) -> bool:

@@ -42,7 +42,7 @@ def reserve(server_args: Any) -> float:
     held = graph_bytes(offer, model, view.tp_size, batch, size, splits)
     dtype = compat.cache_dtype(view, model)
     packing = packing_bytes(offer, model, view.tp_size, size, dtype)
-    queries = compat.prefill_tokens(view)
+    queries = compat.prefill_tokens(view, model)
     choosing = choosing_bytes(offer, model, view.tp_size, size, queries, bool(lists))
     return (held + max(packing, choosing)) / MIB
 

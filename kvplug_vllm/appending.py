@@ -18,7 +18,7 @@ from vllm.v1.core.kv_cache_utils import resolve_block_hashes
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from kvplug_vllm import compat
-from kvplug_vllm.streaming import EvictingManager, EvictingSpec, give_back
+from kvplug_vllm.streaming import EvictingManager, EvictingSpec, give_back, whole_hashes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,13 +113,7 @@ class AppendingManager(EvictingManager):
         assert not drop_eagle_block and dcp_world_size == pcp_world_size == 1
         size = kv_cache_spec.block_size
         planner = kv_cache_spec.settings.planner(size)
-        hashes: Sequence[Any] = resolve_block_hashes(
-            block_hashes,
-            block_pool.hash_block_size,
-            size,
-            supports_fine_grained_hash_lookup=False,
-            alignment_tokens=alignment_tokens,
-        )
+        hashes = whole_hashes(block_hashes, block_pool, size, alignment_tokens)
         chunk, kept = planner.chunk, planner.schedule.kept
         hit: tuple[list[Any], ...] = tuple([] for _ in kv_cache_group_ids)
         for end in range(chunk, max_length // size + 1, chunk):

@@ -26,7 +26,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from kvplug_vllm import compat
 from kvplug_vllm.appending import AppendingSpec
 from kvplug_vllm.settings import asked_for, compiled_for, tell_compiled
-from kvplug_vllm.streaming import EvictingManager
+from kvplug_vllm.streaming import EvictingManager, whole_hashes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,13 +85,7 @@ class CompilingManager(EvictingManager):
         request, spec, size = cls._looking_up, kv_cache_spec, kv_cache_spec.block_size
         assert request is not None, "vLLM looks up a prefix without naming the request"
         assert alignment_tokens == size, "no other groups of layers"
-        hashes: Sequence[Any] = resolve_block_hashes(
-            block_hashes,
-            block_pool.hash_block_size,
-            size,
-            supports_fine_grained_hash_lookup=False,
-            alignment_tokens=alignment_tokens,
-        )
+        hashes = whole_hashes(block_hashes, block_pool, size, alignment_tokens)
         planner, repeats = spec.settings.planner(size), spec.repeats(request)
         chunk, kept = planner.chunk, planner.schedule.kept
         if repeats:

@@ -33,6 +33,19 @@ def give_back(
     count_returned(policy, held, private, spec.page_size_bytes * spec.layers)
 
 
+def whole_hashes(
+    block_hashes: Any, block_pool: Any, block_size: int, alignment_tokens: int
+) -> Sequence[Any]:
+    """vLLM's hashes of whole blocks of a manager's own size."""
+    return resolve_block_hashes(  # type: ignore[no-any-return]
+        block_hashes,
+        block_pool.hash_block_size,
+        block_size,
+        supports_fine_grained_hash_lookup=False,
+        alignment_tokens=alignment_tokens,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvictingSpec(AttentionSpec):
     """Full attention whose policy evicts by position.
@@ -110,13 +123,7 @@ class EvictingManager(SingleTypeKVCacheManager):
         assert dcp_world_size == pcp_world_size == 1
         size = kv_cache_spec.block_size
         max_length = max(max_length - size * drop_eagle_block, 0)
-        hashes: Sequence[Any] = resolve_block_hashes(
-            block_hashes,
-            block_pool.hash_block_size,
-            size,
-            supports_fine_grained_hash_lookup=False,
-            alignment_tokens=alignment_tokens,
-        )
+        hashes = whole_hashes(block_hashes, block_pool, size, alignment_tokens)
         planner = kv_cache_spec.settings.planner(size)
         found: dict[int, Any] = {}
 

@@ -151,6 +151,6 @@ def most(sums: Tensor, number: int, first: int) -> Tensor:
 
 def shares(wanted: Tensor, weight: Tensor) -> Tensor:
     """Of pages that are wanted, alike but for their order: those of most weight first. [n, H, P]
-    each; the weights of a block's pages sum to W or less."""
+    each"""
     each = wanted * (1 + weight / weight.sum(-1, keepdim=True).clamp(min=1e-9))
     return each / each.sum(-1, keepdim=True).clamp(min=1)
