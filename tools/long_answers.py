@@ -29,6 +29,9 @@ POLICIES = (
     "r_kv(budget=384)",
     "tova(budget=384)",
     "keydiff(budget=384, interval=128)",
+    "lagkv(budget=384, interval=128)",
+    "cur(budget=384, interval=128)",
+    "vase(budget=384, interval=128)",
     "random(budget=384, interval=128)",
     "streaming_llm(sinks=4, window=508)",
 )

@@ -31,7 +31,7 @@ INTRODUCTION = """# What is served
 **tested**: a test runs it through the engine on a CPU (vLLM also over Model Runner V2 with
 replayed graphs, see the README); served: not refused, and no test of its own; a number: refused at
 start, with the reason below. `snapkv` stands for what scores tokens by queries, `keydiff` by keys
-and values (`knorm`, `random`, `lagkv`, `cur` too), *chunk* and *share* for `keydiff` with a
+and values (`knorm`, `random`, `vase`, `lagkv`, `cur`), *chunk* and *share* for `keydiff` with a
 `chunk`, of which it keeps a number of tokens or a share, `a_shape` and `xattention` for what reads
 prompts by position and by an estimate, *compiled* for `kvzip`, *chosen* for a server whose
 requests choose (`allow`). Of beam search a number is the answer to the request that asks for it.

@@ -10,7 +10,7 @@ EXAMPLE = "write, for example, 'quest(budget=2048)' or 'streaming_llm(sinks=4, w
 KNOWN = (
     "Known: a_shape, block_quest, chunkkv, cur, dense, flexprefill, keydiff, knorm, kvzip, "
     "lagkv, local, minference, pyramid, quest, r_kv, random, random_prefill, snapkv, "
-    "streaming_llm, tova, tri_shape, twilight, xattention."
+    "streaming_llm, tova, tri_shape, twilight, vase, xattention."
 )
 TOKENS = "must be a number of tokens, at least 0 and below 2 ** 62, got "
 POSITIONS = TOKENS.replace("62", "24")

@@ -33,6 +33,7 @@ from kvplug.policies.r_kv import RKV
 from kvplug.policies.random import Random
 from kvplug.policies.snapkv import SnapKV
 from kvplug.policies.tova import TOVA
+from kvplug.policies.vase import VaSE
 
 KVPRESS = np.load(Path(__file__).parent / "fixtures/kvpress.npz")
 NAN = float("nan")
@@ -326,6 +327,33 @@ def test_keydiff_of_a_zero_key_is_a_number():
     assert KeyDiff().score(prompt)[0, :, 3].eq(0).all()
     prompt.keys[:] = 0
     assert KeyDiff().score(prompt).eq(0).all()
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [VaSE(budget=16, sinks=2, reserve=0.25), VaSE(budget=0.25, chunk=64, sinks=2, reserve=0.25)],
+    ids=str,
+)
+def test_vase_keeps_the_longest_values_of_its_reserve_and_others_as_random(policy):
+    """Poison behind the prompt is longer than all; lots are those of ``random``."""
+    torch.manual_seed(0)
+    T, kept = 48, 16
+    prompt = PromptKV(
+        keys=torch.randn(2, T, 3, 8), values=torch.randn(2, T, 3, 8), queries=None,
+        lengths=torch.tensor([48, 37]), scale=1.0, page_size=1, event=3, first_head=5,
+    )  # fmt: skip
+    prompt.values[1, 37:] = 100
+    ours = keep_tokens(policy, prompt, torch.full((2,), kept), kept)
+    lots = Random(budget=16).score(prompt)
+    for request, length in enumerate([48, 37]):
+        for head in range(3):
+            norms = prompt.values[request, :length, head].norm(dim=1)
+            longest = norms.topk(4).indices.tolist()
+            others = [j for j in range(2, length) if j not in longest]
+            others.sort(key=lambda j: float(-lots[request, head, j]))
+            wanted = {0, 1, *longest}
+            wanted |= set(others[: kept - len(wanted)])
+            assert set(ours[request, head].tolist()) == wanted
 
 
 def test_a_channel_without_range_counts_as_nothing_to_lagkv():
@@ -658,6 +686,10 @@ def test_the_printed_form_parses_back(policy):
         ("knorm(budget=512)", "knorm(budget=512, sinks=4, window=0)"),
         ("random(window=32)", "random(budget=1024, sinks=4, window=32, seed=0)"),
         ("lagkv", "lagkv(budget=1024, sinks=4, window=0, lag=128)"),
+        (
+            "vase(interval=128)",
+            "vase(budget=1024, sinks=4, window=0, interval=128, seed=0, reserve=0.1)",
+        ),
         ("cur", "cur(budget=1024, sinks=4, window=0, local=16)"),
         ("cur(local=None)", "cur(budget=1024, sinks=4, window=0, local=None)"),
         (
@@ -679,7 +711,7 @@ def test_only_what_ignores_the_question_may_be_shared():
     shared = {
         "tova": nobody, "r_kv": nobody, "snapkv": nobody, "keydiff": own, "knorm": own,
         "lagkv": own, "cur": own, "chunkkv": nobody, "chunkkv(cur)": own,
-        "random": own, "streaming_llm": own, "a_shape": own, "tri_shape": own,
+        "random": own, "vase": own, "streaming_llm": own, "a_shape": own, "tri_shape": own,
         "quest": Sharing.PLAIN, "dense": Sharing.PLAIN, "snapkv + quest": nobody,
         "a_shape + quest": own, "tri_shape + snapkv": nobody,
     }  # fmt: skip
@@ -746,6 +778,12 @@ BAD = [
         "cur: local must be a number of tokens, at least 2, or None, got 1; write cur(local=16)",
     ),
     ("cur(local=16.0)", "at least 2, or None, got 16.0"),
+    (
+        "vase(reserve=0)",
+        "vase: reserve must be a share of the budget, above 0 and at most 1, got 0; write "
+        "vase(reserve=0.1), or random for 0",
+    ),
+    ("vase(reserve=True)", "above 0 and at most 1, got True"),
     (
         "chunkkv(snapkv, length=0)",
         "chunkkv: length must be a number of tokens, at least 1, got 0; write "

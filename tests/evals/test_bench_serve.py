@@ -15,7 +15,8 @@ pytest.importorskip("httpx")
 from kvplug_evals.bench import serve, serve_report  # noqa: E402
 from kvplug_evals.bench.load import GENERATORS, Sent  # noqa: E402
 from kvplug_evals.bench.prompts import PAIRS, prompts  # noqa: E402
-from kvplug_evals.bench.serve import BATCH, MEMORY, Cell, Options, agreement  # noqa: E402
+from kvplug_evals.bench.serve import BATCH, MEMORY, TURNS, Cell, Options, agreement  # noqa: E402
+from kvplug_evals.bench.turns import WORDS, Conversations  # noqa: E402
 from kvplug_evals.models.recall import recall_prompt, word  # noqa: E402
 from kvplug_evals.served.choose import ENGINES, configure  # noqa: E402
 from kvplug_evals.served.vllm import VLLM  # noqa: E402
@@ -49,11 +50,20 @@ def test_an_answer_is_as_denses_up_to_the_first_other_word(reply, wanted, share)
     [
         ({"requests": 3}, "--requests 3 all fit where 3 do: ask for more"),
         ({"batch": 4}, r"--batch 4 is more than fit \(--fit 3\)"),
+        ({"turns": 1}, "--turns 1 has no later turn: ask for two"),
     ],
 )
 def test_loads_that_show_nothing_are_refused(tmp_path, changed, message):
     with pytest.raises(ValueError, match=message):
         options(tmp_path / "serve.json", **changed)
+
+
+def test_clients_ask_each_turn_something_else_that_the_context_holds():
+    context = " ".join(f"w{n}" for n in range(3001))
+    load = Conversations(context=context, clients=3, turns=40, output=8)
+    asked = [load.question(client, turn) for client in range(3) for turn in range(40)]
+    assert len(set(asked)) == 120
+    assert all(question in context and len(question.split()) == WORDS for question in asked)
 
 
 def test_every_engine_has_a_generator():
@@ -86,7 +96,7 @@ def test_losing_cells_are_kept_and_say_so(tmp_path, monkeypatch):
     run = serve.Run(options=asked, engine=VLLM(model=RECALL))
     run.cells = [
         Cell(policy=policy, load=load, sent=[sent(each, "a b", "c d") for each in speeds],
-             preempted=[0, 3], read=read)
+             preempted=[0, 3], peak=[7, 1200], read=read)
         for policy, load, speeds, read in [
             ("dense", BATCH, (2, 4), 1), ("dense", MEMORY, (2, 4), 1),
             ("quest", BATCH, (4, 5), 0.2), ("quest", MEMORY, (1, 2), 0.2),
@@ -97,7 +107,7 @@ def test_losing_cells_are_kept_and_say_so(tmp_path, monkeypatch):
     text = (tmp_path / "serve.txt").read_text()
     assert "1 of 2 cells give fewer tokens a second than dense" in text
     batch, memory = (line.split() for line in text.splitlines() if line.startswith(" quest"))
-    assert " ".join(batch) == "quest 4.5 22% 1.50 1 2.2 3 20% 88%"
+    assert " ".join(batch) == "quest 4.5 22% 1.50 1 2.2 3 1,200 20% 88%"
     assert " ".join(memory[:4]) == "quest 1.5 67% 0.50"
     assert (tmp_path / "serve.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads((tmp_path / "serve.json").read_text())
@@ -116,17 +126,20 @@ PROVENANCE = {
 @pytest.mark.timeout(900)
 def test_dense_and_a_policy_that_evicts_in_servers_of_their_own(tmp_path):
     engine = configure("vllm", RECALL, {"dtype": "float32", "threads": 1})
-    asked = options(tmp_path / "serve.json", "snapkv(budget=128)")
+    asked = options(tmp_path / "serve.json", "snapkv(budget=128)", turns=5)
     run = serve.run(asked, engine, rich.Console(quiet=True), serve_report.save)
     made = recall_prompt(SMALL["tokens"] - 1, PAIRS, 1, seed=0)
     answer, chain = made.questions[0], []
     for _ in range(SMALL["output"]):
         answer = made.successor[answer]
         chain.append(word(answer))
-    dense, (ours, crowded) = run.dense(BATCH), (run.of(load)[1] for load in (BATCH, MEMORY))
+    dense, turns = run.dense(BATCH), run.dense(TURNS)
+    ours, crowded, kept = (run.of(load)[1] for load in (BATCH, MEMORY, TURNS))
     assert dense.replies[0].split() == chain
     assert dense.read == 1
     assert ours.read < 0.5
     assert sum(run.dense(MEMORY).preempted) >= sum(crowded.preempted) == 0
-    assert [len(cell.replies) for cell in run.cells] == [2, 6, 2, 6]
-    assert len(json.loads(asked.out.read_text())["cells"]) == 4
+    assert min(turns.cached[0], kept.cached[0]) > 0.8
+    assert min(turns.peak[0], kept.peak[0]) > 0
+    assert [len(cell.replies) for cell in run.cells] == [2, 6, 6] * 2
+    assert len(json.loads(asked.out.read_text())["cells"]) == 6

@@ -207,6 +207,10 @@ def serve(
     requests: Annotated[
         int, typer.Option(help="Sent at once where few fit; 0 leaves that load out.", min=0)
     ] = 16,
+    turns: Annotated[
+        int,
+        typer.Option(help="Of --batch clients over one context; 0 leaves that load out.", min=0),
+    ] = 0,
     fit: Annotated[
         float, typer.Option(help="Dense requests that the pool of every server holds.", min=2)
     ] = 6,
@@ -246,6 +250,7 @@ def serve(
             output=output,
             batch=batch,
             requests=requests,
+            turns=turns,
             fit=fit,
             repeats=repeats,
             out=out,

@@ -1,17 +1,21 @@
 """Whole servers under load: dense and policies, each in a server of its own.
 
-Two loads. ``batch``: as many requests as always run together, whose prompts the prefix cache holds
-from an earlier turn; what a step costs decides, which selection shortens. ``memory``: many new
-prompts at once, of which the pool holds a few whole; how many run together decides, which
-eviction raises. Every pool has the same bytes.
+Three loads. ``batch``: as many requests as always run together, whose prompts the prefix cache
+holds from an earlier turn; what a step costs decides, which selection shortens. ``memory``: many
+new prompts at once, of which the pool holds a few whole; how many run together decides, which
+eviction raises. ``turns``: conversations over one context; what is kept of it between turns
+decides. Every pool has the same bytes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import mean, median
@@ -25,11 +29,13 @@ from kvplug import parse
 from kvplug_evals.bench.load import Load, Sent, send
 from kvplug_evals.bench.prompts import MARGIN, prompts
 from kvplug_evals.bench.provenance import provenance
+from kvplug_evals.bench.turns import QUESTION_TOKENS, Conversations, converse
 from kvplug_evals.models.folder import served_dtype, token_bytes
 from kvplug_evals.served.engine import Engine, EngineState, MiB
 from kvplug_evals.served.start import serve
 
-BATCH, MEMORY = "batch", "memory"
+BATCH, MEMORY, TURNS = "batch", "memory", "turns"
+SAMPLE_SECONDS = 0.1
 POLICIES = (
     "twilight(dense_layers=0)",
     "quest(budget=0.125, dense_layers=0)",
@@ -50,6 +56,7 @@ class Options:
     repeats: int
     out: Path
     command: str
+    turns: int = 0
 
     def __post_init__(self) -> None:
         if 0 < self.requests <= self.fit:
@@ -59,6 +66,17 @@ class Options:
             )
         if self.batch > self.fit:
             raise ValueError(f"--batch {self.batch} is more than fit (--fit {self.fit:g})")
+        if self.turns == 1:
+            raise ValueError(
+                "--turns 1 has no later turn: ask for two, or for 0, which leaves that load out"
+            )
+
+    @property
+    def length(self) -> int:
+        """Most tokens of a request."""
+        later = max(self.turns - 1, 0) * (self.output + QUESTION_TOKENS)
+        question = QUESTION_TOKENS if self.turns else 0
+        return self.tokens + MARGIN + self.output + question + later
 
 
 @dataclass(kw_only=True)
@@ -70,6 +88,10 @@ class Cell:
     sent: list[Sent] = field(default_factory=list)
     """Of each repeat."""
     preempted: list[int] = field(default_factory=list)
+    peak: list[int] = field(default_factory=list)
+    """KV blocks that requests held at most, as far as looking every tenth of a second shows."""
+    cached: list[float] = field(default_factory=list)
+    """Share of later turns' prompts that was cached; of ``turns`` alone."""
     read: float = 1.0
     """Bytes that decode queries read, digests included, of those that lie behind them."""
 
@@ -105,7 +127,7 @@ def agreement(reply: str, wanted: str) -> float:
 
 def sized(engine: Engine, options: Options) -> Engine:
     """With a pool that holds ``fit`` dense requests, and the greatest length of a request."""
-    length = options.tokens + MARGIN + options.output
+    length = options.length
     blocks = -(-length // engine.block_size)
     dtype = served_dtype(engine.model, engine.dtype)
     block = engine.block_size * token_bytes(engine.model, dtype)
@@ -161,19 +183,20 @@ def _measure(line: str, place: int, run: Run, console: Console) -> Iterator[Cell
     folder = options.out.parent / f"{options.out.stem}-logs"
     with serve(engine, str(parse(line)), folder / f"server-{place}.log") as server:
 
-        def cell(load: str, at_once: int, batches: list[list[str]]) -> Cell:
+        def cell(load: str, sends: Sequence[Callable[[Path], tuple[Sent, float | None]]]) -> Cell:
             made, before = Cell(policy=line, load=load), state(engine, server.url)
-            for repeat, batch in enumerate(batches):
-                asked = Load(prompts=batch, at_once=at_once, output=options.output)
+            for repeat, send_all in enumerate(sends):
                 preempted = state(engine, server.url).preempted
-                made.sent.append(
-                    send(asked, engine, server.url, folder / f"{load}-{place}-{repeat}")
-                )
+                with watching(engine, server.url, made.peak):
+                    sent, cached = send_all(folder / f"{load}-{place}-{repeat}")
+                made.sent.append(sent)
+                made.cached += [] if cached is None else [cached]
                 after = state(engine, server.url)
                 made.preempted.append(after.preempted - preempted)
                 console.print(
-                    f"    {load}: {made.sent[-1].output_tokens_per_second:.1f} tokens/s, a token "
-                    f"every {made.sent[-1].tpot_ms:.1f} ms, {made.preempted[-1]} preempted"
+                    f"    {load}: {sent.output_tokens_per_second:.1f} tokens/s, a token every "
+                    f"{sent.tpot_ms:.1f} ms, {made.preempted[-1]} preempted, {made.peak[-1]} "
+                    "blocks at the peak"
                 )
             if after.cached_bytes > before.cached_bytes:
                 made.read = (after.read_bytes - before.read_bytes) / (
@@ -181,15 +204,45 @@ def _measure(line: str, place: int, run: Run, console: Console) -> Iterator[Cell
                 )
             return made
 
+        def at_once(batch: list[str], logs: Path) -> tuple[Sent, None]:
+            load = Load(prompts=batch, at_once=len(batch), output=options.output)
+            return send(load, engine, server.url, logs), None
+
+        def talk(context: str, logs: Path) -> tuple[Sent, float]:
+            load = Conversations(
+                context=context, clients=options.batch, turns=options.turns, output=options.output
+            )
+            return converse(load, engine, server.url)
+
         same = list(islice(texts, options.batch))
         # Fills the prefix cache, and pays for what a server builds at first use.
-        first = Load(prompts=same, at_once=options.batch, output=options.output)
-        send(first, engine, server.url, folder / f"first-{place}")
-        yield cell(BATCH, options.batch, [same] * options.repeats)
-        if not options.requests:
-            return
-        new = [list(islice(texts, options.requests)) for _ in range(options.repeats)]
-        yield cell(MEMORY, options.requests, new)
+        at_once(same, folder / f"first-{place}")
+        yield cell(BATCH, [partial(at_once, same)] * options.repeats)
+        if options.requests:
+            new = [list(islice(texts, options.requests)) for _ in range(options.repeats)]
+            yield cell(MEMORY, [partial(at_once, batch) for batch in new])
+        if options.turns:
+            yield cell(TURNS, [partial(talk, next(texts)) for _ in range(options.repeats)])
+
+
+@contextlib.contextmanager
+def watching(engine: Engine, url: str, peaks: list[int]) -> Iterator[None]:
+    """The most blocks that requests held meanwhile join ``peaks``."""
+    over, held = threading.Event(), [0]
+
+    def watch() -> None:
+        with contextlib.suppress(httpx.HTTPError):  # the load will say so
+            while not over.wait(SAMPLE_SECONDS):
+                held.append(state(engine, url).held)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        peaks.append(max(held))
 
 
 def state(engine: Engine, url: str) -> EngineState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -11,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvplug_evals.bench.provenance import WIDTH, table
-from kvplug_evals.bench.serve import BATCH, MEMORY, Cell, Run
+from kvplug_evals.bench.serve import BATCH, MEMORY, TURNS, Cell, Run
 
 HOLDS, LOSES, FEWER = "#0072B2", "#D55E00", "#999999"  # Okabe and Ito's
 
@@ -46,8 +47,9 @@ def show(run: Run, console: Console) -> None:
         f"Medians of {options.repeats}; spread: greatest less smallest. read: bytes that a decode "
         "step reads, digests included, of those that dense reads; = dense: all, the policy "
         "left these requests to dense attention. as dense: share of an answer's words before the "
-        "first that dense's has not, mean. All requests of a load are sent at once, by the "
-        "engine's own load generator.",
+        "first that dense's has not, mean. peak: blocks that were held. cached: share of later "
+        "turns' prompts, whose TTFT is that of turns after the first. All requests of a load are "
+        "sent at once, by the engine's own load generator, or as turns over one context.",
         soft_wrap=True,
     )
 
@@ -58,6 +60,7 @@ def titles(run: Run) -> dict[str, str]:
     titles = {
         BATCH: f"{options.batch} requests that fit, prompts cached: what selection gives",
         MEMORY: f"{options.requests} new prompts, {options.fit:g} fit: what eviction gives",
+        TURNS: f"{options.batch} clients, {options.turns} turns over one context",
     }
     return {load: title for load, title in titles.items() if run.of(load)}
 
@@ -70,8 +73,8 @@ def loses(cell: Cell, run: Run) -> bool:
 def _table(run: Run, load: str, title: str) -> Table:
     made = table(
         title,
-        ["policy", "tokens/s", "spread", "of dense", "TTFT ms", "TPOT ms", "preempted", "read",
-         "as dense"],
+        ["policy", "tokens/s", "spread", "of dense", "TTFT ms", "TPOT ms", "preempted", "peak",
+         "cached", "read", "as dense"],
     )  # fmt: skip
     made.columns[0].no_wrap = False  # a long policy folds, so that no number is cut short
     dense = run.dense(load)
@@ -86,6 +89,8 @@ def _table(run: Run, load: str, title: str) -> Table:
             f"{cell.of('ttft_ms'):,.0f}",
             f"{cell.of('tpot_ms'):,.1f}",
             str(sum(cell.preempted)),
+            f"{max(cell.peak):,}",
+            f"{median(cell.cached):.0%}" if cell.cached else "",
             "= dense" if cell.does_nothing else f"{cell.read:.0%}",
             f"{cell.as_dense(dense):.0%}",
             style="red" if loses(cell, run) else None,

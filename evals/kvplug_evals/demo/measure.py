@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
-
-import httpx
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 
 from kvplug import parse
 from kvplug_evals.demo.conversation import TURNS, Conversation, Question
-from kvplug_evals.served.engine import NAME, Engine, EngineState
+from kvplug_evals.served.client import Client, Completion
+from kvplug_evals.served.engine import Engine, EngineState
 
 OUTPUT_TOKENS = 24
-SAMPLE_SECONDS = 0.1
-PATIENCE = 1800
-"""Seconds for an answer: the last of the documents waits for all before it, minutes each on a CPU
-that has no instructions for bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reply:
+class Reply(Completion):
     question: Question
-    text: str
-    prompt_tokens: int
-    cached_tokens: int
-    output_tokens: int
-    first_token_seconds: float
-    token_seconds: float
-    """Per output token after the first."""
 
     @property
     def answer(self) -> str:
@@ -107,72 +92,16 @@ class Row:
         return sum(reply.right for reply in self.replies)
 
 
-class Clients:
-    """The conversation's clients at one server."""
-
-    def __init__(
-        self, engine: Engine, http: httpx.AsyncClient, conversation: Conversation
-    ) -> None:
-        self.engine = engine
-        self.http = http
-        self.conversation = conversation
-
-    async def state(self) -> EngineState:
-        answer = await self.http.get("/metrics")
-        answer.raise_for_status()
-        return self.engine.state(answer.text)
+class Clients(Client):
+    """The conversation's, at one server."""
 
     async def warm_up(self) -> None:
         """The first request of a server pays for what is built at first use."""
-        async for _ in self._stream("The capital of France is", 4):
-            pass
+        await self.complete("The capital of France is", 4)
 
-    async def ask(self, question: Question) -> Reply:
-        sent = time.monotonic()
-        arrived: list[float] = []
-        text, usage = "", {}
-        async for event in self._stream(self.conversation.prompt(question), OUTPUT_TOKENS):
-            if event["choices"]:
-                arrived.append(time.monotonic())
-                text += event["choices"][0]["text"]
-            else:
-                usage = event["usage"]
-        output = usage["completion_tokens"]
-        return Reply(
-            question=question,
-            text=text,
-            prompt_tokens=usage["prompt_tokens"],
-            cached_tokens=(usage["prompt_tokens_details"] or {}).get("cached_tokens") or 0,
-            output_tokens=output,
-            first_token_seconds=arrived[0] - sent,
-            token_seconds=(arrived[-1] - arrived[0]) / (output - 1),
-        )
-
-    async def read(self, document: str) -> None:
-        async for _ in self._stream(document, self.conversation.sizes.document_tokens):
-            pass
-
-    async def _stream(self, prompt: str, tokens: int) -> AsyncIterator[dict[str, Any]]:
-        """Server-sent events of a greedy completion of exactly ``tokens`` tokens."""
-        request = {
-            "model": NAME,
-            "prompt": prompt,
-            "max_tokens": tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        async with self.http.stream("POST", "/v1/completions", json=request) as answer:
-            if answer.is_error:
-                await answer.aread()
-                raise httpx.HTTPError(f"{answer.status_code}: {answer.text[:300]}")
-            async for line in answer.aiter_lines():
-                if line.startswith("data: ") and line != "data: [DONE]":
-                    event = json.loads(line.removeprefix("data: "))
-                    if "error" in event:
-                        raise httpx.HTTPError(str(event["error"]))
-                    yield event
+    async def ask(self, conversation: Conversation, question: Question) -> Reply:
+        answer = await self.complete(conversation.prompt(question), OUTPUT_TOKENS)
+        return Reply(question=question, **asdict(answer))
 
 
 async def hold(
@@ -190,9 +119,7 @@ async def hold(
     ``sampled(held)`` is called at every sample of the blocks held, ``turned()`` after a turn
     and after the documents.
     """
-    timeout = httpx.Timeout(PATIENCE, connect=10)
-    async with httpx.AsyncClient(base_url=url, timeout=timeout) as http:
-        clients = Clients(engine, http, conversation)
+    async with Clients.of(engine, url) as clients:
         await clients.warm_up()
         state = await clients.state()
         if state.policy != str(parse(row.policy)):
@@ -203,24 +130,17 @@ async def hold(
         row.pool, row.fits = state.pool, state.fits
         began = time.monotonic()
 
-        async def sample() -> None:
-            while True:
-                state = await clients.state()
-                row.samples.append((time.monotonic() - began, state.held))
-                sampled(state.held)
-                await asyncio.sleep(SAMPLE_SECONDS)
+        def sample(state: EngineState) -> None:
+            row.samples.append((time.monotonic() - began, state.held))
+            sampled(state.held)
 
-        async def count() -> None:
-            while True:
-                await asyncio.sleep(SAMPLE_SECONDS)
-                row.batch.append((await clients.state()).running)
-
-        sampler = asyncio.create_task(sample())
-        try:
+        async with clients.sampling(sample):
             for turn in range(TURNS):
                 before, started = await clients.state(), time.monotonic()
                 asked = conversation.turn(turn)
-                replies = await asyncio.gather(*map(clients.ask, asked))
+                replies = await asyncio.gather(
+                    *(clients.ask(conversation, question) for question in asked)
+                )
                 ended, after = time.monotonic(), await clients.state()
                 row.turns.append(
                     Turn(
@@ -233,19 +153,9 @@ async def hold(
                     )
                 )
                 turned()
-        finally:
-            await _cancel(sampler)
-        sampler = asyncio.create_task(count())
-        try:
+        async with clients.sampling(lambda state: row.batch.append(state.running)):
             started = time.monotonic()
-            await asyncio.gather(*map(clients.read, documents))
+            tokens = conversation.sizes.document_tokens
+            await asyncio.gather(*(clients.complete(each, tokens) for each in documents))
             row.documents_seconds = time.monotonic() - started
-        finally:
-            await _cancel(sampler)
         turned()
-
-
-async def _cancel(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
