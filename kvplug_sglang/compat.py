@@ -302,6 +302,21 @@ def prefill_tokens(view: Any, model: Any) -> int:
     return int(chunk if chunk > 0 else max(view.max_prefill_tokens, model.context_len))
 
 
+def charged_answer(adder: Any, req: Any, extend_input_len: int | None = None) -> int:
+    """Tokens of an answer that a ``PrefillAdder`` adds to what it asks
+    ``_request_slot_reserve_for_req`` for."""
+    from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
+
+    answer = req.sampling_params.max_new_tokens
+    if extend_input_len is None:
+        if req.sampling_params.ignore_eos and getattr(adder.tree_cache, "disable", True):
+            return 0  # it simulates all ends, answer by answer
+        answer -= len(req.output_ids)
+    elif extend_input_len < len(req.full_untruncated_fill_ids) - req.prefix_len:
+        return 0  # of a chunk that is not the prompt's last
+    return int(min(max(answer, 0), CLIP_MAX_NEW_TOKENS))
+
+
 def captures_prefill(view: Any) -> bool:
     from sglang.srt.model_executor.cuda_graph_config import Backend
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvplug_sglang import cache, compat, packing, replay, streaming
+from kvplug_sglang import admission, cache, compat, packing, replay, streaming
 from kvplug_sglang.settings import Engine
 
 HOOKS = (
     *packing.HOOKS,
+    *admission.HOOKS,
     *streaming.HOOKS,
     *replay.HOOKS,
     compat.Hook(

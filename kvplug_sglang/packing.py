@@ -86,24 +86,6 @@ def private_tokens(req: Any) -> int:
     return 0 if course is None else course.private * course.page_size
 
 
-def reserve(original: Any, self: Any, req: Any, **kwargs: Any) -> int:
-    """Around the prefill's admission charge: the private slots, until the request has them.
-
-    SGLang charges prompt and answer as if both were held at once, which those slots may push
-    beyond the pool: the request would wait for ever. What it holds is less, once it is packed.
-    """
-    charge: int = original(self, req, **kwargs)
-    if req.rid in Engine.serving().router.tenants:
-        return charge
-    private = private_tokens(req)
-    if private and "extend_input_len" not in kwargs:
-        answer = req.sampling_params.max_new_tokens - len(req.output_ids)
-        extend = len(req.full_untruncated_fill_ids) - req.prefix_len
-        whole = extend + max(answer, 0) + self.per_req_token_overhead + charge
-        private = min(private, max(self.token_to_kv_pool_allocator.size - 1 - whole, 0))
-    return charge + private
-
-
 def uncached(original: Any, self: Any) -> tuple[int, int]:
     """Around the leak checker's sum of what requests own outside the tree: what stands in no row
     yet, and what has left one already."""
@@ -266,12 +248,6 @@ HOOKS = (
     ),
     Hook(f"{TREE}.on_release", "after", release, ("self", "req", "checkpointed")),
     Hook(f"{TREE}.swa_reprefill_tail_tokens", "around", last_tokens, ("self", "req")),
-    Hook(
-        "sglang.srt.managers.schedule_policy.PrefillAdder._request_slot_reserve_for_req",
-        "around",
-        reserve,
-        ("self", "req"),
-    ),
     Hook(
         "sglang.srt.managers.scheduler_components.invariant_checker.SchedulerInvariantChecker"
         "._get_total_uncached_sizes",

@@ -115,3 +115,25 @@ def test_a_request_that_fits_once_it_is_packed_does_not_wait_for_ever(
         assert planned.generate([prompt], 150) == expected
         assert planned.counted()["packed_prompts"] == 1
         assert settled(planned, 512)
+
+
+@pytest.mark.parametrize(
+    "policy, at_once",
+    [(KEYS, 4), ("streaming_llm(sinks=16, window=128)", 4), ("keydiff(budget=96)", 1)],
+)
+def test_as_many_run_as_the_pool_holds_of_what_they_will_hold(
+    engine, random_llama, prompts, policy, at_once
+):
+    """Answers of 400 tokens beside prompts of 100 are 2,000 for four, in a pool of half as many."""
+    batch, options = prompts(100, 97, 103, 110, seed=7), {"schedule_conservativeness": 1.0}
+    with engine(random_llama(), policy) as roomy:
+        expected = roomy.generate(batch, 400)
+    with engine(random_llama(), policy, max_total_tokens=1024, **options) as planned:
+        running = []
+        planned.steps.append(lambda: running.append(len(planned.scheduler.running_batch.reqs)))
+        rids = [planned.send(prompt, 400) for prompt in batch]
+        planned.drain()
+        assert max(running) == at_once
+        assert [planned.output(rid) for rid in rids] == expected
+        assert not sum(planned.requests[rid].retraction_count for rid in rids)
+        assert settled(planned, 1024)
