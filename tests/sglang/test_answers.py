@@ -124,7 +124,7 @@ def test_a_request_that_fits_once_it_is_packed_does_not_wait_for_ever(
 def test_as_many_run_as_the_pool_holds_of_what_they_will_hold(
     engine, random_llama, prompts, policy, at_once
 ):
-    """Answers of 400 tokens beside prompts of 100 are 2,000 for four, in a pool of half as many."""
+    """Prompts of 100 tokens and answers of 400 are 2,000 for four, in a pool of half as many."""
     batch, options = prompts(100, 97, 103, 110, seed=7), {"schedule_conservativeness": 1.0}
     with engine(random_llama(), policy) as roomy:
         expected = roomy.generate(batch, 400)
