@@ -81,11 +81,6 @@ def refusals(vllm_config: Any) -> Iterator[str]:
         )
     if getattr(model.hf_text_config, "num_kv_shared_layers", 0):
         yield from _with_shared_caches(offer, vllm_config.cache_config)
-    if getattr(model.hf_text_config, "attention_chunk_size", None):
-        yield (
-            "some of the model's layers attend within chunks of the context, as sequences of "
-            "their own that no policy can tell apart; use the policy 'dense'"
-        )
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         if policy.local is not None:
             yield (
@@ -98,11 +93,17 @@ def refusals(vllm_config: Any) -> Iterator[str]:
                 "manager; drop --disable-hybrid-kv-cache-manager"
             )
         evicts = policy.eviction or (policy.scored and policy.scored.appends and policy.scored)
-        if evicts and getattr(model.hf_text_config, "sliding_window", None):
+        if evicts and _has_local_layers(model):
             yield (
                 f"{evicts.name} beside the model's own windowed layers needs the hybrid "
                 "KV cache manager; drop --disable-hybrid-kv-cache-manager"
             )
+
+
+def _has_local_layers(model: Any) -> bool:
+    """Whether some see a window of the context, or a chunk."""
+    text = model.hf_text_config
+    return any(getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
 
 
 def _compiling(scored: ScoredEviction, vllm_config: Any) -> Iterator[str]:
@@ -117,11 +118,10 @@ def _compiling(scored: ScoredEviction, vllm_config: Any) -> Iterator[str]:
             f"{scored} on a model with recurrent layers, whose states behind a compiled context "
             "would be taken for those behind the whole one; use keydiff(budget=1024)"
         )
-    text = getattr(vllm_config.model_config, "hf_text_config", None)
-    if getattr(text, "sliding_window", None):
+    if vllm_config.model_config is not None and _has_local_layers(vllm_config.model_config):
         yield (
             f"{scored} needs layers that all see the whole context, and some of the model's see a "
-            "window; use keydiff(budget=1024)"
+            "window or a chunk; use keydiff(budget=1024)"
         )
     several = vllm_config.parallel_config.world_size > 1
     if several and not vllm_config.use_v2_model_runner:
