@@ -180,7 +180,7 @@ REFUSED = [
             "hf_overrides": {"attention_chunk_size": 128},
             "disable_hybrid_kv_cache_manager": True,
         },
-        {"policy": "snapkv"},
+        {"policy": "streaming_llm"},
         ["beside the model's own windowed layers", "drop --disable-hybrid-kv-cache-manager"],
     ),
     (
