@@ -18,8 +18,9 @@ from kvplug import (
     Settings,
     SparsePrefill,
     read_offer,
+    sharing,
 )
-from kvplug_sglang import compat, sharing, windows
+from kvplug_sglang import compat, windows
 from kvplug_sglang.settings import NAME
 
 PAGE_SIZE = 32
@@ -27,8 +28,8 @@ PAGE_SIZE = 32
 
 FEATURES = {
     "speculative_algorithm": (
-        "speculative decoding: rejected drafts would have been evicted or selected for; drop "
-        "--speculative-algorithm"
+        "speculative decoding was never run: on a CPU SGLang verifies drafts by compiled kernels "
+        "of sgl_kernel alone; drop --speculative-algorithm, or serve it in vLLM"
     ),
     "enable_unified_memory": (
         "unified memory renumbers slots behind the policy's back; drop --enable-unified-memory"
@@ -42,7 +43,8 @@ FEATURES = {
         "drop --enable-session-radix-cache"
     ),
     "enable_hierarchical_cache": (
-        "HiCache moves pages to the host without their digests; drop --enable-hierarchical-cache"
+        "HiCache moves pages between a GPU and its host without their digests; drop "
+        "--enable-hierarchical-cache, or serve twilight or quest in vLLM with --kv-offloading-size"
     ),
     "enable_lmcache": "LMCache moves pages without their digests; drop --enable-lmcache",
     "enable_unified_cache_external_linker": (
@@ -161,6 +163,7 @@ def refusals(view: Any, model: Any, given: object) -> Iterator[str]:
         )
     if compat.shares_caches(model):
         yield from sharing.refusals(offer)
+        yield from sharing.beside(offer.settings)
     yield from beside_recurrent(view, offer)
     for what in compat.special_layers(model):
         yield f"{what}, which was never run; use the policy 'dense'"
@@ -188,8 +191,9 @@ def refusals(view: Any, model: Any, given: object) -> Iterator[str]:
         )
     if compat.attends_in_chunks(model):
         yield (
-            "some of the model's layers attend within chunks of the context, which was never run; "
-            "use the policy 'dense'"
+            "some of the model's layers attend within chunks of the context, which SGLang has in "
+            "its kernels for GPUs alone: it was never run; serve it in vLLM, or use the policy "
+            "'dense'"
         )
 
 

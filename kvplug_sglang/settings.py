@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from kvplug import BatchPlanner, Choices, Offer, Planner, Refused, Settings, read_offer
+from kvplug import BatchPlanner, Choices, Offer, Planner, Refused, Settings, read_offer, sharing
 from kvplug.config import ENVIRONMENT
-from kvplug_sglang import sharing, windows
+from kvplug_sglang import windows
 from kvplug_sglang.router import Router
 
 if TYPE_CHECKING:
@@ -121,7 +121,8 @@ class Engine:
         if self.window:
             windows.check(self.planners.planner(settings), self.window, self.longest)
         if self.shares:
-            sharing.check(settings)
+            for reason in sharing.beside(settings):
+                raise Refused("shared caches", reason)
         return settings
 
     def serve(self, layers: Sequence[int], rows: int, device: torch.device) -> list[LayerClass]:

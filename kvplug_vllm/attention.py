@@ -141,9 +141,14 @@ class PlannedImpl:
         self._views: Views | None = None
         self._viewed: Any = None
 
+    def leave(self) -> None:
+        """From now on the engine serves it as it serves windowed ones."""
+        self.planned, self.digest = False, None
+
     def become_local(self) -> None:
-        """From now on the engine serves it as one that is windowed by the configuration."""
-        self.planned, self.local, self.digest = False, True, None
+        """From now on it is as if windowed by the configuration."""
+        self.leave()
+        self.local = True
 
     def reads_units(self, tokens: int, block_size: int) -> bool:
         """Whether the stock kernel reads pages of so many tokens, in blocks of so many, for KV

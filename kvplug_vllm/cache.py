@@ -124,11 +124,12 @@ def split_layers(engine: Engine) -> None:
     """Once all layers are there, and before vLLM asks for their specs: what tells them apart.
     Raises ValueError where no layer is left that the policy could plan."""
     set_drafter_apart(engine)
+    leave_chunks(engine.vllm_config)
     if engine.settings.policy.local is not None:
         make_local(engine, engine.settings.policy.local)
     if engine.settings.policy.plans and not planned_layers(engine.vllm_config):
         raise ValueError(
-            f"kvplug: every layer of the model sees a window and no more, so that "
+            f"kvplug: every layer of the model sees a window or a chunk, so that "
             f"{engine.settings.policy} has nothing to plan; leave some layers out of local, or "
             "use the policy 'dense'"
         )
@@ -162,6 +163,14 @@ def set_drafter_apart(engine: Engine) -> None:
             compat.set_layer_class(context[name], None)
 
 
+def leave_chunks(vllm_config: Any) -> None:
+    """Leave layers that attend within chunks of the context to vLLM, whose builder makes each
+    chunk a sequence of its own: what an implementation is told does not show which it is."""
+    for layer in vllm_config.compilation_config.static_forward_context.values():
+        if compat.attention_chunk(layer) is not None and hasattr(layer.impl, "planned"):
+            layer.impl.leave()
+
+
 def make_local(engine: Engine, local: LocalLayers) -> None:
     """Give the layers that a policy names its window; the engine then treats them as those that
     have one by the model's configuration. Raises ValueError for layers that cannot have it."""
@@ -171,7 +180,7 @@ def make_local(engine: Engine, local: LocalLayers) -> None:
     chosen = local.local_layers(len(names))
     own = [number for number in chosen if impls[number].planned or impls[number].local]
     if len(own) < len(chosen):
-        see = sorted({context[names[n]].sliding_window for n in chosen if n not in own})
+        see = sorted({compat.sees(context[names[n]]) for n in chosen if n not in own})
         instead = f'write layers="{_listed(own)}"' if own else "drop local"
         raise ValueError(
             f"kvplug: {local} names layers that see {' or '.join(map(str, see))} tokens by the "

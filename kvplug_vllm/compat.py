@@ -427,6 +427,20 @@ def set_layer_class(layer: Any, layer_class: int | None) -> None:
         layer.attn_backend = _with_layer_class(layer.attn_backend, layer_class)
 
 
+def attention_chunk(layer: Any) -> int | None:
+    """Tokens of the chunks that a layer attends within, as Llama 4's local ones; None for others.
+
+    Until an implementation is told: ChunkedLocalAttention wraps its backend's builder alone.
+    """
+    tokens: int | None = getattr(layer, "attention_chunk_size", None)
+    return tokens
+
+
+def sees(layer: Any) -> int:
+    """Tokens that a layer of those which do not see all sees at most."""
+    return int(attention_chunk(layer) or layer.sliding_window)
+
+
 def set_window(layer: Any, window: int) -> None:
     """Let an attention layer see so many tokens, the current one included, as its constructor does
     where a model's configuration says so: the specification that it gives vLLM says so too.

@@ -19,6 +19,7 @@ from kvplug import (
     SparsePrefill,
     TokenSelector,
     policy_class,
+    sharing,
 )
 from kvplug_vllm.eight_bits import numbers
 from kvplug_vllm.settings import offer_of
@@ -81,11 +82,6 @@ def refusals(vllm_config: Any) -> Iterator[str]:
         )
     if getattr(model.hf_text_config, "num_kv_shared_layers", 0):
         yield from _with_shared_caches(offer, vllm_config.cache_config)
-    if getattr(model.hf_text_config, "attention_chunk_size", None):
-        yield (
-            "some of the model's layers attend within chunks of the context, as sequences of "
-            "their own that no policy can tell apart; use the policy 'dense'"
-        )
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         if policy.local is not None:
             yield (
@@ -98,11 +94,17 @@ def refusals(vllm_config: Any) -> Iterator[str]:
                 "manager; drop --disable-hybrid-kv-cache-manager"
             )
         evicts = policy.eviction or (policy.scored and policy.scored.appends and policy.scored)
-        if evicts and getattr(model.hf_text_config, "sliding_window", None):
+        if evicts and _has_local_layers(model):
             yield (
                 f"{evicts.name} beside the model's own windowed layers needs the hybrid "
                 "KV cache manager; drop --disable-hybrid-kv-cache-manager"
             )
+
+
+def _has_local_layers(model: Any) -> bool:
+    """Whether some see a window of the context, or a chunk."""
+    text = model.hf_text_config
+    return any(getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
 
 
 def _compiling(scored: ScoredEviction, vllm_config: Any) -> Iterator[str]:
@@ -117,11 +119,10 @@ def _compiling(scored: ScoredEviction, vllm_config: Any) -> Iterator[str]:
             f"{scored} on a model with recurrent layers, whose states behind a compiled context "
             "would be taken for those behind the whole one; use keydiff(budget=1024)"
         )
-    text = getattr(vllm_config.model_config, "hf_text_config", None)
-    if getattr(text, "sliding_window", None):
+    if vllm_config.model_config is not None and _has_local_layers(vllm_config.model_config):
         yield (
             f"{scored} needs layers that all see the whole context, and some of the model's see a "
-            "window; use keydiff(budget=1024)"
+            "window or a chunk; use keydiff(budget=1024)"
         )
     several = vllm_config.parallel_config.world_size > 1
     if several and not vllm_config.use_v2_model_runner:
@@ -280,15 +281,10 @@ def beside(settings: Settings, vllm_config: Any) -> Iterator[tuple[str, str]]:
             generate.check_page(size)
         except ValueError as error:
             yield "other pages", str(error)
-    scored, model = settings.policy.scored, vllm_config.model_config
-    text = None if model is None else model.hf_text_config
-    every = None if scored is None else scored.every
-    if getattr(text, "num_kv_shared_layers", 0) and every is not None:
-        yield (
-            "shared caches",
-            f"{scored} packs a cache anew that other layers still read in the same step; leave "
-            "interval and chunk out",
-        )
+    text = getattr(vllm_config.model_config, "hf_text_config", None)
+    if getattr(text, "num_kv_shared_layers", 0):
+        for reason in sharing.beside(settings):
+            yield "shared caches", reason
 
 
 def _beside_drafts(settings: Settings, vllm_config: Any) -> Iterator[str]:
@@ -317,27 +313,16 @@ def _beside_drafts(settings: Settings, vllm_config: Any) -> Iterator[str]:
 
 def _with_shared_caches(offer: Offer, cache_config: Any) -> Iterator[str]:
     """Where layers read another layer's cache."""
-    shared = "some of the model's layers read another layer's cache"
-    for scored in offer.scorers:
-        if scored.needs_queries:
-            yield (
-                f"{shared}, and {scored.name} scores by the queries of each layer alone; use "
-                "keydiff, which scores by keys, or the policy 'dense'"
-            )
+    yield from sharing.refusals(offer)
     if offer.settings.policy.local is not None:
         yield (
-            f"{shared}, which would miss what {offer.settings.policy.local} lets go of; use a "
-            "policy that selects, or the policy 'dense'"
-        )
-    if not offer.settings.policy.uniform:
-        yield (
-            f"{shared}, and {offer.settings.policy} gives layers different budgets; give them one "
-            "budget, such as keydiff(budget=1024)"
+            f"{sharing.SHARED}, which would miss what {offer.settings.policy.local} lets go of; "
+            "use a policy that selects, or the policy 'dense'"
         )
     if cache_config.kv_sharing_fast_prefill:
         yield (
-            f"{shared}, and --kv-sharing-fast-prefill hides most of a prompt from them; drop it, "
-            "or use the policy 'dense'"
+            f"{sharing.SHARED}, and --kv-sharing-fast-prefill hides most of a prompt from them; "
+            "drop it, or use the policy 'dense'"
         )
 
 

@@ -62,6 +62,7 @@ ARCHITECTURES = [
         (Architecture("gemma4", [1, 3, 5], [1, 3], "random_shared"), pytest.mark.both),
         (Architecture("gemma3n", [1, 3, 5], [1, 3], "random_shared"), pytest.mark.cpu),
         (Architecture("gpt_oss", [1, 3], [1, 3], "random_gpt_oss"), pytest.mark.both),
+        (Architecture("llama4", [3], [3], "random_chunked"), pytest.mark.both),
         (Architecture("gemma2", [1, 3], [1, 3], "random_llama"), pytest.mark.cpu),
     )
 ]

@@ -85,7 +85,7 @@ def test_layers_are_counted_among_those_that_attend_to_the_past():
          "layers 1 of the model share a cache with others, which would miss"),
         ('local(layers=":") + quest', [Impl(-1), Impl(-1)],
          "quest(budget=2048, dense_layers=2) has nothing to plan; leave some layers out"),
-        ("quest", [Impl(64), Impl(64)], "every layer of the model sees a window and no more"),
+        ("quest", [Impl(64), Impl(64)], "every layer of the model sees a window or a chunk"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_said_with_what_to_write(policy, impls, message):
@@ -99,6 +99,18 @@ def test_all_layers_may_be_local_where_nothing_is_planned():
     made, layers = engine('local(layers=":")', Impl(-1), Impl(-1))
     split_layers(made)
     assert [each.sliding_window for each in layers] == [1024, 1024]
+
+
+def test_layers_that_attend_in_chunks_stay_as_they_are():
+    made, layers = engine("quest", Impl(-1), Impl(-1), cls=ChunkedLocalAttention)
+    layers[0].attention_chunk_size = 64
+    split_layers(made)
+    assert [each.impl.digest is None for each in layers] == [True, False]
+    assert planned_layers(made.vllm_config) == [layers[1].layer_name]
+    made, layers = engine('local(layers=":")', Impl(-1), Impl(-1), cls=ChunkedLocalAttention)
+    layers[0].attention_chunk_size = 64
+    with pytest.raises(ValueError, match=r"see 64 tokens by .* write layers=\"1\""):
+        split_layers(made)
 
 
 def test_a_layer_with_another_cache_is_refused():

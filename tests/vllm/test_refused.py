@@ -172,8 +172,16 @@ REFUSED = [
     ),
     (
         {"hf_overrides": {"attention_chunk_size": 128}},
-        {"policy": "quest"},
-        ["attend within chunks of the context", "use the policy 'dense'"],
+        {"policy": "kvzip"},
+        ["some of the model's see a window or a chunk", "use keydiff(budget=1024)"],
+    ),
+    (
+        {
+            "hf_overrides": {"attention_chunk_size": 128},
+            "disable_hybrid_kv_cache_manager": True,
+        },
+        {"policy": "streaming_llm"},
+        ["beside the model's own windowed layers", "drop --disable-hybrid-kv-cache-manager"],
     ),
     (
         {"hf_overrides": {"num_kv_shared_layers": 1}},

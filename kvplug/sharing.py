@@ -1,4 +1,4 @@
-"""Layers that read another layer's cache, which SGLang gives the number of its owner.
+"""Layers that read another layer's cache, such as the last ones of Gemma 3n and Gemma 4.
 
 They select by their own queries over its pages and digests. What its owner packs, it packs for all
 of them: by keys, as it does not see their queries, and alike in every layer.
@@ -8,24 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kvplug import Offer, Refused, Settings
+from kvplug.config import Settings
+from kvplug.offer import Offer
 
 SHARED = "some of the model's layers read another layer's cache"
 
 
-def check(settings: Settings) -> None:
-    """Raises Refused for a policy that packs again what the others still read."""
-    scored = settings.policy.scored
-    if scored is not None and scored.every is not None:
-        raise Refused(
-            "shared caches",
-            f"{scored} packs a cache anew that other layers still read in the same step; leave "
-            "interval and chunk out",
-        )
-
-
 def refusals(offer: Offer) -> Iterator[str]:
-    """The reasons why such a model cannot be served, each saying what to do instead."""
+    """Why a server of such a model cannot have an offer, each reason with what to do instead."""
     for scored in offer.scorers:
         if scored.needs_queries:
             yield (
@@ -38,7 +28,13 @@ def refusals(offer: Offer) -> Iterator[str]:
             f"{SHARED}, and {policy} gives layers different budgets; give them one budget, such "
             "as keydiff(budget=1024)"
         )
-    try:
-        check(offer.settings)
-    except Refused as error:
-        yield str(error)
+
+
+def beside(settings: Settings) -> Iterator[str]:
+    """Why neither such a server nor a request of it can have some settings."""
+    scored = settings.policy.scored
+    if scored is not None and scored.every is not None:
+        yield (
+            f"{scored} packs a cache anew that other layers still read in the same step; leave "
+            "interval and chunk out"
+        )
