@@ -12,25 +12,18 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kvplug import parse, read_offer
 from kvplug.calibrating import Calibration, Setting, calibrate
-from kvplug.heads import PATTERNS, Heads, Layer, Shape, read_heads
+from kvplug.heads import PATTERNS, Shape, read_heads
 from kvplug.offer import Refused
 from kvplug.policies.minference import MInference
 from tests.core.test_block_selection import asked, keys_seen
+from tests.heads import A, B, C
+from tests.heads import made as made_for
 
 SHAPE = Shape(type="llama", layers=3, heads=8, kv_heads=4, head_dim=24, vocabulary=512)
-A, B, C = PATTERNS
 
 
-def made(best, shape=SHAPE):
-    """A file in which the given pattern is each query head's best. {layer: [Hq]}"""
-    layers = {
-        n: Layer(
-            recall={p: [0.9 if p == each else 0.25 for each in row] for p in PATTERNS},
-            outside=[0.5] * shape.kv_heads,
-        )
-        for n, row in best.items()
-    }
-    return Heads(model="tiny", shape=shape, settings={"density": 0.5}, layers=layers)
+def made(best):
+    return made_for(best, SHAPE)
 
 
 def visible(T):
