@@ -185,7 +185,8 @@ def calibrate(
         for layer in sorted(found.layers)
         for pattern in found.patterns(layer * found.shape.kv_heads, found.shape.kv_heads, group)
     ]
-    table = Table(title=f"{found.model}: {found.shape}", box=box.SIMPLE, title_justify="left")
+    print(f"{found.model}: {found.shape}")
+    table = Table(box=box.SIMPLE)
     for column in ("pattern", "best for KV heads", "recall, mean", "least"):
         table.add_column(column, justify="left" if column == "pattern" else "right")
     for pattern in found.layers[min(found.layers)].recall:

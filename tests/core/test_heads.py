@@ -298,3 +298,27 @@ def test_a_request_names_no_file(tmp_path):
     assert offer.settings_for(asked).policy.generate.vertical == 50, "the server's own"
     with pytest.raises(Refused, match=r"files are the server's, and '/etc/passwd' is not one"):
         offer.settings_for("minference(heads='/etc/passwd') + quest")
+
+
+def test_the_command_writes_a_file_that_the_policy_reads(random_llama, tmp_path):
+    pytest.importorskip("typer")
+    from typer.testing import CliRunner
+
+    from kvplug.cli import app
+
+    folder, out = random_llama(heads=4, kv_heads=2), tmp_path / "heads.json"
+    (text := tmp_path / "text").write_text(" ".join(_words(folder)[n % 512] for n in range(300)))
+    small = ["--contexts=1", "--context=256", "--density=0.75", "--sinks=16", "--window=32"]
+    command = ["calibrate", str(folder), f"--text={text}", *small]
+    done = CliRunner().invoke(app, [*command, f"--out={out}"])
+    assert done.exit_code == 0, done.output
+    assert "llama: llama, 2 layers, 4 heads of 64, 2 KV heads, 512 tokens" in done.output
+    assert f"{out}: 4 KV heads" in done.output
+    found = read_heads(str(out))
+    assert found.settings["text"] == "text"
+    assert sum(done.output.count(f"{pattern} ") for pattern in PATTERNS) == 3
+    asks = dict(first_head=2, heads=2, group=2)
+    assert set(found.patterns(**asks)) <= set(PATTERNS)
+    lost = CliRunner().invoke(app, [*command, f"--out={tmp_path / 'no' / 'heads.json'}"])
+    assert isinstance(lost.exception, FileNotFoundError)
+    assert "layers" not in lost.output, "nothing was measured in vain"
