@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 from kvplug.compress import LayerBudgets, LocalLayers, PositionalEviction, ScoredEviction
 from kvplug.generate import SparsePrefill
+from kvplug.heads import Shape, read_heads
 from kvplug.load import Selector
 from kvplug.policies.dense import Dense
 from kvplug.policy import LIMIT, Policy, Sharing, Stage
@@ -115,6 +117,20 @@ class Composition:
     def generate(self) -> SparsePrefill | None:
         policy = self.stage(Stage.GENERATE)
         return policy if isinstance(policy, SparsePrefill) else None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """As ``Policy.files``, of all that it names."""
+        return tuple(file for policy in self for part in policy.parts for file in part.files)
+
+    def misfits(self, config: Any) -> Iterator[str]:
+        """Why its files do not fit a model. config: the model's, of transformers, that of its
+        text."""
+        for file in self.files:
+            try:
+                read_heads(file).check(Shape.of(config), file)
+            except ValueError as error:
+                yield f"{self}: {error}"
 
     @property
     def publishes(self) -> Sharing:

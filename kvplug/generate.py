@@ -114,6 +114,8 @@ class QueryBlocks:
     """What q . k is multiplied by."""
     last: LastQueries | None = None
     """For a policy that ``asks``."""
+    first_head: int = 0
+    """As ``PromptKV.first_head``."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -323,6 +323,13 @@ class Offer:
                     f"kvplug: this server does not allow {policy.name}."
                     f"{did_you_mean(policy.name, self.names)}",
                 )
+        for file in asked.policy.files:
+            if file not in own.policy.files:
+                raise Refused(
+                    "not allowed",
+                    f"kvplug: files are the server's, and {file!r} is not one of its own policy, "
+                    f"{own.policy}; ask without it",
+                )
         for reader in (asked.policy.selector, asked.policy.generate):
             digest = getattr(reader, "digest", None)
             if digest not in (None, self.digest):

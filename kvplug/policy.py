@@ -138,6 +138,12 @@ class Policy(ABC):
         return [self, *chain.from_iterable(wrapped)]
 
     @property
+    def files(self) -> tuple[str, ...]:
+        """Of heads (``kvplug.heads``), which it reads where it is served: the server's own, so no
+        request may name another."""
+        return ()
+
+    @property
     def publishes(self) -> Sharing:
         """Whom what the policy leaves in the cache may serve."""
         if self.action is not Action.EVICTION:

@@ -175,11 +175,13 @@ def choose_pages(
     width: int,
     scale: float,
     step: Tensor | None = None,
+    first_head: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Logical pages that each KV head of n blocks of queries reads, ascending, and how many.
 
     query [T, H, G, D], keys, digest, page_table [n, P], pages [n]: as ``BlockSelector.score``.
-    step: all queries of the step, for a policy that asks others than the blocks'.
+    step: all queries of the step, for a policy that asks others than the blocks'. first_head: the
+    number of head 0, counted through the model, for one that tells heads apart.
     keep [n]: at most so many pages, the sinks and the block's own among them (never above
     ``width``) -> chosen [n, H, width], counts [n, H] int32. Those are always read; then the
     largest shares, the lower page first among equals, while what is read holds less than
@@ -191,7 +193,7 @@ def choose_pages(
         last = blocks.asking.queries(step)
     asking = QueryBlocks(
         query=query, bounds=blocks.bounds, start=blocks.start, size=blocks.size, scale=scale,
-        last=last,
+        last=last, first_head=first_head,
     )  # fmt: skip
     shares = selector.score(asking, keys, digest, page_table, pages)
     threshold = selector.mass

@@ -251,14 +251,14 @@ class PlannedAttention:
         blocks, size = step.blocks, self.engine.page_size
         assert blocks is not None
         self.selected_blocks += len(step.lengths)
-        keys = None
+        keys, first = None, compat.first_kv_head(layer)
         if selector.needs_keys:
             keys, _ = self._kv(layer.layer_id)
             keys = keys[: len(keys) // size * size].unflatten(0, (-1, size))
         chosen, counts = choose_pages(
             selector, blocks, query, keys, digest if selector.digest is not None else None,
             step.page_table, step.pages, step.keep[selector.budget], width=step.width,
-            scale=layer.scaling, step=every,
+            scale=layer.scaling, step=every, first_head=first,
         )  # fmt: skip
         heads = Heads.of(step, chosen, counts, size)
         rows = query.flatten(0, 1)[blocks.rows]  # [T * H, G, D]

@@ -128,6 +128,7 @@ def refusals(view: Any, model: Any, given: object) -> Iterator[str]:
             offer.digest_rows(view.page_size or PAGE_SIZE, 2)
         except ValueError as error:
             yield f"pages of --page-size cannot carry what the policy reads: {error}"
+    yield from offer.settings.policy.misfits(model.hf_text_config)
     for name, reason in FEATURES.items():
         if getattr(view, name):
             yield reason

@@ -75,6 +75,7 @@ def refusals(vllm_config: Any) -> Iterator[str]:
         yield from _of_planned_layers(vllm_config)
     if model is None:
         return
+    yield from policy.misfits(model.hf_text_config)
     if model.runner_type == "pooling":
         yield (
             "a pooling model decodes nothing that a policy could spare; serve it without "

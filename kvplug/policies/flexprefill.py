@@ -25,7 +25,6 @@ from torch import Tensor
 
 from kvplug.generate import BlockSelector, QueryBlocks
 from kvplug.policies.minference import WANTED, Seen, shares
-from kvplug_kernels.block_mean import block_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +76,7 @@ class FlexPrefill(BlockSelector):
         assert keys is not None and blocks.last is not None and self.threshold is not None
         seen, last, threshold = Seen(blocks, keys, page_table, pages), blocks.last, self.threshold
         chosen = covering(seen.columns, threshold), covering(seen.diagonals, threshold)
-        asked, by_page = self._pooled(blocks, seen.means, pages), seen.by_page(seen.columns)
+        asked, by_page = seen.pooled(blocks), seen.by_page(seen.columns)
         looks = distance(by_page, self._estimate(blocks, seen)) < self.tau
         wanted = seen.touched(*chosen)
         wanted = covering(asked, threshold).where(looks[last.run][..., None], wanted)
@@ -99,19 +98,6 @@ class FlexPrefill(BlockSelector):
         logits = torch.einsum("rhgd,rphd->rhgp", mean, seen.means) * blocks.scale
         seen_pages = seen.pages[last.block][:, None, None, None]
         return logits.where(seen.page < seen_pages, -torch.inf).softmax(-1).mean(2)
-
-    def _pooled(self, blocks: QueryBlocks, pooled: Tensor, pages: Tensor) -> Tensor:
-        """A block's share of each page by its mean query and the pages' mean keys. [n, H, P]"""
-        assert blocks.last is not None
-        n, (_, H, G, D) = len(pages), blocks.query.shape
-        mean = block_mean(blocks.query.flatten(1, 2), blocks.bounds).view(n, H, G, D)
-        logits = mean.new_zeros(n, H, G, pooled.shape[1])
-        for r, keys in enumerate(pooled):
-            found = torch.einsum("nhgd,phd->nhgp", mean, keys)
-            logits = found.where((blocks.last.run == r)[:, None, None, None], logits)
-        page = torch.arange(pooled.shape[1], device=pages.device)
-        seen = page < pages[:, None, None, None]
-        return (logits * blocks.scale).where(seen, -torch.inf).softmax(-1).mean(2)
 
 
 def covering(sums: Tensor, threshold: float) -> Tensor:

@@ -1,29 +1,38 @@
-"""MInference's vertical-slash pattern: a prompt's blocks read the columns and diagonals that its
-last queries weigh most.
+"""MInference: each KV head of a prompt reads by one of three patterns, which finds most of its
+attention.
 
     p = softmax(scale q . k) of the last 64 queries, causal
-    columns: the ``vertical`` tokens t of greatest sum_q p_qt, the first 30 among them
-    diagonals: the ``slash`` distances d of greatest sum_q p_q,q-d, the last 100 among them
-    query i reads t  iff  t is such a column or i - t such a distance, whole pages
+    vertical_slash: query i reads token t  iff  t is a column or i - t a diagonal
+        columns: the ``vertical`` tokens t of greatest sum_q p_qt, the first 30 among them
+        diagonals: the ``slash`` distances d of greatest sum_q p_q,q-d, the last 100 among them
+    a_shape: the first ``sinks`` tokens, and the last ``vertical + slash`` before a block
+    block_sparse: as many, of the pages of greatest mean(q in the block) . mean(k in the page)
+
+in whole pages. Without ``heads`` all have ``pattern``. ``heads`` names a file that ``kvplug
+calibrate`` made for the model: a KV head has the pattern of the greatest recall there.
 
 Jiang et al., "MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse
 Attention", NeurIPS 2024, https://arxiv.org/abs/2407.02490
 
-Differs from the paper: all heads have this pattern (there a search offline gives each head one of
-three); query heads that share a KV head read the same pages (mean over the group); where a prompt
-comes in chunks, each asks its own last queries; and of more than ``budget`` tokens the pages that
-those queries weigh most are read.
+Differs from the paper: query heads that share a KV head read the same pages (mean over the group);
+all patterns read ``vertical + slash`` tokens, where a search offline gives each head its own sizes
+and weighs them by the output of one sample; where a prompt comes in chunks, each asks its own last
+queries; and of more than ``budget`` tokens the pages are read that those queries, nearness or the
+estimate weigh most.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from kvplug.generate import BlockSelector, QueryBlocks
+from kvplug.heads import A_SHAPE, BLOCK_SPARSE, PATTERNS, VERTICAL_SLASH, read_heads
+from kvplug_kernels.block_mean import block_mean
 from kvplug_kernels.fp8 import bits
 
 FIRST, NEAREST = 30, 100
@@ -45,6 +54,10 @@ class MInference(BlockSelector):
     """Columns."""
     slash: int = 6096
     """Diagonals."""
+    pattern: str = VERTICAL_SLASH
+    """Of all heads, where ``heads`` does not say: vertical_slash, a_shape or block_sparse."""
+    heads: str | None = None
+    """File of ``kvplug calibrate``, where the engine runs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,9 +74,29 @@ class MInference(BlockSelector):
                 "out, or write flexprefill(threshold=0.9)"
             )
 
+        if self.pattern not in PATTERNS:
+            raise ValueError(
+                f"minference: pattern must be {', '.join(PATTERNS[:-1])} or {PATTERNS[-1]}, got "
+                f"{self.pattern!r}; write minference(pattern={PATTERNS[0]!r})"
+            )
+        if self.heads is not None and not (isinstance(self.heads, str) and self.heads):
+            raise ValueError(
+                "minference: heads must name a file that kvplug calibrate made, got "
+                f"{self.heads!r}; write minference(heads='heads.json')"
+            )
+        if self.heads is not None and self.pattern != PATTERNS[0]:
+            raise ValueError(
+                f"minference: the file {self.heads!r} gives each head its pattern, got "
+                f"pattern={self.pattern!r} too; leave one of them out"
+            )
+
     @property
     def mass(self) -> float:
         return WANTED
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return () if self.heads is None else (self.heads,)
 
     def score(
         self,
@@ -75,10 +108,39 @@ class MInference(BlockSelector):
     ) -> Tensor:
         assert keys is not None and blocks.last is not None
         seen = Seen(blocks, keys, page_table, pages)
-        wanted = seen.touched(
-            most(seen.columns, self.vertical, FIRST), most(seen.diagonals, self.slash, NEAREST)
-        )
-        return shares(wanted, seen.by_page(seen.columns)[blocks.last.run])
+        H, G = blocks.query.shape[1:3]
+        patterns = (self.pattern,) * H
+        if self.heads is not None:
+            patterns = read_heads(self.heads).patterns(blocks.first_head, H, G)
+        found = {pattern: self._by(pattern, blocks, seen) for pattern in sorted({*patterns})}
+        read = found[patterns[0]]
+        for pattern, each in found.items():
+            read = each.where(_whose(patterns, pattern, pages.device), read)
+        return read
+
+    def _by(self, pattern: str, blocks: QueryBlocks, seen: Seen) -> Tensor:
+        """What all heads would read by one pattern. [n, H, P]"""
+        assert blocks.last is not None
+        tokens, valid = self.vertical + self.slash, seen.page < seen.pages[:, None, None]
+        if pattern == VERTICAL_SLASH:
+            columns = most(seen.columns, self.vertical, FIRST)
+            diagonals = most(seen.diagonals, self.slash, NEAREST)
+            weight = seen.by_page(seen.columns)[blocks.last.run]
+            return shares(seen.touched(columns, diagonals), weight)
+        weight = seen.pooled(blocks)
+        if pattern == A_SHAPE:
+            first = (blocks.start - tokens + 1).clamp(min=0) // seen.size
+            nearness = seen.page + 1 - first[:, None, None]
+            return shares(valid & (nearness > 0), nearness.clamp(min=0).expand_as(weight).float())
+        assert pattern == BLOCK_SPARSE
+        rank = weight.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+        return shares(valid & (rank < -(-tokens // seen.size)), weight)
+
+
+@lru_cache(maxsize=4096)
+def _whose(patterns: tuple[str, ...], pattern: str, device: torch.device) -> Tensor:
+    """[H, 1] bool; kept, since what a host writes a device waits for."""
+    return torch.tensor([each == pattern for each in patterns], device=device)[:, None]
 
 
 class Seen:
@@ -123,6 +185,18 @@ class Seen:
     def by_page(self, each: Tensor) -> Tensor:
         """[R, H, T] -> sums of pages [R, H, P]"""
         return each.unflatten(-1, (-1, self.size)).sum(-1)
+
+    def pooled(self, blocks: QueryBlocks) -> Tensor:
+        """A block's share of each page by its mean query and the pages' mean keys. [n, H, P]"""
+        assert blocks.last is not None
+        n, (_, H, G, D) = len(self.pages), blocks.query.shape
+        mean = block_mean(blocks.query.flatten(1, 2), blocks.bounds).view(n, H, G, D)
+        logits = mean.new_zeros(n, H, G, len(self.page))
+        for r, keys in enumerate(self.means):
+            found = torch.einsum("nhgd,phd->nhgp", mean, keys)
+            logits = found.where((blocks.last.run == r)[:, None, None, None], logits)
+        seen = self.page < self.pages[:, None, None, None]
+        return (logits * blocks.scale).where(seen, -torch.inf).softmax(-1).mean(2)
 
     def touched(self, columns: Tensor, diagonals: Tensor) -> Tensor:
         """Pages of which some query of a block reads a token, by a column or by a diagonal. Both

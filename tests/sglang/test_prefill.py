@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from tests import heads
 from tests.plain_llama import Narrow
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -70,6 +71,17 @@ def test_blocks_read_what_vllm_s_do(engine, random_llama, prompts, dense, policy
         return  # each chunk asks its own last queries
     with engine(random_llama(), policy, chunked_prefill_size=128) as planned:
         assert [planned.generate([prompt], 12)[0] for prompt in batch] == together
+
+
+def test_each_head_reads_by_its_own_pattern(engine, random_llama, prompts, monkeypatch, tmp_path):
+    from kvplug_sglang import attention
+
+    watched = heads.Watched(
+        monkeypatch, attention, attention.PlannedAttention, "_blocks", lambda layer: layer.layer_id
+    )
+    with engine(random_llama(), heads.line(tmp_path)) as planned:
+        planned.generate(prompts(700, 350), 4)
+    assert watched.heads == {(0, 0, heads.B), (0, 1, heads.C), (1, 0, heads.A), (1, 1, heads.B)}
 
 
 def test_requests_share_pages_with_those_that_read_a_prompt_as_they_do(

@@ -6,6 +6,8 @@ import os
 
 import pytest
 
+from tests import heads
+
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 
@@ -136,6 +138,14 @@ def test_bad_policies(resolve, policy, message):
     with pytest.raises(ValueError) as refused:  # noqa: PT011 -- the message is the table's
         resolve(policy)
     assert message in str(refused.value)
+
+
+def test_a_file_of_another_model_s_heads_is_refused(resolve, random_llama, tmp_path):
+    line = heads.line(tmp_path)
+    resolve(line)
+    wanted = r"made for tiny \(llama, 2 layers, 4 heads of 64.* is another \(llama, 2 layers, 6 "
+    with pytest.raises(ValueError, match=wanted):
+        resolve(line, random_llama(heads=6))
 
 
 def test_models_whose_cache_has_no_keys(resolve, tmp_path):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from tests import heads
 from tests.pace import Pace
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -92,10 +95,14 @@ def test_two_ranks_answer_as_one(random_llama, prompts, tmp_path):
         "asks": [None, *(line for line in SMALL if line not in alone), *BY_HEAD],
     }
     forced = {"policy": "twilight(budget=1.0, dense_layers=0)", "shortcut": False}
+    shape = replace(heads.LLAMA, heads=8)
+    best = {0: [heads.B] * 4 + [heads.A] * 4, 1: [heads.C] * 4 + [heads.B] * 4}
+    by_kind = heads.line(tmp_path, best, shape)
     jobs = {
         "servers": [
             mixed,
             {"kvplug": forced, "asks": [None]},
+            {"kvplug": {"policy": by_kind}, "asks": [None]},
             *({"kvplug": {"policy": line}, "asks": [None]} for line in alone if "pyramid" in line),
         ],
         "prompts": prompts(600, 430, 33, 1),
@@ -114,5 +121,6 @@ def test_two_ranks_answer_as_one(random_llama, prompts, tmp_path):
     # Workers of their own run the compiled selection, here with everything going through it.
     dense, *others = (answers[0][0][n : n + 4] for n in range(0, len(answers[0][0]), 4))
     assert answers[0][1] == dense
+    assert answers[0][2] != dense
     assert dense not in others, "budgets were small enough to matter"
     assert len(others) == len(mixed["asks"]) - 1

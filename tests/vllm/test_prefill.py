@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests import heads
 from tests.plain_llama import Narrow
 from tests.vllm.test_lifecycle import preemptions, solo
 from tests.vllm.test_selection import Shadow
@@ -164,6 +165,19 @@ def test_blocks_read_what_was_chosen_and_nothing_else(
         assert cached == (0 if policy.startswith("flex") else 650 // size * size)
         assert shadow.blocks > before > 0
         assert shadow.spared
+
+
+@pytest.mark.both
+def test_each_head_reads_by_its_own_pattern(engine, random_llama, prompts, monkeypatch, tmp_path):
+    from kvplug_vllm import attention, compat
+
+    watched = heads.Watched(
+        monkeypatch, attention, attention.PlannedImpl, "_pages",
+        lambda layer: compat.layer_index(layer.layer_name),
+    )  # fmt: skip
+    with engine(random_llama(), {"policy": heads.line(tmp_path)}) as planned:
+        planned.generate(prompts(700, 350), 4)
+    assert watched.heads == {(0, 0, heads.B), (0, 1, heads.C), (1, 0, heads.A), (1, 1, heads.B)}
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 from kvplug import Refused
 from kvplug_vllm.admission import settings_for
 from kvplug_vllm.refusals import refusals
+from tests import heads
 
 LOCAL = "local(layers='1::2')"
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2}
@@ -228,6 +229,16 @@ def test_refused_with_what_to_do_instead(random_llama, arguments, kvplug, parts)
         configure(random_llama(), kvplug, **arguments)
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_a_file_of_another_model_s_heads_is_refused(random_llama, tmp_path):
+    line = heads.line(tmp_path)
+    configure(random_llama(), {"policy": line})
+    wanted = r"made for tiny \(llama, 2 layers, 4 heads of 64.* is another \(llama, 2 layers, 6 "
+    with pytest.raises(ValueError, match=wanted):
+        configure(random_llama(heads=6), {"policy": line})
+    with pytest.raises(ValueError, match=r"cannot read the file of heads 'none': No such file"):
+        configure(random_llama(), {"policy": "minference(heads='none')"})
 
 
 @pytest.mark.parametrize("arguments", [{"kv_cache_dtype": "fp8"}, {"enable_prompt_embeds": True}])
