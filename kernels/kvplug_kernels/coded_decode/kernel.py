@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvplug_kernels.code_layout import code_bytes, packed
+from kvplug_kernels.code_layout import packed
 from kvplug_kernels.page_layout import PageLayout, Views
 from kvplug_kernels.sparse_decode.kernel import (
     LOG2_E,
@@ -26,10 +26,10 @@ LEAST = 32  # tokens of a tile
 
 @triton.jit
 def coded_keys(
-    codes, spread, page, within, q, valid, codes_n, spread_n,
+    codes, spread, page, within, valid, codes_n, spread_n, element: tl.constexpr,
     D: tl.constexpr, J: tl.constexpr, BITS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Keys of tokens of any pages, as q's dtype has them. [BD, BT]"""
+    """Keys of tokens of any pages, rounded to an element. [BD, BT]"""
     d = tl.arange(0, BD)
     inside = (d < D)[:, None] & valid[None, :]
     low = codes + (page * codes_n)[None, :] + d[:, None]
@@ -38,7 +38,7 @@ def coded_keys(
     byte = spread + (page * spread_n + within % J * D)[None, :] + d[:, None]
     joined = tl.load(byte, mask=inside, other=0).to(tl.int32)
     code = (joined >> (within // J * BITS)[None, :]) & ((1 << BITS) - 1)
-    return (lo + step * code.to(tl.float32)).to(q.dtype)
+    return (lo + step * code.to(tl.float32)).to(element)
 
 
 @triton.jit
@@ -60,29 +60,52 @@ def page_logits(
 
 
 @triton.jit
-def mix_coded(
-    p, acc, values, scales, page, within, valid, q, values_n, scales_n,
-    D: tl.constexpr, V: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, BD: tl.constexpr,
+def value_codes(
+    values, page, within, valid, values_n,
+    D: tl.constexpr, V: tl.constexpr, BITS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """acc [BG, BD] + p [BG, BT] @ values"""
+    """[BT, BD]"""
     d = tl.arange(0, BD)
     inside = valid[:, None] & (d < D)[None, :]
     byte = values + (page * values_n + within * V)[:, None] + (d % V)[None, :]
     joined = tl.load(byte, mask=inside, other=0).to(tl.int32)
-    code = (joined >> (d // V * BITS)[None, :]) & ((1 << BITS) - 1)
-    NG: tl.constexpr = D // GROUP
-    near = scales + page * scales_n + within * 2 * NG
-    if NG == 1:
+    return (joined >> (d // V * BITS)[None, :]) & ((1 << BITS) - 1)
+
+
+@triton.jit
+def coded_values(
+    values, scales, page, within, valid, values_n, scales_n, element: tl.constexpr,
+    D: tl.constexpr, V: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Values of tokens of any pages, rounded to an element. [BT, BD]"""
+    d = tl.arange(0, BD)
+    inside = valid[:, None] & (d < D)[None, :]
+    low = scales + (page * scales_n + within * 2 * (D // GROUP))[:, None] + (d // GROUP)[None, :]
+    lo = tl.load(low, mask=inside, other=0.0).to(tl.float32)
+    step = tl.load(low + D // GROUP, mask=inside, other=0.0).to(tl.float32)
+    code = value_codes(values, page, within, valid, values_n, D, V, BITS, BD)
+    return (lo + step * code.to(tl.float32)).to(element)
+
+
+@triton.jit
+def mix_coded(
+    p, acc, values, scales, page, within, valid, values_n, scales_n, element: tl.constexpr,
+    D: tl.constexpr, V: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """acc [BG, BD] + p [BG, BT] @ values"""
+    if GROUP == D:
+        near = scales + page * scales_n + within * 2
         lo = tl.load(near, mask=valid, other=0.0).to(tl.float32)
         step = tl.load(near + 1, mask=valid, other=0.0).to(tl.float32)
-        acc = tl.dot((p * step[None, :]).to(q.dtype), code.to(q.dtype), acc, input_precision="ieee")
+        code = value_codes(values, page, within, valid, values_n, D, V, BITS, BD).to(element)
+        acc = tl.dot((p * step[None, :]).to(element), code, acc, input_precision="ieee")
         return acc + tl.sum(p * lo[None, :], axis=1)[:, None]
     else:
-        low = near[:, None] + (d // GROUP)[None, :]
-        lo = tl.load(low, mask=inside, other=0.0).to(tl.float32)
-        step = tl.load(low + NG, mask=inside, other=0.0).to(tl.float32)
-        v = (lo + step * code.to(tl.float32)).to(q.dtype)
-        return tl.dot(p.to(q.dtype), v, acc, input_precision="ieee")
+        v = coded_values(
+            values, scales, page, within, valid, values_n, scales_n, element, D, V, GROUP, BITS,
+            BD,
+        )  # fmt: skip
+        return tl.dot(p.to(element), v, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -153,13 +176,14 @@ def attend_codes_kernel(
             page = tl.load(page_table + token // S, mask=inside, other=0).to(tl.int64)
             within = token % S
             k = coded_keys(
-                codes, spread, page, within, q, inside, codes_n, spread_n, D, J, KEY_BITS, BD
-            )
+                codes, spread, page, within, inside, codes_n, spread_n, q.dtype, D, J, KEY_BITS,
+                BD,
+            )  # fmt: skip
             logits = tl.dot(q, k, input_precision="ieee")
         p, top, shrink, total = raised(logits * scale, inside, top, total, CAP)
         acc = mix_coded(
-            p, acc * shrink[:, None], values, scales, page, within, inside, q, values_n, scales_n,
-            D, V, GROUP, VALUE_BITS, BD,
+            p, acc * shrink[:, None], values, scales, page, within, inside, values_n, scales_n,
+            q.dtype, D, V, GROUP, VALUE_BITS, BD,
         )  # fmt: skip
 
     page = tl.load(open_page + b).to(tl.int64)
@@ -192,19 +216,6 @@ def blocks(G: int, D: int, S: int, unit: int, itemsize: int) -> dict[str, int]:
     if fold:
         sizes["BT"] = min(sizes["BT"], whole)
     return sizes | {"BU": triton.next_power_of_2(max(S // unit, 1)), "FOLD": fold}
-
-
-def constants(layout: PageLayout, unit: int) -> dict[str, int]:
-    return {
-        "D": layout.head_size,
-        "S": layout.page_size,
-        "U": unit,
-        "J": code_bytes(layout.page_size, layout.key_bits),
-        "KEY_BITS": layout.key_bits,
-        "V": layout.value_row,
-        "GROUP": layout.group,
-        "VALUE_BITS": layout.value_bits,
-    }
 
 
 def coded_decode(
@@ -243,7 +254,7 @@ def coded_decode(
         *open_keys.stride(), *open_values.stride(), page_table.stride(0),
         *((0, 0) if chosen is None else chosen.stride()[:2]), taken.stride(0),
         ALL=chosen is None, H=H, G=Hq // H, CAP=cap * LOG2_E, PARTS=PARTS, **sizes,
-        **constants(layout, unit),
+        U=unit, **layout.constants(),
         num_stages=stages(torch.version.hip is not None, unit < layout.page_size, sizes["BD"],
         cap > 0),
     )  # fmt: skip
