@@ -3,7 +3,7 @@
     page_digest     min and max per channel of a page's keys, written as the keys arrive
     page_bound      upper bound of q . k over each page, from its digest (Quest)
     page_select     the pages that score highest, as ascending indices
-    key_codes       a full page's keys in 1, 2 or 4 bits per channel, kept behind the page
+    key_codes       a full page's keys in 1, 2, 4 or 8 bits per channel, kept behind the page
     code_logits     q . k of every token of the full pages, from the codes of their keys
     token_select    the tokens that weigh most by such logits, as ascending indices (Twilight)
     virtual_heads   a selection per KV head as page tables for a stock dense kernel
@@ -11,6 +11,9 @@
     antidiagonal    how a block of queries spreads its attention over pages (XAttention)
     block_mean      the mean query of each block
     sparse_decode   softmax attention of one query token over the selected pages or tokens
+    encode_pages    full pages written as codes, keys per channel and values per token (KIVI)
+    decode_pages    the keys and values of such pages, as their codes have them
+    coded_decode    softmax attention of one query token over what is chosen of such pages
     pack_tokens     the tokens each KV head keeps of a prompt, copied into pages of their own
 
 Import an op from its folder: ``from kvplug_kernels.page_bound import page_bound``.

@@ -11,13 +11,13 @@ so that one shift of the same bytes is the codes of neighbouring tokens, and not
 import torch
 from torch import Tensor
 
-BITS = (1, 2, 4)
+BITS = (1, 2, 4, 8)
 
 
 def code_bytes(page_size: int, bits: int) -> int:
     """Bytes of a channel's codes in one page, J. Raises ValueError on either."""
     if bits not in BITS:
-        raise ValueError(f"bits must be 1, 2 or 4, got {bits}")
+        raise ValueError(f"bits must be 1, 2, 4 or 8, got {bits}")
     if page_size < 1 or page_size % (8 // bits):
         raise ValueError(
             f"page_size must be a multiple of {8 // bits} tokens, which share a byte at {bits} "

@@ -122,7 +122,7 @@ def test_rows_behind_a_page(bits, S, itemsize, rows):
 def test_wrong_knobs_say_what_they_wanted():
     keys, codes = torch.zeros(2, 16, 1, 8), torch.zeros(2, 1, 3, 8)
     slots = torch.arange(2)
-    with pytest.raises(ValueError, match="bits must be 1, 2 or 4, got 3"):
+    with pytest.raises(ValueError, match="bits must be 1, 2, 4 or 8, got 3"):
         update_key_codes(codes, keys, slots, 3)
     with pytest.raises(
         ValueError, match="a multiple of 4 tokens, which share a byte at 2 bits, g"

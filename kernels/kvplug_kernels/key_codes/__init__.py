@@ -1,4 +1,4 @@
-"""A full page's keys in 1, 2 or 4 bits per channel, kept behind the page (KIVI's grouping)."""
+"""A full page's keys in 1, 2, 4 or 8 bits per channel, kept behind the page (KIVI's grouping)."""
 
 from torch import Tensor, int64
 

@@ -15,16 +15,38 @@ def update_key_codes(codes: Tensor, keys: Tensor, slots: Tensor, bits: int) -> N
     S = keys.shape[1] // K
     pages = slots[(slots >= 0) & (slots % S == S - 1)] // S
     block, page = pages // K, pages % K
-    rows = keys.unflatten(1, (K, S))[block, page].float()  # [E, S, H, D]
-    lo, hi = rows.amin(1), rows.amax(1)
-    step = steps(hi - lo, 2**bits - 1, codes.dtype)
-    code = ((rows - lo[:, None]) / step.float()[:, None] + 0.5).floor().clamp(0, 2**bits - 1)
-    shares = code.to(torch.uint8).unflatten(1, (8 // bits, -1))  # [E, 8 / bits, J, H, D]
-    codes[block, page, :, 0] = lo.to(codes.dtype)
-    codes[block, page, :, 1] = step
+    write(codes, (block, page), keys.unflatten(1, (K, S))[block, page], bits)
+
+
+def write(codes: Tensor, pages: tuple[Tensor, ...], keys: Tensor, bits: int) -> None:
+    """keys [E, S, H, D] into codes [..., H, R, D] at pages, an index [E] per axis before H."""
+    lo, step, code = coded(keys, 1, bits, codes.dtype)
+    codes[..., 0, :][pages], codes[..., 1, :][pages] = lo[:, 0], step[:, 0]
+    packed(codes, keys.shape[1], bits)[pages] = joined(code, 1, bits).transpose(1, 2)
+
+
+def coded(rows: Tensor, axis: int, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The lowest of rows along an axis, the step in dtype that takes it to the highest, and each
+    row's nearest code as uint8."""
+    rows, levels = rows.float(), 2**bits - 1
+    lo, hi = rows.amin(axis, keepdim=True), rows.amax(axis, keepdim=True)
+    step = steps(hi - lo, levels, dtype)
+    code = ((rows - lo) / step.float() + 0.5).floor().clamp(0, levels)
+    return lo.to(dtype), step, code.to(torch.uint8)
+
+
+def joined(codes: Tensor, axis: int, bits: int) -> Tensor:
+    """Those that stand at the 8 / bits places of a byte come from as many parts of the axis."""
+    shares = codes.unflatten(axis, (8 // bits, -1)).movedim(axis, -1)
     places = torch.arange(0, 8, bits, device=codes.device, dtype=torch.uint8)
-    joined = (shares << places[:, None, None, None]).sum(1, dtype=torch.uint8)  # [E, J, H, D]
-    packed(codes, S, bits)[block, page] = joined.transpose(1, 2)
+    return (shares << places).sum(-1, dtype=torch.uint8)
+
+
+def spread(joined: Tensor, axis: int, bits: int) -> Tensor:
+    """What ``joined`` made one of, apart again, as uint8."""
+    places = torch.arange(0, 8, bits, device=joined.device, dtype=torch.uint8)
+    parts = (joined.unsqueeze(-1) >> places) & (2**bits - 1)
+    return parts.movedim(-1, axis).flatten(axis, axis + 1)
 
 
 def steps(span: Tensor, levels: int, dtype: torch.dtype) -> Tensor:
