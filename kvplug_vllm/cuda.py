@@ -22,6 +22,7 @@ from vllm.v1.attention.backends.flash_attn import (
 
 from kvplug import TokenSelector, block_bytes, keep_tokens, logits_bytes
 from kvplug_vllm.attention import PlannedBackend, PlannedImpl
+from kvplug_vllm.coded import CodedBackend, CodedBuilder, CodedImpl, configured_format
 from kvplug_vllm.settings import Engine, offer_of
 from kvplug_vllm.step import PlannedBuilder
 
@@ -195,8 +196,25 @@ class KVPlugBackend(PlannedBackend, FlashAttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> type[KVPlugImpl]:
-        return KVPlugImpl
+        return KVPlugImpl if configured_format() is None else CodedCUDAImpl
 
     @staticmethod
     def get_builder_cls() -> type[KVPlugBuilder]:
         return KVPlugBuilder
+
+
+class CodedCUDAImpl(CodedImpl, KVPlugImpl):
+    pass
+
+
+class CodedCUDABuilder(CodedBuilder, KVPlugBuilder):
+    pass
+
+
+class CodedCUDABackend(CodedBackend, KVPlugBackend):
+    @staticmethod
+    def get_builder_cls() -> type[KVPlugBuilder]:
+        return CodedCUDABuilder
+
+
+KVPlugBackend.coded = CodedCUDABackend
