@@ -94,3 +94,42 @@ class Narrow(Plain):
         all_of_it = i >= self.prompt - policy.last
         seen = (j < -(-policy.sinks // S) * S) | (j >= recent) | all_of_it
         return (seen & (j <= i)).repeat(len(key), 1, 1)
+
+
+class Coded(Plain):
+    """Pages before a query's own are read as KIVI codes them, its own as they are. A selection is
+    not known here: every query reads all it sees."""
+
+    def attend(self, module, query, key, value, attention_mask, scaling, **kwargs):
+        seen = self.seen(query[0], key[0], value[0], scaling, module.layer_idx * key.shape[1])
+        group, (T, S) = query.shape[1] // key.shape[1], (key.shape[2], self.size)
+        keys, values = self.coded(key[0], value[0])
+        own = torch.arange(T)[:, None] // S == torch.arange(T) // S  # of a query's own page
+        own &= torch.ones(T, T, dtype=torch.bool).tril()
+        seen = seen.repeat_interleave(group, 0)
+
+        def each(x):
+            return x.repeat_interleave(group, 0)
+
+        logits = torch.where(own, query[0] @ each(key[0]).mT, query[0] @ each(keys).mT) * scaling
+        weights = logits.masked_fill(~seen, float("-inf")).softmax(-1)
+        out = (weights * own) @ each(value[0]) + (weights * ~own) @ each(values)
+        return out.transpose(0, 1)[None].contiguous(), None
+
+    def coded(self, key, value):
+        """[H, T, D] twice: keys by channel over a page, values by token over a group."""
+        bits, value_bits = self.policy.format.bits, self.policy.format.value_bits
+        value_bits = value_bits or bits
+        whole, D = key.shape[1] // self.size * self.size, key.shape[2]
+        pages = key[:, :whole].unflatten(1, (-1, self.size))
+        keys = torch.cat([nearest(pages, 2, bits).flatten(1, 2), key[:, whole:]], 1)
+        group = min(D, 32 if value_bits == 2 else 64)
+        values = nearest(value.unflatten(2, (-1, group)), 3, value_bits).flatten(2)
+        return keys, values
+
+
+def nearest(x, dim, bits):
+    """The nearest of 2 ** bits numbers, evenly from the lowest along a dimension to the highest."""
+    low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+    step = (high - low).clamp(min=1e-30) / (2**bits - 1)
+    return low + step * ((x - low) / step).round()
