@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvplug_kernels.code_layout import code_bytes
-from kvplug_kernels.code_logits.cpu_sums import FOUR, eight_logits, weigh
+from kvplug_kernels.code_logits.cpu_sums import FOUR, eight_logits, eight_logits_of_two, weigh
 from kvplug_kernels.cpu_memory import (
     ELEMENT,
     FAST_MATH,
@@ -41,39 +41,65 @@ def codes_of(codes, element, table, b, p, h, W, K):
 
 
 @numba.njit(fastmath=FAST_MATH, nogil=True)
-def logits_of_page(rows, query, scratch, out, start, T, heads, G, D, J, bits):
-    """query, scratch, out: addresses of the group's [heads, D], of room for as many weights and
-    more, and of its first row of logits; start: the page's first token."""
+def weigh_page(rows, query, scratch, heads, D):
+    """query, scratch: addresses of the group's [heads, D], and of room for as many weights, then
+    heads and 2 D more."""
     weights, base, low = scratch, scratch + 4 * heads * D, scratch + 4 * heads * (D + 1)
     wide = span(low, 0, 2 * D, FP32)
     for d in range(2 * D):
         wide[d] = widen(rows[d])
-    spread = rows.ctypes.data + 2 * D * rows.itemsize
-    mask = (1 << bits) - 1
     for g in range(0, heads, FOUR):
-        own, bases = weights + 4 * g * D, base + 4 * g
-        weigh(own, bases, query + 4 * g * D, low, D)
-        first = out + 4 * (g * T + start)
-        second = out + 4 * (min(g + 1, G - 1) * T + start)
-        third = out + 4 * (min(g + 2, G - 1) * T + start)
-        fourth = out + 4 * (min(g + 3, G - 1) * T + start)
+        weigh(weights + 4 * g * D, base + 4 * g, query + 4 * g * D, low, D)
+
+
+@numba.njit(inline="always")
+def rows_of_four(out, g, G, T):
+    """Addresses of the rows of T logits of four heads; the group's last head fills them up."""
+    return (
+        out + 4 * g * T,
+        out + 4 * min(g + 1, G - 1) * T,
+        out + 4 * min(g + 2, G - 1) * T,
+        out + 4 * min(g + 3, G - 1) * T,
+    )
+
+
+@numba.njit(inline="always")
+def keep(rows, t, u, found):
+    """Eight logits, of two tokens, in the rows of four heads."""
+    first, second, third, fourth = rows
+    a, b, c, d, e, f, x, y = found
+    span(first, t, 1, FP32)[0] = a
+    span(second, t, 1, FP32)[0] = b
+    span(third, t, 1, FP32)[0] = c
+    span(fourth, t, 1, FP32)[0] = d
+    span(first, u, 1, FP32)[0] = e
+    span(second, u, 1, FP32)[0] = f
+    span(third, u, 1, FP32)[0] = x
+    span(fourth, u, 1, FP32)[0] = y
+
+
+@numba.njit(fastmath=FAST_MATH, nogil=True)
+def logits_of_page(rows, query, scratch, out, start, T, heads, G, D, J, bits):
+    """out: address of the group's first row of logits; start: the page's first token."""
+    weigh_page(rows, query, scratch, heads, D)
+    spread = rows.ctypes.data + 2 * D * rows.itemsize
+    mask, whole, one = (1 << bits) - 1, np.int32(255), np.float32(1)
+    for g in range(0, heads, FOUR):
+        own, bases = scratch + 4 * g * D, scratch + 4 * (heads * D + g)
+        four = rows_of_four(out + 4 * start, g, G, T)
+        for j in range(0, J if bits == 8 else 0, 2):  # a byte is one code: two bytes at once
+            other = min(j + 1, J - 1)
+            first, second = spread + j * D, spread + other * D
+            found = eight_logits_of_two(own, bases, first, second, D, whole, whole, one, one)
+            keep(four, j, other, found)
         for pair in range(4 // bits):
             at = 2 * bits * pair
             lower, upper = np.int32(mask << at), np.int32(mask << at + bits)
             below, above = np.float32(1 / (1 << at)), np.float32(1 / (1 << at + bits))
             for j in range(J):
-                a, b, c, d, e, f, x, y = eight_logits(
-                    own, bases, spread + j * D, D, lower, upper, below, above
-                )
-                t, u = 2 * pair * J + j, 2 * pair * J + J + j
-                span(first, t, 1, FP32)[0] = a
-                span(second, t, 1, FP32)[0] = b
-                span(third, t, 1, FP32)[0] = c
-                span(fourth, t, 1, FP32)[0] = d
-                span(first, u, 1, FP32)[0] = e
-                span(second, u, 1, FP32)[0] = f
-                span(third, u, 1, FP32)[0] = x
-                span(fourth, u, 1, FP32)[0] = y
+                found = eight_logits(own, bases, spread + j * D, D, lower, upper, below, above)
+                t = 2 * pair * J + j
+                keep(four, t, t + J, found)
 
 
 @numba.njit(fastmath=FAST_MATH, nogil=True)

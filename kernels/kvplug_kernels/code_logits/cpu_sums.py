@@ -49,45 +49,72 @@ def weigh(
     return types.void(number, number, number, number, number), generate
 
 
+NUMBER, MASK, SHARE = types.int64, types.int32, types.float32
+EIGHT = types.UniTuple(types.float32, 2 * FOUR)
+
+
 @intrinsic
 def eight_logits(
     typing_context: Any, weights: Any, base: Any, row: Any, D: Any, lower: Any, upper: Any,
     below: Any, above: Any,
 ) -> Any:  # fmt: skip
     """Of four heads over a row of D bytes, at two places given as masks and what they divide by;
-    weights, base and row are addresses. By hand: LLVM keeps no eight sums of a loop in registers.
-    """
+    weights, base and row are addresses."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        weights, base, row, D, lower, upper, below, above = arguments
-        byte, whole, real = (
-            ir.VectorType(kind, LANES) for kind in (ir.IntType(8), ir.IntType(32), ir.FloatType())
-        )
-        sums = [cgutils.alloca_once_value(builder, ir.Constant(real, None)) for _ in range(8)]
-        masks = [shuffled(builder, fill(builder, [mask]), [0] * LANES) for mask in (lower, upper)]
-        with cgutils.for_range(builder, builder.udiv(D, D.type(LANES))) as loop:
-            at = builder.mul(loop.index, D.type(LANES))
-            joined = builder.zext(vector_at(builder, builder.add(row, at), byte), whole)
-            codes = [builder.sitofp(builder.and_(joined, mask), real) for mask in masks]
-            for g in range(FOUR):
-                number = builder.add(builder.mul(D, D.type(g)), at)
-                begin = builder.add(weights, builder.mul(number, D.type(4)))
-                weight = vector_at(builder, begin, real)
-                for total, code in zip(sums[g::FOUR], codes, strict=True):
-                    product = builder.fmul(weight, code, flags=FAST)
-                    more = builder.fadd(builder.load(total), product, flags=FAST)
-                    builder.store(more, total)
-        joined = transposed_sum(builder, [builder.load(total) for total in sums])
-        shares = shuffled(builder, fill(builder, [below, above]), [0] * FOUR + [1] * FOUR)
-        bases = vector_at(builder, base, ir.VectorType(ir.FloatType(), FOUR))
-        bases = shuffled(builder, bases, [*range(FOUR)] * 2)
-        found = builder.fadd(builder.fmul(joined, shares, flags=FAST), bases, flags=FAST)
-        each = [builder.extract_element(found, ir.IntType(32)(n)) for n in range(8)]
+        weights, base, row, D, *places = arguments
+        each = eight_sums(builder, weights, base, [row], D, *places)
         return context.make_tuple(builder, signature.return_type, each)
 
-    number, mask, share = types.int64, types.int32, types.float32
-    found = types.UniTuple(types.float32, 2 * FOUR)
-    return found(number, number, number, number, mask, mask, share, share), generate
+    return EIGHT(NUMBER, NUMBER, NUMBER, NUMBER, MASK, MASK, SHARE, SHARE), generate
+
+
+@intrinsic
+def eight_logits_of_two(
+    typing_context: Any, weights: Any, base: Any, row: Any, other: Any, D: Any, lower: Any,
+    upper: Any, below: Any, above: Any,
+) -> Any:  # fmt: skip
+    """The same of two rows, a place of each."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        weights, base, row, other, D, *places = arguments
+        each = eight_sums(builder, weights, base, [row, other], D, *places)
+        return context.make_tuple(builder, signature.return_type, each)
+
+    return EIGHT(NUMBER, NUMBER, NUMBER, NUMBER, NUMBER, MASK, MASK, SHARE, SHARE), generate
+
+
+def eight_sums(
+    builder: Any, weights: Any, base: Any, rows: list[Any], D: Any, lower: Any, upper: Any,
+    below: Any, above: Any,
+) -> list[Any]:  # fmt: skip
+    """By hand: LLVM keeps no eight sums of a loop in registers."""
+    byte, whole, real = (
+        ir.VectorType(kind, LANES) for kind in (ir.IntType(8), ir.IntType(32), ir.FloatType())
+    )
+    sums = [cgutils.alloca_once_value(builder, ir.Constant(real, None)) for _ in range(8)]
+    masks = [shuffled(builder, fill(builder, [mask]), [0] * LANES) for mask in (lower, upper)]
+    with cgutils.for_range(builder, builder.udiv(D, D.type(LANES))) as loop:
+        at = builder.mul(loop.index, D.type(LANES))
+        joined = [
+            builder.zext(vector_at(builder, builder.add(row, at), byte), whole) for row in rows
+        ]
+        both = zip(joined * (2 // len(rows)), masks, strict=True)
+        codes = [builder.sitofp(builder.and_(bytes, mask), real) for bytes, mask in both]
+        for g in range(FOUR):
+            number = builder.add(builder.mul(D, D.type(g)), at)
+            begin = builder.add(weights, builder.mul(number, D.type(4)))
+            weight = vector_at(builder, begin, real)
+            for total, code in zip(sums[g::FOUR], codes, strict=True):
+                product = builder.fmul(weight, code, flags=FAST)
+                more = builder.fadd(builder.load(total), product, flags=FAST)
+                builder.store(more, total)
+    summed = transposed_sum(builder, [builder.load(total) for total in sums])
+    shares = shuffled(builder, fill(builder, [below, above]), [0] * FOUR + [1] * FOUR)
+    bases = vector_at(builder, base, ir.VectorType(ir.FloatType(), FOUR))
+    bases = shuffled(builder, bases, [*range(FOUR)] * 2)
+    found = builder.fadd(builder.fmul(summed, shares, flags=FAST), bases, flags=FAST)
+    return [builder.extract_element(found, ir.IntType(32)(n)) for n in range(8)]
 
 
 def store(builder: Any, address: Any, vector: Any) -> None:

@@ -6,6 +6,7 @@ Pages before a query's newest hold codes; its newest lies as it is in a cache be
 from torch import Tensor
 
 from kvplug_kernels.coded_decode import reference
+from kvplug_kernels.dispatch import wants_compiled
 from kvplug_kernels.page_layout import Coded, PageLayout
 from kvplug_kernels.shapes import FLOATS, INDICES, Shapes, check_unit
 
@@ -56,10 +57,16 @@ def coded_decode(
         shapes.check("counts", counts, "Q H", INDICES)
     if sinks is not None:
         shapes.check("sinks", sinks, "Hq", FLOATS)
-    return reference.coded_decode(
+    arguments = (
         query, views, layout, open_keys, open_values, open_page, page_table, chosen, counts,
-        lengths, scale, unit, sinks, cap,
+        lengths, scale, unit if chosen is not None else layout.page_size, sinks, cap,
     )  # fmt: skip
+    if wants_compiled(query):
+        from kvplug_kernels.coded_decode import cpu
+
+        if cpu.compiles(layout):
+            return cpu.coded_decode(*arguments)
+    return reference.coded_decode(*arguments)
 
 
 __all__ = ["coded_decode"]

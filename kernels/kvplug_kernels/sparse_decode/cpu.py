@@ -79,18 +79,18 @@ def four_dots(one, two, three, four, row):
 
 
 @numba.njit(fastmath=FAST_MATH, nogil=True)
-def score_keys(keys, element, places, count, query, heads, logits, wide, D):
-    """logits [heads, count] of keys at places; all that are not numbers are addresses."""
+def score_keys(keys, element, places, count, query, heads, logits, T, wide, D):
+    """logits [heads, T] of keys at so many places; all that are not numbers are addresses."""
     row, q = span(wide, 0, D, FP32), span(query, 0, heads * D, FP32).reshape((heads, D))
     place = span(places, 0, count, INT64)
     for t in range(count):
         widen_row(row, keys, element, place[t], place[min(t + AHEAD, count - 1)])
         for g in range(0, heads, FOUR):
             a, b, c, e = four_dots(q[g], q[g + 1], q[g + 2], q[g + 3], row)
-            span(logits, g * count + t, 1, FP32)[0] = a
-            span(logits, (g + 1) * count + t, 1, FP32)[0] = b
-            span(logits, (g + 2) * count + t, 1, FP32)[0] = c
-            span(logits, (g + 3) * count + t, 1, FP32)[0] = e
+            span(logits, g * T + t, 1, FP32)[0] = a
+            span(logits, (g + 1) * T + t, 1, FP32)[0] = b
+            span(logits, (g + 2) * T + t, 1, FP32)[0] = c
+            span(logits, (g + 3) * T + t, 1, FP32)[0] = e
 
 
 @numba.njit(fastmath=FAST_MATH, nogil=True)
@@ -117,16 +117,26 @@ def raise_all(logits, count):
 
 
 @numba.njit(fastmath=FAST_MATH, nogil=True)
-def mix_values(values, element, places, count, powers, heads, mixed, wide, D):
-    """mixed [heads, D] = powers [heads, count] @ values at places, all addresses."""
+def mix_values(values, element, places, count, powers, T, heads, mixed, wide, D):
+    """mixed [heads, D] += powers [heads, T] @ values at so many places, all addresses."""
     row, place = span(wide, 0, D, FP32), span(places, 0, count, INT64)
-    span(mixed, 0, heads * D, FP32)[:] = FP32
     for t in range(count):
         widen_row(row, values, element, place[t], place[min(t + AHEAD, count - 1)])
         for g in range(heads):
-            power, head = span(powers, g * count + t, 1, FP32)[0], span(mixed, g * D, D, FP32)
+            power, head = span(powers, g * T + t, 1, FP32)[0], span(mixed, g * D, D, FP32)
             for d in range(D):
                 head[d] += power * row[d]
+
+
+@numba.njit(fastmath=FAST_MATH, nogil=True)
+def scale_queries(query, asked, queries, b, h, G, heads, D, scale):
+    """queries [heads, D] of a group; its last head fills up its last four."""
+    q = span(queries, 0, heads * D, FP32).reshape((heads, D))
+    for g in range(heads):
+        begin = b * query[1] + (h * G + min(g, G - 1)) * query[2]
+        head = span(query[0], begin, D, asked)
+        for d in range(D):
+            q[g, d] = widen(head[d]) * scale
 
 
 @numba.njit(fastmath=FAST_MATH, nogil=True)
@@ -149,23 +159,19 @@ def attend_part(
     totals[:] = FP32
     if count == 0:
         return
-    q = span(queries, 0, heads * D, FP32).reshape((heads, D))
-    for g in range(heads):  # the group's last head fills up its last four
-        begin = b * query[1] + (h * G + min(g, G - 1)) * query[2]
-        head = span(query[0], begin, D, asked)
-        for d in range(D):
-            q[g, d] = widen(head[d]) * scale
+    scale_queries(query, asked, queries, b, h, G, heads, D, scale)
     row = table[0] + 4 * b * table[1]
     picked = chosen[0] + 4 * (b * chosen[1] + h * chosen[2])
     places = logits + 4 * heads * count
     locate(places, keys, row, picked, start, count, h, size, unit)
-    score_keys(keys, element, places, count, queries, heads, logits, wide, D)
+    score_keys(keys, element, places, count, queries, heads, logits, count, wide, D)
     for g in range(G):
         if cap > 0:
             bound_all(logits + 4 * g * count, count, cap)
         tops[g], totals[g] = raise_all(logits + 4 * g * count, count)
     locate(places, values, row, picked, start, count, h, size, unit)
-    mix_values(values, element, places, count, logits, G, out, wide, D)
+    span(out, 0, G * D, FP32)[:] = FP32
+    mix_values(values, element, places, count, logits, count, G, out, wide, D)
 
 
 @numba.njit(fastmath=FAST_MATH, nogil=True)
