@@ -55,69 +55,102 @@ def named(chosen, u, unit):
     return np.int64(span(chosen, u, 1, INT32)[0] if chosen else u) * unit
 
 
+@numba.njit(nogil=True)
+def find_page(
+    codes, element, values, scales, table, chosen, u, stop, newest, h, found, D, S, J, bits, unit,
+    W, V, groups,
+):  # fmt: skip
+    """The chosen tokens of the page in which the u-th unit stands, if that is coded, at found:
+    the page's number, then token, row of bytes and shift of each. Their lines are on their way.
+    Returns how many they are, and the first unit behind them."""
+    if u >= stop:
+        return 0, u
+    page = named(chosen, u, unit) // S
+    if page >= newest:
+        return 0, u
+    number, base, n = np.int64(span(table, page, 1, INT32)[0]), page * S, 0
+    rows, scale = number * codes[1] + h * codes[2], number * scales[1] + h * scales[2]
+    value = values[0] + number * values[1] + h * values[2]
+    span(found, 0, 1, INT64)[0] = number
+    prefetch(span(codes[0], rows, W if unit == S else 2 * D, element))
+    if unit == S:
+        prefetch(span(scales[0], scale, 2 * S * groups, element))
+        token = span(found, 1, S, INT64)
+        for k in range(S):
+            token[k] = k
+        return S, u + 1
+    first = span(codes[0], rows + 2 * D, 0, element).ctypes.data
+    while u < stop:
+        token = named(chosen, u, unit) - base
+        if token >= S:
+            break
+        for k in range(token, token + unit):
+            at = k // J
+            span(found, 1 + n, 1, INT64)[0] = k
+            span(found, 1 + S + n, 1, INT64)[0] = first + (k - at * J) * D
+            span(found, 1 + 2 * S + n, 1, INT64)[0] = at * bits
+            for line in range(0, D, 64):
+                prefetch_line(first + (k - at * J) * D + line)
+            for line in range(0, V, 64):
+                prefetch_line(value + k * V + line)
+            prefetch_line(span(scales[0], scale + 2 * k * groups, 0, element).ctypes.data)
+            n += 1
+        u += 1
+    return n, u
+
+
 @numba.njit(fastmath=FAST_MATH, nogil=True)
-def logits_of_some(rows, within, n, query, scratch, out, T, heads, G, D, J, bits):
+def logits_of_some(rows, found, n, query, scratch, out, T, heads, G, D, S, bits):
     """Of n tokens of a page, two at a time; out: address of the first head's and token's."""
     weigh_page(rows, query, scratch, heads, D)
-    spread, token = rows.ctypes.data + 2 * D * rows.itemsize, span(within, 0, n, INT64)
+    row, shift = span(found, 1 + S, n, INT64), span(found, 1 + 2 * S, n, INT64)
     mask = (1 << bits) - 1
     for t in range(0, n, 2):
         u = min(t + 1, n - 1)
-        at, other = token[t] // J, token[u] // J
-        first, second = spread + (token[t] - at * J) * D, spread + (token[u] - other * J) * D
-        at, other = at * bits, other * bits
-        lower, upper = np.int32(mask << at), np.int32(mask << other)
-        below, above = np.float32(1 / (1 << at)), np.float32(1 / (1 << other))
+        lower, upper = np.int32(mask << shift[t]), np.int32(mask << shift[u])
+        below, above = np.float32(1 / (1 << shift[t])), np.float32(1 / (1 << shift[u]))
         for g in range(0, heads, FOUR):
             own, bases = scratch + 4 * g * D, scratch + 4 * (heads * D + g)
-            found = eight_logits_of_two(
-                own, bases, first, second, D, lower, upper, below, above
+            eight = eight_logits_of_two(
+                own, bases, row[t], row[u], D, lower, upper, below, above
             )
-            keep(rows_of_four(out, g, G, T), t, u, found)
+            keep(rows_of_four(out, g, G, T), t, u, eight)
 
 
 @numba.njit(fastmath=FAST_MATH, nogil=True)
 def score_codes(
     codes, element, values, scales, table, chosen, start, stop, newest, h, query, scratch, logits,
-    T, places, wide, within, G, heads, D, S, J, bits, unit, W, V, groups,
+    T, places, wide, found, G, heads, D, S, J, bits, unit, W, V, groups,
 ):  # fmt: skip
     """Logits of the chosen units that stand in coded pages, places and wide scales of their
     values; returns how many tokens those are, and the first unit that is not among them."""
-    place, token, u, t = span(places, 0, T, INT64), span(within, 0, S, INT64), start, 0
-    page = named(chosen, u, unit) // S
-    while page < newest:
-        number = np.int64(span(table, page, 1, INT32)[0])
+    place, t, other = span(places, 0, T, INT64), 0, found + 8 * (1 + 3 * S)
+    n, u = find_page(
+        codes, element, values, scales, table, chosen, start, stop, newest, h, found, D, S, J,
+        bits, unit, W, V, groups,
+    )  # fmt: skip
+    while n:
+        following, u = find_page(
+            codes, element, values, scales, table, chosen, u, stop, newest, h, other, D, S, J,
+            bits, unit, W, V, groups,
+        )  # fmt: skip
+        number = span(found, 0, 1, INT64)[0]
         rows = span(codes[0], number * codes[1] + h * codes[2], W, element)
-        n = 0
-        while u < stop and n < S:
-            first = named(chosen, u, unit) - page * S
-            if first >= S:
-                break
-            for k in range(unit):
-                token[n + k] = first + k
-            n += unit
-            u += 1
-        page = newest
-        if u < stop:
-            page = named(chosen, u, unit) // S
-            if page < newest:  # its lines are on their way while this one is scored
-                ahead = np.int64(span(table, page, 1, INT32)[0])
-                near = W if unit == S else 2 * D
-                prefetch(span(codes[0], ahead * codes[1] + h * codes[2], near, element))
         if n == S:
             logits_of_page(rows, query, scratch, logits, t, T, heads, G, D, J, bits)
         else:
             own = logits + 4 * t
-            logits_of_some(rows, within, n, query, scratch, own, T, heads, G, D, J, bits)
-        first_value = values[0] + number * values[1] + h * values[2]
-        first_scale = number * scales[1] + h * scales[2]
+            logits_of_some(rows, found, n, query, scratch, own, T, heads, G, D, S, bits)
+        value, scale = values[0] + number * values[1] + h * values[2], number * scales[1]
+        token, first = span(found, 1, n, INT64), scale + h * scales[2]
         for k in range(n):
-            place[t + k] = first_value + token[k] * V
-            near = span(scales[0], first_scale + token[k] * 2 * groups, 2 * groups, element)
+            place[t + k] = value + token[k] * V
+            near = span(scales[0], first + token[k] * 2 * groups, 2 * groups, element)
             own = span(wide, (t + k) * 2 * groups, 2 * groups, FP32)
             for i in range(2 * groups):
                 own[i] = widen(near[i])
         t += n
+        n, found, other = following, other, found
     return t, u
 
 
@@ -173,14 +206,14 @@ def attend_part(
         T -= unit - 1 - (length - 1) % unit
     queries, weights = scratch, scratch + 4 * heads * D
     row = weights + 4 * (heads * (D + 1) + 2 * D)
-    within, wide = row + 4 * D, row + 4 * D + 8 * S
+    found, wide = row + 4 * D, row + 4 * D + 16 * (1 + 3 * S)
     places = wide + 8 * room * groups
     logits = places + 16 * room
     scale_queries(query, element, queries, b, h, G, heads, D, scale)
     picked = chosen[0] + 4 * (b * chosen[1] + h * chosen[2]) if chosen[0] else 0
     t, u = score_codes(
         codes, element, values, scales, table[0] + 4 * b * table[1], picked, start, stop, newest,
-        h, queries, weights, logits, T, places, wide, within, G, heads, D, S, J, key_bits, unit,
+        h, queries, weights, logits, T, places, wide, found, G, heads, D, S, J, key_bits, unit,
         W, V, groups,
     )  # fmt: skip
     key_place, value_place = span(places, 0, T, INT64), span(places, room, T, INT64)
@@ -246,7 +279,7 @@ def coded_decode(
     room = -(-units // parts) * unit
     out = torch.empty(Q, Hq, D, dtype=torch.float32)
     partial = torch.empty(Q * H * parts * heads * (D + 2), dtype=torch.float32)
-    each = heads * (2 * D + 1) + 3 * D + 2 * S + room * (heads + 4 + 2 * layout.groups)
+    each = heads * (2 * D + 1) + 3 * D + 4 * (1 + 3 * S) + room * (heads + 4 + 2 * layout.groups)
     each += each % 2  # what holds addresses begins at multiples of eight bytes
     scratch = torch.empty(threads * each, dtype=torch.float32)
     attend(
