@@ -283,6 +283,9 @@ class PlannedImpl:
     def rehearse(self, layer: Any, key: Tensor) -> None:
         """Before there is a cache, where an engine measures how much memory a step takes."""
 
+    def rehearse_codes(self, layer: Any, key: Tensor, longest: int) -> None:
+        """As ``rehearse``, where pages are kept in a format."""
+
     def observe(self, query: Tensor, observations: Sequence[tuple[int, Observed]]) -> None:
         """Keep the windows' queries of events that are still to come."""
         for stay, seen in observations:

@@ -185,6 +185,8 @@ class CodedImpl(PlannedImpl):
         **kwargs: Any,
     ) -> Tensor:
         if attn_metadata is None:
+            if not kv_cache.numel():
+                self.rehearse(layer, key)
             return output.zero_()
         plan: StepPlan = attn_metadata.kvplug
         assert plan.writes is not None
@@ -273,9 +275,7 @@ class CodedImpl(PlannedImpl):
             chosen, counts, step.lengths, self.scale, step.unit,
         )  # fmt: skip
 
-    def _run(
-        self, layer: Any, query: Tensor, kv_cache: Tensor, run: Run, output: Tensor
-    ) -> None:
+    def _run(self, layer: Any, query: Tensor, kv_cache: Tensor, run: Run, output: Tensor) -> None:
         """From the last page to the first, each in its turn in place of what it was coded to."""
         gathered = self._gathered
         assert gathered is not None
@@ -313,6 +313,17 @@ class CodedImpl(PlannedImpl):
                 out = out.view(H, G, n, D).permute(2, 0, 1, 3)
                 output[rows, mine.start * G : mine.stop * G] = out.flatten(1, 2)
 
+    def rehearse_codes(self, layer: Any, key: Tensor, longest: int) -> None:
+        """What a step's plain pages take, and a prompt's decoded ones."""
+        assert Engine.current is not None
+        S = self.open_layer(layer).layout.page_size
+        rows = Engine.current.vllm_config.scheduler_config.max_num_seqs
+        of_token = 2 * self.head_size * key.element_size()
+        decoded = max(SCRATCH, 2 * (longest + S) * of_token)
+        key.new_empty(
+            decoded + (len(key) + rows * S) * self.num_kv_heads * of_token, dtype=torch.uint8
+        )
+
     def read_pages(self, layer: Any, kv_cache: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
         cache, layout = self.codes(layer, kv_cache)
         keys, values = decode_pages(cache, pages.flatten(), layout)
@@ -341,7 +352,8 @@ class CodedImpl(PlannedImpl):
         cache, layout = self.codes(layer, kv_cache)
         S = layout.page_size
         keys, values = (
-            packing.kept(each, tokens).unflatten(0, (-1, S)) for each in (prompt.keys, prompt.values)
+            packing.kept(each, tokens).unflatten(0, (-1, S))
+            for each in (prompt.keys, prompt.values)
         )
         encode_pages(cache, keys, values, packing.slots[::S] // S, layout)
 
