@@ -21,6 +21,7 @@ from kvplug.composition import Composition
 from kvplug.compress import LayerBudgets, LocalLayers, PositionalEviction, PromptKV, ScoredEviction
 from kvplug.config import Settings, read_settings
 from kvplug.eviction import keep_tokens, window_queries
+from kvplug.formats import KeyCodes, PageFormat
 from kvplug.generate import (
     BlockSelector,
     LastQueries,
@@ -61,6 +62,7 @@ __all__ = [
     "Event",
     "Evidence",
     "Granularity",
+    "KeyCodes",
     "Labels",
     "LastQueries",
     "LayerBudgets",
@@ -68,6 +70,7 @@ __all__ = [
     "LocalLayers",
     "Observed",
     "Offer",
+    "PageFormat",
     "Planner",
     "Policy",
     "PositionalEviction",

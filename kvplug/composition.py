@@ -1,15 +1,18 @@
 """Policies together: at most one for each stage, legal by what their classes declare.
 
-What gives layers windows answers for those layers alone, and stands beside a policy of its stage.
+What gives layers windows answers for those layers alone, and the format of pages for all of them
+alike: each stands beside a policy of its stage.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from enum import IntEnum
 from typing import Any
 
 from kvplug.compress import LayerBudgets, LocalLayers, PositionalEviction, ScoredEviction
+from kvplug.formats import PageFormat
 from kvplug.generate import SparsePrefill
 from kvplug.heads import Shape, read_heads
 from kvplug.load import Selector
@@ -34,13 +37,16 @@ class Composition:
                 f"dense is the absence of a policy and cannot be combined, got "
                 f"{' + '.join(map(str, self.policies))!r}; leave dense out"
             )
-        answered: dict[tuple[Stage, bool], Policy] = {}
+        answered: dict[tuple[Stage, Part], Policy] = {}
         for policy in real:
             other = answered.setdefault(_place(policy), policy)
             if other is not policy:
+                stage = policy.stage.value
+                if isinstance(policy, PageFormat):
+                    stage = "format of pages"
                 raise ValueError(
-                    f"{other.name} and {policy.name} both answer the stage "
-                    f"{policy.stage.value!r}; keep one of them"
+                    f"{other.name} and {policy.name} both answer the stage {stage!r}; keep one of "
+                    "them"
                 )
         for policy in real:
             _check_numbers(policy)
@@ -52,11 +58,22 @@ class Composition:
                 )
         order = list(Stage)
 
-        def place(policy: Policy) -> tuple[int, bool]:
-            stage, planned = _place(policy)
-            return order.index(stage), planned
+        def place(policy: Policy) -> tuple[int, Part]:
+            stage, part = _place(policy)
+            return order.index(stage), part
 
         object.__setattr__(self, "policies", tuple(sorted(real, key=place)))
+        self._check_readers()
+
+    def _check_readers(self) -> None:
+        """Whether what selects reads what pages of this format have."""
+        own, reads = self.stage(Stage.LOAD), self.selector
+        if str(own) != str(reads):
+            assert self.format is not None
+            raise ValueError(
+                f"{own.name} chooses by the codes that hold the keys, which are those of "  # type: ignore[union-attr]
+                f"{self.format}, got {own}; write {self.format} + {reads}"
+            )
 
     def __str__(self) -> str:
         return " + ".join(map(str, self.policies)) or "dense"
@@ -66,12 +83,23 @@ class Composition:
 
     def stage(self, stage: Stage) -> Policy | None:
         """The policy that answers a stage for layers that see all, or None."""
-        return next((p for p in self.policies if _place(p) == (stage, True)), None)
+        return next((p for p in self.policies if _place(p) == (stage, Part.PLANNED)), None)
 
     @property
     def local(self) -> LocalLayers | None:
         """What lets some layers see a window alone."""
         return next((p for p in self.policies if isinstance(p, LocalLayers)), None)
+
+    @property
+    def format(self) -> PageFormat | None:
+        """What the bytes of all pages are; None for the numbers that the engine keeps."""
+        return next((p for p in self.policies if isinstance(p, PageFormat)), None)
+
+    def in_format(self, format: PageFormat | None) -> Composition:
+        """The same over pages of this format, where the line names none."""
+        if format is None or self.format is not None:
+            return self
+        return Composition((*self.policies, format))
 
     @property
     def plans(self) -> bool:
@@ -110,8 +138,11 @@ class Composition:
 
     @property
     def selector(self) -> Selector | None:
+        """As it reads pages of the line's format."""
         policy = self.stage(Stage.LOAD)
-        return policy if isinstance(policy, Selector) else None
+        if not isinstance(policy, Selector):
+            return None
+        return policy if self.format is None else policy.over(self.format.codes)
 
     @property
     def generate(self) -> SparsePrefill | None:
@@ -139,9 +170,20 @@ class Composition:
         return max((p.publishes for p in self.policies), key=order.index, default=Sharing.PLAIN)
 
 
-def _place(policy: Policy) -> tuple[Stage, bool]:
-    """What only one of a composition may answer: a stage, in layers that see all or in others."""
-    return policy.stage, not isinstance(policy, LocalLayers)
+class Part(IntEnum):
+    """What a policy of a stage answers for, in the order of the line."""
+
+    LAYERS = 0
+    PLANNED = 1
+    PAGES = 2
+
+
+def _place(policy: Policy) -> tuple[Stage, Part]:
+    """What only one of a composition may answer: a stage, in layers that see all or in others, or
+    for the bytes of all pages."""
+    if isinstance(policy, PageFormat):
+        return policy.stage, Part.PAGES
+    return policy.stage, Part.LAYERS if isinstance(policy, LocalLayers) else Part.PLANNED
 
 
 def _check_numbers(policy: Policy) -> None:

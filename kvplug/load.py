@@ -13,6 +13,7 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
+from kvplug.formats import KeyCodes
 from kvplug.policy import Action, Digest, Evidence, Granularity, Policy, Positions, Stage
 
 
@@ -53,6 +54,16 @@ class Selector(Policy):
     def digest(self) -> Digest | None:
         """What pages must carry for this policy's scores."""
         return None
+
+    def over(self, codes: KeyCodes) -> Selector:
+        """The same where pages are kept in a format: choosing by the codes that hold their keys,
+        which the page that is being filled has not. Raises ValueError where it cannot."""
+        if self.digest is None:
+            return self
+        raise ValueError(
+            f"{self.name} reads digests of its own, which pages kept in codes do not carry; use "
+            "twilight or quest"
+        )
 
     def page(self, block_size: int) -> int:
         """Tokens of a page, to this policy, of an engine's block of so many: the block, or a part

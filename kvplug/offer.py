@@ -18,6 +18,7 @@ from typing import TypeVar
 from kvplug.composition import Composition
 from kvplug.compress import LayerBudgets, LocalLayers, PositionalEviction, ScoredEviction
 from kvplug.config import Settings, check_keys, read_settings, token_count
+from kvplug.formats import KeyCodes, PageFormat
 from kvplug.generate import BlockSelector, SparsePrefill
 from kvplug.grammar import parse
 from kvplug.load import Selector
@@ -66,7 +67,14 @@ class Offer:
                 f"find it packed, and min_context is {self.settings.min_context:,}; write "
                 '{"min_context": 0}, or a budget in tokens'
             )
+        if own.format is not None:
+            self._check_format(own.format)
         for name, cls in zip(self.allow, classes, strict=True):
+            if issubclass(cls, PageFormat):
+                raise ValueError(
+                    f"kvplug: {name} is the format of a server's pages, which all requests share; "
+                    f'drop it from "allow", and write {{"policy": "{cls()} + …"}}'
+                )
             if cls.evidence is Evidence.REPETITION:
                 raise ValueError(
                     f"kvplug: {name} serves alone: it packs contexts for requests of the server's "
@@ -134,6 +142,19 @@ class Offer:
                 f'{{"min_context": {local.window}}} or less, or a wider window'
             )
 
+    def _check_format(self, format: PageFormat) -> None:
+        if self.settings.min_context:
+            raise ValueError(
+                f"kvplug: {format} is the format of all pages, and requests of up to min_context, "
+                f"{self.settings.min_context:,}, tokens would not be served dense; write "
+                '{"min_context": 0}'
+            )
+
+    @property
+    def format(self) -> PageFormat | None:
+        """Of the server's pages; None for plain ones."""
+        return self.settings.policy.format
+
     @property
     def mixed(self) -> bool:
         """Whether two requests of one batch may have different policies."""
@@ -171,6 +192,9 @@ class Offer:
     def _offered(self, kind: type[Kind], own: Kind | None) -> list[Kind]:
         classes = [policy_class(name) for name in self.allow]
         allowed = [cls() for cls in classes if issubclass(cls, kind)]
+        if self.format is not None:
+            read = self.format.codes
+            allowed = [_over(each, read) for each in allowed]
         others = [each for each in allowed if type(each) is not type(own)]
         return others if own is None else [own, *others]
 
@@ -205,7 +229,10 @@ class Offer:
 
     @property
     def digest(self) -> Digest | None:
-        """What every page must carry so that each of the offered selectors can choose."""
+        """What every page must carry so that each of the offered selectors can choose; nothing
+        where pages are kept in codes, which say it."""
+        if self.format is not None:
+            return None
         digests = {each.name: each.digest for each in self._choosers}
         found = {name: digest for name, digest in digests.items() if digest is not None}
         if len(set(found.values())) > 1:
@@ -217,7 +244,7 @@ class Offer:
     def digest_rows(self, block_size: int, itemsize: int) -> tuple[int, int]:
         """(K, rows): pages that a block of so many tokens is to what they carry, and vectors that
         each carries for a KV head, of elements of so many bytes. K is 0 without a digest."""
-        for reader in self._choosers:
+        for reader in self._choosers if self.digest is not None else ():
             if reader.digest is not None:
                 page = reader.page(block_size)
                 return block_size // page, reader.digest.rows(page, itemsize)
@@ -258,7 +285,9 @@ class Offer:
         if "compile" in wanted:
             return self._compiling(wanted)
         if "policy" in wanted:
-            base = replace(base, policy=parse(wanted["policy"]), min_context=0)  # type: ignore[arg-type]
+            policy = parse(wanted["policy"])  # type: ignore[arg-type]
+            policy = policy.in_format(self.format if self.mixed else None)
+            base = replace(base, policy=policy, min_context=0)
         if "budget" in wanted:
             base = replace(base, policy=_with_budget(base.policy, wanted["budget"]))
         rest = {key: wanted[key] for key in ("min_context", "protect") if key in wanted}
@@ -308,13 +337,20 @@ class Offer:
 
     def _check(self, asked: Settings) -> None:
         own = self.settings
-        if asked == own or (asked.policy.is_dense and self.mixed):
+        dense = asked.policy == Composition().in_format(self.format)
+        if asked == own or (dense and self.mixed and not (self.format and asked.min_context)):
             return
         if not self.mixed:
             raise Refused(
                 "nothing to choose",
                 f"kvplug: this server lets no request choose: it serves {own}, got {asked}; start "
                 f'it with {{"allow": {json.dumps([p.name for p in asked.policy] or [DENSE])}}}',
+            )
+        if self.format is not None and (asked.min_context or asked.policy.format != self.format):
+            raise Refused(
+                "other pages",
+                f"kvplug: all pages of this server are kept as {self.format}, for requests of any "
+                f"length, got {asked}; leave {self.format.name} and min_context out",
             )
         for policy in (part for each in asked.policy for part in each.parts):
             if policy.name not in self.names:
@@ -332,7 +368,7 @@ class Offer:
                 )
         for reader in (asked.policy.selector, asked.policy.generate):
             digest = getattr(reader, "digest", None)
-            if digest not in (None, self.digest):
+            if self.format is None and digest not in (None, self.digest):
                 raise Refused(
                     "other digests",
                     f"kvplug: this server's pages do not carry what {reader} reads, but "
@@ -378,6 +414,10 @@ def read_offer(given: object = None, environ: Mapping[str, str] | None = None) -
         allow=tuple(sorted(set(allow))),
         max_budget=None if budget is None else token_count(budget, "max_budget"),
     )
+
+
+def _over(policy: Kind, codes: KeyCodes) -> Kind:
+    return policy.over(codes) if isinstance(policy, Selector) else policy  # type: ignore[return-value]
 
 
 @lru_cache(maxsize=4096)

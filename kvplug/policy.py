@@ -120,7 +120,8 @@ class Policy(ABC):
 
     def __str__(self) -> str:
         """The line that parses back to this policy."""
-        options = [(f.name, getattr(self, f.name), f.default) for f in fields(self) if f.init]
+        told = [f for f in fields(self) if f.init and f.repr]
+        options = [(f.name, getattr(self, f.name), f.default) for f in told]
         wrapped = [str(value) for _, value, _ in options if isinstance(value, Policy)]
         shown = [
             f"{name}={value!r}"

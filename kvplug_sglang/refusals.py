@@ -10,6 +10,7 @@ from kvplug import (
     LayerBudgets,
     LocalLayers,
     Offer,
+    PageFormat,
     Planner,
     PositionalEviction,
     Refused,
@@ -230,6 +231,11 @@ def unsupported(offer: Offer) -> Iterator[str]:
                 f"{part} lets layers see a window, and SGLang lays out its pools, and frees their "
                 "slots, by the windows of a model's configuration alone; serve it in vLLM, or use "
                 "streaming_llm, whose window is every layer's"
+            )
+        elif isinstance(part, PageFormat):
+            yield (
+                f"{part} keeps pages as codes, and SGLang's pools hold keys and values as numbers; "
+                "serve it in vLLM, or use --kv-cache-dtype fp8_e4m3"
             )
         elif isinstance(part, ScoredEviction) and part.appends:
             instead = f"write a budget in tokens, such as {part.name}(budget=1024, chunk="

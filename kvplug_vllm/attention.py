@@ -44,6 +44,8 @@ from kvplug_vllm.step import Selected, StepPlan, Whole
 class PlannedBackend:
     """Before a stock AttentionBackend in the bases."""
 
+    coded: ClassVar[Any] = None
+    """The same for layers whose pages are kept in a format."""
     layer_class: ClassVar[int | None] = 0
     """Which of the layers' different budgets a layer has; None for a drafter's layer."""
     supports_kv_cache_update_bypass = False
@@ -286,6 +288,9 @@ class PlannedImpl:
     def rehearse(self, layer: Any, key: Tensor) -> None:
         """Before there is a cache, where an engine measures how much memory a step takes."""
 
+    def rehearse_codes(self, layer: Any, key: Tensor, longest: int) -> None:
+        """As ``rehearse``, where pages are kept in a format."""
+
     def observe(self, query: Tensor, observations: Sequence[tuple[int, Observed]]) -> None:
         """Keep the windows' queries of events that are still to come."""
         for stay, seen in observations:
@@ -304,7 +309,7 @@ class PlannedImpl:
             return  # its owner does, by its keys
         scored, event = packing.scored, packing.event
         self.packed_prompts += not event.era
-        keys, values = self.read_pages(layer, kv_cache, packing.pages)  # [1, T, H, D]
+        keys, values = self.read_packing(layer, kv_cache, packing)  # [1, T, H, D]
         window = None
         if scored.needs_queries:
             window = self._window.pop((packing.stay, event.era))[None]
@@ -341,6 +346,12 @@ class PlannedImpl:
             repeated=repeated,
             first=first,
         )
+
+    def read_packing(
+        self, layer: Any, kv_cache: Tensor, packing: Packing
+    ) -> tuple[Tensor, Tensor]:
+        """What is packed. [1, T, H, D] twice"""
+        return self.read_pages(layer, kv_cache, packing.pages)
 
     def store_kept(
         self, layer: Any, kv_cache: Tensor, packing: Packing, prompt: PromptKV, tokens: Tensor
@@ -403,12 +414,7 @@ class PlannedImpl:
                 step.keep[budget], page_size=step.page, width=step.width, scale=scale,
             )  # fmt: skip
         if step.metadata is None:
-            out = sparse_decode(
-                asked.flatten(1, 2), views.keys, views.values, step.page_table, chosen, counts,
-                step.lengths, scale, step.unit, self.sinks, self.logits_soft_cap or 0.0,
-            )  # fmt: skip
-            if self.numbers is not None and (factor := eight_bits.value_factor(layer)) != 1:
-                out *= factor
+            out = self._attend(layer, asked.flatten(1, 2), kv_cache, step, chosen, counts)
             self._put(step, out, output)
             return
         if self._single is None:
@@ -434,6 +440,20 @@ class PlannedImpl:
             out = torch.empty_like(out).index_copy_(0, blocks.rows, out)
         if not in_place:
             self._put(step, out.view(queries, *output.shape[1:]), output)
+
+    def _attend(
+        self, layer: Any, query: Tensor, kv_cache: Tensor, step: Selected, chosen: Tensor,
+        counts: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Where the stock kernel reads no such units. query [Q, Hq, D]"""
+        views = self.views(layer, kv_cache)
+        out = sparse_decode(
+            query, views.keys, views.values, step.page_table, chosen, counts, step.lengths,
+            self.logit_scale(layer), step.unit, self.sinks, self.logits_soft_cap or 0.0,
+        )  # fmt: skip
+        if self.numbers is not None and (factor := eight_bits.value_factor(layer)) != 1:
+            out *= factor
+        return out
 
     def _pages(
         self, layer: Any, kv_cache: Tensor, every: Tensor, query: Tensor, tail: Tensor | None,

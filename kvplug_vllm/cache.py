@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 
@@ -14,6 +15,7 @@ from kvplug_vllm import compat
 from kvplug_vllm.announce import say
 from kvplug_vllm.appending import AppendingSpec
 from kvplug_vllm.compiling import CompilingSpec
+from kvplug_vllm.open_pages import add_open_layers, state_bytes
 from kvplug_vllm.packing import PackingSpec
 from kvplug_vllm.settings import Engine, EvictionSettings
 from kvplug_vllm.streaming import EvictingSpec
@@ -52,6 +54,9 @@ def customize_spec(spec: Any, layer_class: int | None = 0) -> Any:
         return spec
     offer, policy = engine.offer, engine.settings.policy
     digest = 0
+    if offer.format is not None:
+        layout = offer.format.layout(spec.block_size, spec.head_size, spec.dtype)
+        spec = replace(spec, dtype=torch.uint8, state_content_bytes=state_bytes(layout))
     if offer.digest is not None:
         item = spec.dtype.itemsize
         pages, rows = offer.digest_rows(spec.block_size, item)
@@ -134,7 +139,18 @@ def split_layers(engine: Engine) -> None:
             "use the policy 'dense'"
         )
     _check_alike(engine)
+    if engine.offer.format is not None:
+        code_layers(engine)
     split_budgets(engine)
+
+
+def code_layers(engine: Engine) -> None:
+    """Layers that keep their pages in a format write and read them, and have open pages beside."""
+    context = engine.vllm_config.compilation_config.static_forward_context
+    names = attention_layers(engine.vllm_config)
+    for name in names:
+        compat.set_coded(context[name])
+    add_open_layers(names, engine.vllm_config)
 
 
 def _check_alike(engine: Engine) -> None:

@@ -441,6 +441,14 @@ def sees(layer: Any) -> int:
     return int(attention_chunk(layer) or layer.sliding_window)
 
 
+def set_coded(layer: Any) -> None:
+    """Let a layer show vLLM the backend that writes and reads a format's pages itself: whether it
+    does is asked of the class, before and behind each forward. Until the layer's own says so."""
+    coded = layer.attn_backend.coded
+    if coded is not None:
+        layer.attn_backend = coded
+
+
 def set_window(layer: Any, window: int) -> None:
     """Let an attention layer see so many tokens, the current one included, as its constructor does
     where a model's configuration says so: the specification that it gives vLLM says so too.

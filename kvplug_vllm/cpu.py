@@ -18,6 +18,7 @@ from kvplug_kernels.fp8 import widened
 from kvplug_kernels.warm_up import warm_up
 from kvplug_vllm import compat, eight_bits
 from kvplug_vllm.attention import PlannedBackend, PlannedImpl
+from kvplug_vllm.coded import CodedBackend, CodedBuilder, CodedImpl, configured_format
 from kvplug_vllm.compression import Packing
 from kvplug_vllm.step import PlannedBuilder
 
@@ -97,8 +98,25 @@ class KVPlugBackend(PlannedBackend, CPUAttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> type[KVPlugImpl]:
-        return KVPlugImpl
+        return KVPlugImpl if configured_format() is None else CodedCPUImpl
 
     @staticmethod
     def get_builder_cls() -> type[KVPlugBuilder]:
         return KVPlugBuilder
+
+
+class CodedCPUImpl(CodedImpl, KVPlugImpl):
+    pass
+
+
+class CodedCPUBuilder(CodedBuilder, KVPlugBuilder):
+    pass
+
+
+class CodedCPUBackend(CodedBackend, KVPlugBackend):
+    @staticmethod
+    def get_builder_cls() -> type[KVPlugBuilder]:
+        return CodedCPUBuilder
+
+
+KVPlugBackend.coded = CodedCPUBackend

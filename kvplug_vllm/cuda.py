@@ -22,6 +22,7 @@ from vllm.v1.attention.backends.flash_attn import (
 
 from kvplug import TokenSelector, block_bytes, keep_tokens, logits_bytes
 from kvplug_vllm.attention import PlannedBackend, PlannedImpl
+from kvplug_vllm.coded import CodedBackend, CodedBuilder, CodedImpl, configured_format
 from kvplug_vllm.settings import Engine, offer_of
 from kvplug_vllm.step import PlannedBuilder
 
@@ -29,9 +30,12 @@ from kvplug_vllm.step import PlannedBuilder
 def may_replay(vllm_config: Any) -> bool:
     """Whether graphs may replay whole decode steps: not where how many selections a step needs is
     unknown when it is captured, nor where what a step completes is packed before the next one
-    and vLLM, for its recurrent layers, blanks what it gave away in between."""
+    and vLLM, for its recurrent layers, blanks what it gave away in between, nor where what is
+    packed lies in an open page, which only a step's own layers know."""
     offer = offer_of(vllm_config)
     scored = offer.settings.policy.scored
+    if scored is not None and offer.format is not None:
+        return False
     late = scored is not None and scored.appends
     return not offer.mixed and not (late and getattr(vllm_config.model_config, "is_hybrid", False))
 
@@ -85,6 +89,8 @@ class KVPlugImpl(PlannedImpl, FlashAttentionImpl):
                 longest, size,
             )  # fmt: skip
             key.new_empty(room, dtype=torch.uint8)
+        if offer.format is not None:
+            self.rehearse_codes(layer, key, longest)
         for scored in offer.scorers:
             if scored.compiles:
                 longest = min(longest, scored.every or longest)
@@ -195,8 +201,25 @@ class KVPlugBackend(PlannedBackend, FlashAttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> type[KVPlugImpl]:
-        return KVPlugImpl
+        return KVPlugImpl if configured_format() is None else CodedCUDAImpl
 
     @staticmethod
     def get_builder_cls() -> type[KVPlugBuilder]:
         return KVPlugBuilder
+
+
+class CodedCUDAImpl(CodedImpl, KVPlugImpl):
+    pass
+
+
+class CodedCUDABuilder(CodedBuilder, KVPlugBuilder):
+    pass
+
+
+class CodedCUDABackend(CodedBackend, KVPlugBackend):
+    @staticmethod
+    def get_builder_cls() -> type[KVPlugBuilder]:
+        return CodedCUDABuilder
+
+
+KVPlugBackend.coded = CodedCUDABackend

@@ -11,6 +11,7 @@ from kvplug import (
     LayerBudgets,
     LocalLayers,
     Offer,
+    PageFormat,
     Policy,
     PositionalEviction,
     ScoredEviction,
@@ -50,6 +51,8 @@ def refusals(vllm_config: Any) -> Iterator[str]:
         return
     if policy.scored is not None and policy.scored.compiles:
         yield from _compiling(policy.scored, vllm_config)
+    if offer.format is not None:
+        yield from _with_format(offer.format, offer, vllm_config)
     yield from unsupported(offer)
     yield from _with_drafts(offer, vllm_config)
     yield from (reason for _, reason in beside(offer.settings, vllm_config))
@@ -131,6 +134,44 @@ def _compiling(scored: ScoredEviction, vllm_config: Any) -> Iterator[str]:
             f"{scored} on several ranks: Model Runner V1 does not tell them what a preempted "
             "request finds when it comes back; use one rank, or VLLM_USE_V2_MODEL_RUNNER=1"
         )
+
+
+def _with_format(format: PageFormat, offer: Offer, vllm_config: Any) -> Iterator[str]:
+    """What writes or reads pages past the layers that code them, or was never run with them."""
+    model, cache, policy = (
+        vllm_config.model_config, vllm_config.cache_config, offer.settings.policy,
+    )  # fmt: skip
+    without = f"leave {format.name} out"
+    if cache.cache_dtype not in PLAIN:
+        yield f"{format} codes plain pages, got --kv-cache-dtype {cache.cache_dtype}; drop it"
+    elif model is not None and cache.block_size is not None:
+        try:
+            format.layout(cache.block_size, model.get_head_size(), model.dtype)
+        except ValueError as error:
+            yield str(error)
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        yield (
+            f"{format} keeps the page that a request is filling in a cache group of its own, which "
+            "needs the hybrid KV cache manager; drop --disable-hybrid-kv-cache-manager"
+        )
+    text = getattr(model, "hf_text_config", None)
+    for what, has in (
+        ("recurrent layers", getattr(model, "is_hybrid", False)),
+        ("layers that see a window", getattr(text, "sliding_window", None)),
+        ("layers that share a cache", getattr(text, "num_kv_shared_layers", 0)),
+    ):
+        if has:
+            yield f"the model has {what}, beside which {format} was never run; {without}"
+    for what, has in (
+        ("speculative decoding", vllm_config.speculative_config is not None),
+        ("a KV connector", vllm_config.kv_transfer_config is not None),
+        ("tensor parallelism", vllm_config.parallel_config.tensor_parallel_size > 1),
+        ("layers of different budgets", not policy.uniform),
+        ("layers that see a window by the policy", policy.local is not None),
+        ("sparse prefill", offer.generates),
+    ):
+        if has:
+            yield f"{what} beside {format} was never run; drop it, or {without}"
 
 
 def _of_planned_layers(vllm_config: Any) -> Iterator[str]:
@@ -331,6 +372,7 @@ def unsupported(offer: Offer) -> Iterator[str]:
     """Policies of a kind that this adapter does not know how to carry out."""
     known = (
         SparsePrefill, PositionalEviction, ScoredEviction, LayerBudgets, LocalLayers, Selector,
+        PageFormat,
     )  # fmt: skip
     own: list[type[Policy]] = [type(policy) for policy in offer.settings.policy]
     for cls in [*own, *map(policy_class, offer.allow)]:

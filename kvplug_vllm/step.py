@@ -63,6 +63,8 @@ class Selected:
     where the stock kernel reads no such units."""
     rebuild: Callable[[Tensor, Tensor], Any]
     """(block table, lengths) of the virtual sequences -> stock metadata, for the others."""
+    open: Tensor | None = None
+    """Where pages are kept in a format, the newest of each among the plain ones. [Q]"""
 
 
 @dataclass
@@ -93,12 +95,16 @@ class StepPlan:
     blocks [n], and slots [n, S], in order, of all that is theirs now; -1 for the rest. int64"""
     replayed: bool = False
     """No Python of the step runs: what it computes for later ones must be left in memory."""
+    writes: Any = None
+    """What the layers write themselves, where pages are kept in a format (``coded.Writes``)."""
 
 
 class PlannedBuilder:
     """Before a stock AttentionMetadataBuilder in the bases."""
 
     stock: ClassVar[Any]
+    coded: ClassVar[bool] = False
+    """Whether pages are kept in a format: every step is planned, the stock kernel reads none."""
     supports_update_block_table = False  # a plan belongs to its block table
     vllm_config: Any
     layer_names: list[str]
@@ -199,7 +205,11 @@ class PlannedBuilder:
         events = self.compression.ended(planner.events(*batch), rows, prompt)
         if self.fixed:
             self.unseen, observations = observations, []
-        elif segments.untouched and not events and planner.planners[OWN].settings.shortcut:
+        elif (
+            segments.untouched
+            and not (events or self.coded)
+            and planner.planners[OWN].settings.shortcut
+        ):
             resumed = self._resumed(common, rows)
             if not observations and resumed is None:
                 return None
@@ -208,6 +218,7 @@ class PlannedBuilder:
         if self.packs:
             self.compression.redirect(common, segments)
         packings = self.compression.packings(common, events, rows, prompt)
+        writes = self.writes(common, rows)
         if self.fixed:
             self.behind = [each for each in packings if each.event.phase]
             self.compression.pack_now([each for each in packings if not each.event.phase])
@@ -222,7 +233,12 @@ class PlannedBuilder:
             layers = planner.by_layer(part, self.layers, whole, selected, fixed)
             mine = [packing for packing in packings if packing.event.phase == number]
             phases.append(Phase(mine, layers))
-        return StepPlan(phases, observations, self._resumed(common, rows), self.fixed)
+        resumed = self._resumed(common, rows)
+        return StepPlan(phases, observations, resumed, self.fixed, writes)
+
+    def writes(self, common: Any, rows: Rows) -> Any:
+        """What layers write themselves; None where vLLM asks them to."""
+        return None
 
     def _resumed(self, common: Any, rows: Rows) -> tuple[Tensor, Tensor] | None:
         """Where this step decodes into pages that earlier ones may have written drafts to."""

@@ -15,11 +15,12 @@ group). Bounds are no weights, so ``top_p`` is a rule of thumb here: ``twilight`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 from torch import Tensor
 
+from kvplug.formats import KeyCodes
 from kvplug.load import Selector, check_dense_layers, check_top_p, small_page
 from kvplug.policy import Digest
 from kvplug_kernels.page_bound import page_bound
@@ -61,6 +62,15 @@ class Quest(Selector):
     def digest(self) -> Digest:
         return KeyExtremes()
 
+    def over(self, codes: KeyCodes) -> Selector:
+        if self.top_p is not None:
+            raise ValueError(
+                f"{self}: the page that is being filled has no codes yet, and so no bound to "
+                "count for top_p; leave top_p out, or use twilight, which weighs pages before it"
+            )
+        own = {f.name: getattr(self, f.name) for f in fields(Quest) if f.init}
+        return QuestOverCodes(**own, codes=codes)
+
     def page(self, block_size: int) -> int:
         return small_page(block_size)
 
@@ -81,3 +91,27 @@ class Quest(Selector):
     ) -> Tensor:
         assert digest is not None
         return page_bound(query.flatten(1, 2), digest, page_table, pages)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestOverCodes(Quest):
+    """Where pages are kept in codes: the same bounds, from lo and the highest code."""
+
+    codes: KeyCodes = field(repr=False)
+
+    @property
+    def digest(self) -> Digest:
+        return self.codes
+
+    def score(
+        self,
+        query: Tensor,
+        digest: Tensor | None,
+        page_table: Tensor,
+        pages: Tensor,
+        page_size: int,
+    ) -> Tensor:
+        """The newest page scores -inf: it has no codes, and is read in any case."""
+        assert digest is not None
+        full, levels = (pages - 1).clamp(min=0), 2**self.codes.bits - 1
+        return page_bound(query.flatten(1, 2), digest[..., :2, :], page_table, full, levels)

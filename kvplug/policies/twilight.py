@@ -28,33 +28,17 @@ has no codes yet, and the first four tokens are read always and count towards ``
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kvplug.load import TokenSelector, check_dense_layers, check_top_p, small_page
+from kvplug.formats import KeyCodes
+from kvplug.load import Selector, TokenSelector, check_dense_layers, check_top_p, small_page
 from kvplug.policy import Digest
 from kvplug_kernels.code_logits import code_logits
-from kvplug_kernels.key_codes import code_rows, update_key_codes
 from kvplug_kernels.page_bound import page_bound
 from kvplug_kernels.page_select import page_select
-
-
-@dataclass(frozen=True)
-class KeyCodes:
-    """A full page's keys in few bits, per channel."""
-
-    accumulates: ClassVar[bool] = False
-
-    bits: int
-
-    def rows(self, page_size: int, itemsize: int) -> int:
-        return code_rows(page_size, self.bits, itemsize)
-
-    def update(self, digest: Tensor, keys: Tensor, slots: Tensor, cached: Tensor) -> None:
-        update_key_codes(digest, cached, slots, self.bits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +51,7 @@ class Twilight(TokenSelector):
     top_p: float | None = None
     """Share of the estimated attention mass at which a head stops reading; None reads on."""
     bits: int = 2
-    """Of a key's channel: 1, 2 or 4."""
+    """Of a key's channel: 1, 2, 4 or 8."""
     dense_layers: int = 2
     """First layers that read everything."""
     candidates: float | None = None
@@ -77,9 +61,9 @@ class Twilight(TokenSelector):
         super().__post_init__()
         check_top_p(self, self.top_p)
         check_dense_layers(self, self.dense_layers)
-        if self.bits not in (1, 2, 4) or isinstance(self.bits, bool):
+        if self.bits not in (1, 2, 4, 8) or isinstance(self.bits, bool):
             raise ValueError(
-                f"twilight: bits must be 1, 2 or 4, got {self.bits!r}; write twilight(bits=2)"
+                f"twilight: bits must be 1, 2, 4 or 8, got {self.bits!r}; write twilight(bits=2)"
             )
         share = self.candidates
         if share is not None and not (isinstance(share, float) and 0 < share <= 1):
@@ -97,6 +81,9 @@ class Twilight(TokenSelector):
     @property
     def digest(self) -> Digest:
         return KeyCodes(self.bits)
+
+    def over(self, codes: KeyCodes) -> Selector:
+        return replace(self, bits=codes.bits)
 
     def page(self, block_size: int) -> int:
         return small_page(block_size)
