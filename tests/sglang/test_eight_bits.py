@@ -108,5 +108,5 @@ def test_a_checkpoint_s_own_cache_of_eight_bits_is_refused_where_kernels_differ(
         pass
 
     monkeypatch.setattr(Engine, "of", lambda runner: SimpleNamespace(dense=False))
-    with pytest.raises(ValueError, match="checkpoint's KV cache is fp8.* use --kv-cache-dtype"):
+    with pytest.raises(ValueError, match=r"checkpoint's KV cache is fp8.* use --kv-cache-dtype"):
         Planned(None)

@@ -124,7 +124,7 @@ def test_a_cache_of_eight_bits_is_for_flash_attention(resolve, monkeypatch):
     monkeypatch.setattr(backend, "stock", lambda server_args, device: backend.FLASH)
     resolve("quest(budget=64)", kv_cache_dtype="fp8_e4m3")
     monkeypatch.setattr(backend, "stock", lambda server_args, device: backend.TRITON)
-    with pytest.raises(ValueError, match="before it is quantised, .* use --kv-cache-dtype auto"):
+    with pytest.raises(ValueError, match=r"before it is quantised, .* use --kv-cache-dtype auto"):
         resolve("quest(budget=64)", kv_cache_dtype="fp8_e4m3")
 
 
