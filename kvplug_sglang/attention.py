@@ -10,7 +10,7 @@ of a prompt's queries, KV head).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch import Tensor
 
 from kvplug import BlockSelector, choose_pages, choose_units, window_queries
+from kvplug_kernels.fp8 import FP8
 from kvplug_sglang import compat
 from kvplug_sglang.cache import Digests, layer_bytes, page_bytes
 from kvplug_sglang.compression import Packing
@@ -31,6 +32,9 @@ class PlannedAttention:
     """Before a stock AttentionBackend in the bases, which brings ``attend``."""
 
     needs_cpu_seq_lens = True  # plans are made from lengths, on the host
+    reads_eight_bits: ClassVar[bool] = False
+    """Whether all that its kernel reads, it reads from the cache: then a cache of fp8 is the same
+    to it in a step of ours."""
     req_to_token_pool: Any
     token_to_kv_pool: Any
     attend: Callable[..., None]
@@ -43,6 +47,12 @@ class PlannedAttention:
         self.needs_cpu_seq_lens = True  # the stock backend may have set its own
         self.engine = Engine.of(runner)
         pool = self.token_to_kv_pool
+        if pool.dtype in FP8 and not self.reads_eight_bits and not self.engine.dense:
+            raise ValueError(
+                "kvplug: the checkpoint's KV cache is fp8, of which SGLang's kernel here reads "
+                "what a step adds before it is quantised; use --kv-cache-dtype bfloat16, or the "
+                "policy 'dense'"
+            )
         self.windows = compat.windows(runner)
         """Of the layers that see no more, in tokens: they stay on the stock path."""
         self.layers = compat.planned_layers(runner)
@@ -143,7 +153,8 @@ class PlannedAttention:
         sinks = more.pop("sinks", None)
         _refuse_extras(more)
         if owns and save:
-            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc.for_batch(forward_batch), k, v)
+            where = KVWriteLoc.for_batch(forward_batch)
+            self.token_to_kv_pool.set_kv_buffer(layer, where, k, v, layer.k_scale, layer.v_scale)
         if owns:
             self._written(layer, forward_batch.out_cache_loc)
             self._observe(layer, query, plan)
@@ -188,7 +199,7 @@ class PlannedAttention:
         keys, values = packing.kept(
             *self._kv(layer.layer_id),
             window,
-            scale=layer.scaling,
+            scale=compat.logit_scale(layer),
             first_head=compat.first_kv_head(layer),
             page_size=self.engine.page_size,
         )
@@ -234,7 +245,7 @@ class PlannedAttention:
         chosen, counts = choose_units(
             selector, picked, digest, step.page_table, step.pages, step.lengths,
             step.keep[budget], page_size=step.page, width=step.width,
-            scale=layer.scaling,
+            scale=compat.logit_scale(layer),
         )  # fmt: skip
         if step.tokens is None:
             self.attend_heads(layer, picked, step, chosen, counts, output, sinks)
@@ -258,7 +269,7 @@ class PlannedAttention:
         chosen, counts = choose_pages(
             selector, blocks, query, keys, digest if selector.digest is not None else None,
             step.page_table, step.pages, step.keep[selector.budget], width=step.width,
-            scale=layer.scaling, step=every, first_head=first,
+            scale=compat.logit_scale(layer), step=every, first_head=first,
         )  # fmt: skip
         heads = Heads.of(step, chosen, counts, size)
         rows = query.flatten(0, 1)[blocks.rows]  # [T * H, G, D]

@@ -283,9 +283,10 @@ def default_attention(server_args: Any) -> str:
 
 
 def cache_dtype(view: Any, model: Any) -> torch.dtype:
-    """Of the pool, where it is not quantised."""
+    """Of the pool."""
     model_dtype: torch.dtype = model.dtype
-    return torch.bfloat16 if view.kv_cache_dtype in ("bf16", "bfloat16") else model_dtype
+    known = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn}
+    return known.get(view.kv_cache_dtype, model_dtype)
 
 
 def decode_batch(view: Any) -> int:
@@ -359,6 +360,17 @@ def uses_mla(model: Any) -> bool:
     from sglang.srt.configs.model_config import AttentionArch
 
     return model.attention_arch is AttentionArch.MLA
+
+
+def cache_scales(layer: Any) -> tuple[float, float]:
+    """What the numbers of a quantised cache stand for: a key is its number times the first, a
+    value its times the second. Queries are not scaled."""
+    return layer.k_scale_float or 1.0, layer.v_scale_float or 1.0
+
+
+def logit_scale(layer: Any) -> float:
+    """What q . k is multiplied by, of keys as they lie in the cache."""
+    return float(layer.scaling * cache_scales(layer)[0])
 
 
 def window(layer: Any) -> int:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kvplug import Offer, PromptKV, ScoredEviction, keep_tokens
+from kvplug_kernels.fp8 import bits
 from kvplug_sglang.router import Tenant
 
 
@@ -63,7 +64,8 @@ class Packing:
         keep = self.slots.new_full((1,), width)
         tokens = keep_tokens(self.scored, prompt, keep, width, self.protect)
         index = tokens[0].T[..., None].expand(-1, -1, keys.shape[2])  # [n, H, D]
-        return prompt.keys[0].gather(0, index), prompt.values[0].gather(0, index)
+        kept = [bits(each[0]).gather(0, index) for each in (prompt.keys, prompt.values)]
+        return kept[0].view(keys.dtype), kept[1].view(values.dtype)
 
 
 def packing_bytes(offer: Offer, model: Any, ranks: int, page_size: int, dtype: torch.dtype) -> int:

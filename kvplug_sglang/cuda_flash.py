@@ -15,6 +15,8 @@ from kvplug_sglang.step import Heads, Selected, Whole
 
 
 class KVPlugBackend(ReplayedAttention, FlashAttentionBackend):
+    reads_eight_bits = True  # queries of e4m3 too
+
     def attend(
         self, layer: Any, query: Tensor, whole: Whole, out: Tensor, sinks: Tensor | None
     ) -> None:
@@ -53,7 +55,11 @@ class KVPlugBackend(ReplayedAttention, FlashAttentionBackend):
         sinks: Tensor | None = None, weighs: bool = False,
     ) -> Tensor | None:  # fmt: skip
         """-> where asked for, what each query's tokens weigh, as a logarithm. [Hq, N]"""
-        same = out.dtype == keys.dtype
+        same, scales = out.dtype == keys.dtype, {}
+        if keys.dtype is torch.float8_e4m3fn and layer.k_scale is not None:
+            shape = len(lengths), keys.shape[2]
+            scales["k_descale"] = layer.k_scale.expand(shape)
+            scales["v_descale"] = layer.v_scale.expand(shape)
         found = flash_attn_with_kvcache(
             q=query.to(keys.dtype).contiguous(),
             k_cache=keys,
@@ -70,6 +76,7 @@ class KVPlugBackend(ReplayedAttention, FlashAttentionBackend):
             ver=self.fa_impl_ver,
             return_softmax_lse=weighs,
             sinks=sinks,
+            **scales,
         )
         weights = None
         if weighs:

@@ -21,7 +21,7 @@ from kvplug import (
     read_offer,
     sharing,
 )
-from kvplug_sglang import compat, windows
+from kvplug_sglang import backend, compat, windows
 from kvplug_sglang.settings import NAME
 
 PAGE_SIZE = 32
@@ -78,7 +78,7 @@ def refuse(server_args: Any, given: object) -> dict[str, Any]:
     """What is left for kvplug to decide of SGLang's arguments. Raises ValueError with every
     reason why kvplug cannot serve them right."""
     view, model = compat.resolved(server_args)
-    reasons = list(refusals(view, model, given))
+    reasons = list(refusals(view, model, given, backend.stock(server_args, view.device)))
     if reasons:
         raise ValueError("kvplug cannot serve this configuration:\n- " + "\n- ".join(reasons))
     offer = read_offer(given, environ={})
@@ -95,8 +95,11 @@ def default_page(offer: Offer) -> int | None:
     return PAGE_SIZE if speaks else None
 
 
-def refusals(view: Any, model: Any, given: object) -> Iterator[str]:
-    """The reasons, each saying what to do instead. A bad policy line is one of them."""
+def refusals(view: Any, model: Any, given: object, wrapped: str) -> Iterator[str]:
+    """The reasons, each saying what to do instead. A bad policy line is one of them.
+
+    wrapped: SGLang's name of the attention that kvplug wraps here.
+    """
     try:
         offer = read_offer(given, environ={})
     except ValueError as error:
@@ -141,11 +144,7 @@ def refusals(view: Any, model: Any, given: object) -> Iterator[str]:
             "prefill-decode disaggregation sends whole rows between servers; drop "
             "--disaggregation-mode, or use the policy 'dense'"
         )
-    if view.kv_cache_dtype not in ("auto", "bf16", "bfloat16", "float16", "float32"):
-        yield (
-            f"a quantised KV cache ({view.kv_cache_dtype}) was never run: on a CPU SGLang keeps "
-            "one for its own AMX backend alone; use --kv-cache-dtype auto, or the policy 'dense'"
-        )
+    yield from with_quantised_cache(view.kv_cache_dtype, wrapped)
     if compat.breaks_decode_graphs(view):
         yield (
             "breakable CUDA graphs of decode were never run; use --cuda-graph-config "
@@ -196,6 +195,26 @@ def refusals(view: Any, model: Any, given: object) -> Iterator[str]:
             "some of the model's layers attend within chunks of the context, which SGLang has in "
             "its kernels for GPUs alone: it was never run; serve it in vLLM, or use the policy "
             "'dense'"
+        )
+
+
+def with_quantised_cache(dtype: str, wrapped: str) -> Iterator[str]:
+    """Where pages hold other numbers than a model computes in."""
+    instead = "use --kv-cache-dtype auto, or the policy 'dense'"
+    if dtype in ("auto", "bf16", "bfloat16", "float16", "float32"):
+        return
+    if not dtype.startswith("fp8"):
+        yield (
+            f"a page of the KV cache {dtype} keeps scales of its blocks, and no policy can read "
+            f"it; {instead}"
+        )
+    elif wrapped == backend.NATIVE:
+        yield f"on a CPU SGLang has a KV cache {dtype} for its own AMX attention alone; {instead}"
+    elif wrapped != backend.FLASH:
+        yield (
+            "SGLang's Triton kernels, which kvplug wraps here, read what a step adds to a KV "
+            f"cache {dtype} before it is quantised, and every later step what became of it; "
+            f"{instead}"
         )
 
 

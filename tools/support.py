@@ -74,6 +74,7 @@ class Row:
 MODULES = {
     "llama": "random_llama", "gemma3": "random_llama", "granite4": "random_hybrid",
     "gemma4": "random_shared", "gemma3n": "random_shared", "gpt_oss": "random_gpt_oss",
+    "llama4": "random_chunked",
 }  # fmt: skip
 SMALL: dict[str, Any] = {
     "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4,
@@ -123,8 +124,10 @@ VLLM = {
             "test_policies_answer_as_stock_at_full_budget_and_in_a_batch_as_alone":
             "twilight quest streaming_llm keydiff",
         }),
-        Row("attention in chunks (Llama 4)", options={
-            "hf_overrides": {"attention_chunk_size": 128},
+        Row("attention in chunks between (Llama 4)", "llama4", tests={
+            "vllm/test_architectures.py::"
+            "test_policies_answer_as_stock_at_full_budget_and_in_a_batch_as_alone":
+            "twilight quest streaming_llm keydiff",
         }),
         Row("latent attention (DeepSeek)", "DeepseekV2"),
         Row("pooling", options={"runner": "pooling"}),
@@ -245,6 +248,7 @@ SGLANG = {
             "test_a_policy_is_stock_at_full_budget_and_its_definition_below":
             "quest keydiff streaming_llm",
         }),
+        Row("attention in chunks between (Llama 4)", "llama4", wraps="fa3"),
         Row("latent attention (DeepSeek)", "DeepseekV2"),
         Row("pooling", options={"is_embedding": True}),
     ],
@@ -273,7 +277,14 @@ SGLANG = {
             "enable_dp_attention": True, "dp_size": 2, "tp_size": 2,
         }),
         Row("prefill and decode apart", options={"disaggregation_mode": "prefill"}),
-        Row("fp8 cache", options={"kv_cache_dtype": "fp8_e4m3"}),
+        Row("`--kv-cache-dtype fp8_e4m3` (FlashAttention 3)", options={
+            "kv_cache_dtype": "fp8_e4m3",
+        }, wraps="fa3", tests={
+            "sglang/test_eight_bits.py::test_full_budget_equals_stock":
+            "twilight quest streaming_llm snapkv keydiff pyramid",
+        }),
+        Row("`fp8_e4m3` (Triton)", options={"kv_cache_dtype": "fp8_e4m3"}, wraps="triton"),
+        Row("`fp8_e4m3` (CPUs)", options={"kv_cache_dtype": "fp8_e4m3"}),
         Row("HiCache", options={"enable_hierarchical_cache": True}),
         Row("LMCache", options={"enable_lmcache": True}),
         Row("n-gram drafts", options={"speculative_algorithm": "NGRAM"}),

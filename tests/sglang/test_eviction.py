@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvplug_kernels.fp8 import FP8, widened
+from kvplug_sglang import compat
+
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 SCORED = ["snapkv(budget=64, window=16)", "keydiff(budget=100)"]
@@ -13,7 +16,8 @@ TOKEN = 2 * 2 * 2 * 64 * 4
 
 
 class Shadow:
-    """Keys, values and queries by layer and position as the model made them, to check packing by.
+    """Keys, values and queries by layer and position as the model made them, to check packing by;
+    in a cache of eight bits as that keeps them.
 
     For one request at a time.
     """
@@ -52,21 +56,25 @@ class Shadow:
         queries, keys, values = (torch.cat([each[i] for each in made]) for i in range(3))
         length, scored, size = len(packing.slots), packing.scored, backend.engine.page_size
         assert len(keys) == length, "the prompt was prefilled from its start"
+        pool = backend.token_to_kv_pool
+        if pool.dtype in FP8:
+            key_scale, value_scale = compat.cache_scales(layer)
+            keys, values = (keys / key_scale).to(pool.dtype), (values / value_scale).to(pool.dtype)
         window = None
         if scored.needs_queries:
             window = queries[-scored.window :].unflatten(1, (layer.tp_k_head_num, -1))[None]
         prompt = PromptKV(
             keys=keys[None], values=values[None], queries=window,
-            lengths=torch.tensor([length]), scale=layer.scaling,
+            lengths=torch.tensor([length]), scale=compat.logit_scale(layer),
             first_head=layer.layer_id * layer.tp_k_head_num, page_size=size,
         )  # fmt: skip
         keep = len(packing.targets)
         kept = keep_tokens(scored, prompt, torch.tensor([keep]), keep, packing.protect)[0]
-        stored_keys, stored_values = backend.token_to_kv_pool.get_kv_buffer(layer.layer_id)
-        for head in range(layer.tp_k_head_num):
-            slots = packing.targets
-            assert torch.equal(stored_keys[slots, head], keys[kept[head], head])
-            assert torch.equal(stored_values[slots, head], values[kept[head], head])
+        slots = packing.targets
+        for stored, cached in zip(pool.get_kv_buffer(layer.layer_id), (keys, values), strict=True):
+            for head in range(layer.tp_k_head_num):
+                mine = widened(cached)[kept[head], head]
+                assert torch.equal(widened(stored)[slots, head], mine)
         self.packed += 1
 
 

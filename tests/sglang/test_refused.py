@@ -87,7 +87,7 @@ BACKUP = {"disaggregation_mode": "decode", "disaggregation_decode_retraction_bac
         ({"disaggregation_mode": "decode"}, "drop --disaggregation-mode"),
         (BACKUP, "drop --disaggregation-mode"),
         ({"enable_dp_attention": True, "dp_size": 2, "tp_size": 2}, "data-parallel attention"),
-        ({"kv_cache_dtype": "fp8_e4m3"}, "AMX backend alone; use --kv-cache-dtype auto"),
+        ({"kv_cache_dtype": "fp8_e4m3"}, "AMX attention alone; use --kv-cache-dtype auto"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "use --kv-cache-dtype auto"),
         ({"is_embedding": True}, "the model does not generate"),
         (
@@ -118,6 +118,16 @@ def test_all_reasons_are_said_at_once(resolve):
     with pytest.raises(ValueError, match="kvplug cannot serve") as refused:
         resolve("quest(budget=64)", enable_lmcache=True, kv_cache_dtype="fp8_e4m3", pp_size=2)
     assert str(refused.value).count("\n- ") == 3
+
+
+def test_a_cache_of_eight_bits_is_for_flash_attention(resolve, monkeypatch):
+    from kvplug_sglang import backend
+
+    monkeypatch.setattr(backend, "stock", lambda server_args, device: backend.FLASH)
+    resolve("quest(budget=64)", kv_cache_dtype="fp8_e4m3")
+    monkeypatch.setattr(backend, "stock", lambda server_args, device: backend.TRITON)
+    with pytest.raises(ValueError, match=r"before it is quantised, .* use --kv-cache-dtype auto"):
+        resolve("quest(budget=64)", kv_cache_dtype="fp8_e4m3")
 
 
 def test_dense_is_served_where_a_policy_is_not(resolve):
