@@ -119,7 +119,9 @@ class Calibration:
     ) -> tuple[Tensor, None]:  # fmt: skip
         """query [1, Hq, T, D], key, value [1, H, T, D] -> [1, T, Hq, D]"""
         (heads, tokens, dim), groups = query.shape[1:], key.shape[1]
-        measures = sliding_window is None and getattr(module, "is_causal", True)
+        layer = getattr(module, "layer_idx", None)
+        causal = getattr(module, "is_causal", True)
+        measures = causal and sliding_window is None and layer is not None
         scale = dim**-0.5 if scaling is None else scaling
         grouped = query[0].view(groups, heads // groups, tokens, dim)
         out, pages = [], []
@@ -141,7 +143,7 @@ class Calibration:
                 pages.append(shares.unflatten(-1, (-1, self.setting.page)).sum(-1).mean(2))
                 outside += self._outside(shares, start)
         if measures:
-            self._measure(module.layer_idx, grouped, key[0], torch.stack(pages), outside, scale)
+            self._measure(layer, grouped, key[0], torch.stack(pages), outside, scale)
         self.tell()
         return torch.cat(out, 1).transpose(0, 1)[None].contiguous(), None
 
@@ -246,14 +248,16 @@ def calibrate(
             AutoTokenizer,
             masking_utils,
         )
+        from transformers.utils import logging
     except ModuleNotFoundError as error:
         raise ValueError(
             f"calibrating needs {error.name}; install it with: pip install transformers"
         ) from None
 
+    logging.set_verbosity_error()  # of weights that no attention needs, and texts longer than it
     setting = setting or Setting()
     tokenizer = AutoTokenizer.from_pretrained(model)
-    ids = tokenizer(text or default_text(), verbose=False).input_ids
+    ids = tokenizer(default_text() if text is None else text).input_ids
     cut = list(contexts(ids, setting))
     done, total = 0, 0
 
