@@ -119,9 +119,8 @@ class Calibration:
     ) -> tuple[Tensor, None]:  # fmt: skip
         """query [1, Hq, T, D], key, value [1, H, T, D] -> [1, T, Hq, D]"""
         (heads, tokens, dim), groups = query.shape[1:], key.shape[1]
-        layer = getattr(module, "layer_idx", None)
-        causal = getattr(module, "is_causal", True)
-        measures = causal and sliding_window is None and layer is not None
+        sees_all = getattr(module, "is_causal", True) and sliding_window is None
+        layer: int | None = module.layer_idx if sees_all else None
         scale = dim**-0.5 if scaling is None else scaling
         grouped = query[0].view(groups, heads // groups, tokens, dim)
         out, pages = [], []
@@ -138,11 +137,11 @@ class Calibration:
                 sinks = s_aux.float().view(groups, -1, 1, 1).expand(*logits.shape[:3], 1)
                 shares = torch.cat([logits, sinks], -1).softmax(-1)[..., :-1]
             out.append((shares @ value[0, :, None]).flatten(0, 1))
-            if measures:
+            if layer is not None:
                 shares = shares / shares.sum(-1, keepdim=True).clamp(min=1e-9)
                 pages.append(shares.unflatten(-1, (-1, self.setting.page)).sum(-1).mean(2))
                 outside += self._outside(shares, start)
-        if measures:
+        if layer is not None:
             self._measure(layer, grouped, key[0], torch.stack(pages), outside, scale)
         self.tell()
         return torch.cat(out, 1).transpose(0, 1)[None].contiguous(), None
