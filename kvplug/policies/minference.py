@@ -18,8 +18,9 @@ Differs from the paper: query heads that share a KV head read the same pages (me
 all patterns read ``vertical + slash`` tokens, where a search offline gives each head its own sizes
 and weighs them by the output of one sample; where a prompt comes in chunks, each asks its own last
 queries; and of more than ``budget`` tokens the pages are read that those queries, nearness or the
-estimate weigh most. On SmolLM2 and prompts of 3,072 tokens a file loses less than ``vertical_slash``
-for all, and ``block_sparse`` for all less than the file (README, "What a policy costs in answers").
+estimate weigh most. On SmolLM2 and prompts of 3,072 tokens a file loses less than
+``vertical_slash`` for all, and ``block_sparse`` for all less than the file (README, "What a policy
+costs in answers").
 """
 
 from __future__ import annotations
