@@ -119,7 +119,8 @@ class Calibration:
     ) -> tuple[Tensor, None]:  # fmt: skip
         """query [1, Hq, T, D], key, value [1, H, T, D] -> [1, T, Hq, D]"""
         (heads, tokens, dim), groups = query.shape[1:], key.shape[1]
-        measures = sliding_window is None and getattr(module, "is_causal", True)
+        sees_all = getattr(module, "is_causal", True) and sliding_window is None
+        layer: int | None = module.layer_idx if sees_all else None
         scale = dim**-0.5 if scaling is None else scaling
         grouped = query[0].view(groups, heads // groups, tokens, dim)
         out, pages = [], []
@@ -136,12 +137,12 @@ class Calibration:
                 sinks = s_aux.float().view(groups, -1, 1, 1).expand(*logits.shape[:3], 1)
                 shares = torch.cat([logits, sinks], -1).softmax(-1)[..., :-1]
             out.append((shares @ value[0, :, None]).flatten(0, 1))
-            if measures:
+            if layer is not None:
                 shares = shares / shares.sum(-1, keepdim=True).clamp(min=1e-9)
                 pages.append(shares.unflatten(-1, (-1, self.setting.page)).sum(-1).mean(2))
                 outside += self._outside(shares, start)
-        if measures:
-            self._measure(module.layer_idx, grouped, key[0], torch.stack(pages), outside, scale)
+        if layer is not None:
+            self._measure(layer, grouped, key[0], torch.stack(pages), outside, scale)
         self.tell()
         return torch.cat(out, 1).transpose(0, 1)[None].contiguous(), None
 
@@ -246,14 +247,16 @@ def calibrate(
             AutoTokenizer,
             masking_utils,
         )
+        from transformers.utils import logging
     except ModuleNotFoundError as error:
         raise ValueError(
             f"calibrating needs {error.name}; install it with: pip install transformers"
         ) from None
 
+    logging.set_verbosity_error()  # of weights that no attention needs, and texts longer than it
     setting = setting or Setting()
     tokenizer = AutoTokenizer.from_pretrained(model)
-    ids = tokenizer(text or default_text(), verbose=False).input_ids
+    ids = tokenizer(default_text() if text is None else text).input_ids
     cut = list(contexts(ids, setting))
     done, total = 0, 0
 

@@ -201,6 +201,13 @@ FAULTS = (
         VLLM + HANDED.format("min_context"),
     ),
     Fault(
+        "vllm: first_head, to the selection",
+        "kvplug_vllm/attention.py",
+        "step=every, first_head=first,",
+        "step=every, first_head=0,",
+        "tests/vllm/test_prefill.py::test_each_head_reads_by_its_own_pattern",
+    ),
+    Fault(
         "vllm: digests of packed pages, on a GPU",
         "kvplug_vllm/attention.py",
         "self._take_in(layer, kv_cache, kept, packing.slots)",
@@ -256,6 +263,13 @@ FAULTS = (
         "first_head=compat.first_kv_head(layer)",
         "first_head=0",
         SGLANG + HANDED.format("min_context"),
+    ),
+    Fault(
+        "sglang: first_head, to the selection",
+        "kvplug_sglang/attention.py",
+        "step=every, first_head=first,",
+        "step=every, first_head=0,",
+        "tests/sglang/test_prefill.py::test_each_head_reads_by_its_own_pattern",
     ),
     Fault(
         "sglang: packing at a prompt's end",

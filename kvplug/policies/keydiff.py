@@ -7,7 +7,9 @@ Resource-Constrained Environments", 2025, https://arxiv.org/abs/2504.15364
 
 Differs from the paper: the prompt is scored once, when all of it is there; the paper evicts block
 by block as it is read. The first ``sinks`` tokens always stay. On long answers (``interval``) it
-loses more than ``random`` (README, "What a policy costs in answers").
+loses more than ``random``. At a quarter of a prompt it loses less with the first and last tenth of
+the budget protected (``sinks=51, window=51`` of 512): .10 nats of SmolLM2's text, .45 of needles
+(README, "What a policy costs in answers").
 """
 
 from __future__ import annotations

@@ -18,7 +18,9 @@ Differs from the paper: query heads that share a KV head read the same pages (me
 all patterns read ``vertical + slash`` tokens, where a search offline gives each head its own sizes
 and weighs them by the output of one sample; where a prompt comes in chunks, each asks its own last
 queries; and of more than ``budget`` tokens the pages are read that those queries, nearness or the
-estimate weigh most.
+estimate weigh most. On SmolLM2 and prompts of 3,072 tokens a file loses less than
+``vertical_slash`` for all, and ``block_sparse`` for all less than the file (README, "What a policy
+costs in answers").
 """
 
 from __future__ import annotations
@@ -112,10 +114,10 @@ class MInference(BlockSelector):
         patterns = (self.pattern,) * H
         if self.heads is not None:
             patterns = read_heads(self.heads).patterns(blocks.first_head, H, G)
-        found = {pattern: self._by(pattern, blocks, seen) for pattern in sorted({*patterns})}
-        read = found[patterns[0]]
-        for pattern, each in found.items():
-            read = each.where(_whose(patterns, pattern, pages.device), read)
+        read = self._by(patterns[0], blocks, seen)
+        for pattern in sorted({*patterns} - {patterns[0]}):
+            whose = _whose(patterns, pattern, pages.device)
+            read = self._by(pattern, blocks, seen).where(whose, read)
         return read
 
     def _by(self, pattern: str, blocks: QueryBlocks, seen: Seen) -> Tensor:
@@ -127,12 +129,13 @@ class MInference(BlockSelector):
             diagonals = most(seen.diagonals, self.slash, NEAREST)
             weight = seen.by_page(seen.columns)[blocks.last.run]
             return shares(seen.touched(columns, diagonals), weight)
-        weight = seen.pooled(blocks)
         if pattern == A_SHAPE:
             first = (blocks.start - tokens + 1).clamp(min=0) // seen.size
-            nearness = seen.page + 1 - first[:, None, None]
-            return shares(valid & (nearness > 0), nearness.clamp(min=0).expand_as(weight).float())
+            nearness = (seen.page + 1 - first[:, None, None]).clamp(min=0).float()
+            nearness = nearness.expand(-1, blocks.query.shape[1], -1)
+            return shares(valid & (nearness > 0), nearness)
         assert pattern == BLOCK_SPARSE
+        weight = seen.pooled(blocks)
         rank = weight.argsort(dim=-1, descending=True, stable=True).argsort(-1)
         return shares(valid & (rank < -(-tokens // seen.size)), weight)
 

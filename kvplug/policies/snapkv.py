@@ -11,7 +11,9 @@ https://arxiv.org/abs/2404.14469
 
 Differs from the paper: query heads that share a KV head keep the same tokens (mean over the
 group; the authors' code repeats the keys and keeps a set for each query head), in fp32 throughout.
-Defaults are those of the authors' code.
+Defaults are those of the authors' code. To protect a prompt's first tokens too (``sinks=51`` of
+512) changes nothing of text, finds no more of exact recall, and saves .25 nats of needles whose
+question comes later (README, "What a policy costs in answers").
 """
 
 from __future__ import annotations
