@@ -209,10 +209,11 @@ def attend_codes_kernel(
 
 
 def blocks(G: int, D: int, S: int, unit: int, itemsize: int) -> dict[str, int]:
-    """Tiles of one page where pages are read whole and are some."""
-    sizes = sparse_blocks(G, D, itemsize)
+    """Tiles of one page where whole pages of some size are read; else each number of a tile is
+    spread out in fp32, with lo and step of its own."""
     whole = S & -S  # a power of two that divides a page
     fold = unit == S and whole >= LEAST
+    sizes = sparse_blocks(G, D, itemsize if fold else 4)
     if fold:
         sizes["BT"] = min(sizes["BT"], whole)
     return sizes | {"BU": triton.next_power_of_2(max(S // unit, 1)), "FOLD": fold}
