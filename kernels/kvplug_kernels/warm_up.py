@@ -50,14 +50,15 @@ def warm_up(
 
 
 def read_codes(layout: PageLayout, width: int) -> None:
-    """Of as many pages, all the first one."""
+    """Of as many tokens and more, all in the first page."""
+    pages = -(-width // layout.page_size)
     cache = torch.zeros(1, 1, layout.page_bytes, dtype=torch.uint8)
     plain = torch.zeros(1, layout.page_size, 1, layout.head_size, dtype=layout.dtype)
     first = torch.zeros(1, dtype=torch.int32)
-    lengths = torch.full((1,), width * layout.page_size, dtype=torch.int32)
+    table = torch.zeros(1, pages, dtype=torch.int32)
+    lengths = torch.full((1,), pages * layout.page_size, dtype=torch.int32)
     coded_decode(
-        plain[:, 0], cache, layout, plain, plain, first, first[None].expand(1, width).contiguous(), None, None,
-        lengths, 1.0,
+        plain[:, 0], cache, layout, plain, plain, first, table, None, None, lengths, 1.0
     )  # fmt: skip
 
 
