@@ -133,8 +133,8 @@ def attend_codes_kernel(
     coded = tl.maximum(count - 1, 0) * U  # tokens before the newest page's
     if U < S:
         late = count - BU + tl.arange(0, BU)
-        of = tl.load(picked + late, mask=late >= 0, other=0)
-        in_newest = (late >= 0) & (of >= newest * (S // U))
+        named = tl.load(picked + late, mask=late >= 0, other=0)
+        in_newest = (late >= 0) & (named >= newest * (S // U))
         coded = tl.maximum(count - tl.sum(in_newest.to(tl.int32), axis=0), 0) * U
     share = tl.cdiv(tl.cdiv(tokens, BT), PARTS) * BT
     begin = part * share
@@ -209,12 +209,12 @@ def attend_codes_kernel(
 
 
 def blocks(G: int, D: int, S: int, unit: int, itemsize: int) -> dict[str, int]:
-    """Tiles of one page where pages are read whole and are some."""
-    sizes = sparse_blocks(G, D, itemsize)
+    """Tiles of one page where whole pages of some size are read; else each number of a tile is
+    spread out in fp32, with lo and step of its own."""
     whole = S & -S  # a power of two that divides a page
     fold = unit == S and whole >= LEAST
-    if fold:
-        sizes["BT"] = min(sizes["BT"], whole)
+    sizes = sparse_blocks(G, D, itemsize)
+    sizes["BT"] = min(sizes["BT"], whole) if fold else LEAST
     return sizes | {"BU": triton.next_power_of_2(max(S // unit, 1)), "FOLD": fold}
 
 
