@@ -105,6 +105,18 @@ class PageLayout:
         """Of the same page in dtype."""
         return 2 * self.page_size * self.head_size * self.dtype.itemsize
 
+    def constants(self) -> dict[str, int]:
+        """As Triton's kernels name them."""
+        return {
+            "D": self.head_size,
+            "S": self.page_size,
+            "J": code_bytes(self.page_size, self.key_bits),
+            "KEY_BITS": self.key_bits,
+            "V": self.value_row,
+            "GROUP": self.group,
+            "VALUE_BITS": self.value_bits,
+        }
+
     def keys(self, cache: Coded) -> Tensor:
         """cache [N, H, page_bytes], or the keys' [N, H, key_bytes] of a pair -> [N, H, R, D]."""
         if isinstance(cache, tuple):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvplug_kernels.dispatch import interpreted
 
@@ -21,10 +22,14 @@ from kvplug_kernels.antidiagonal import kernel as antidiagonal  # noqa: E402
 from kvplug_kernels.block_mean import kernel as block_mean  # noqa: E402
 from kvplug_kernels.code_layout import code_bytes  # noqa: E402
 from kvplug_kernels.code_logits import kernel as code_logits  # noqa: E402
+from kvplug_kernels.coded_decode import kernel as coded_decode  # noqa: E402
+from kvplug_kernels.decode_pages import kernel as decode_pages  # noqa: E402
+from kvplug_kernels.encode_pages import kernel as encode_pages  # noqa: E402
 from kvplug_kernels.key_codes import kernel as key_codes  # noqa: E402
 from kvplug_kernels.pack_tokens import kernel as pack_tokens  # noqa: E402
 from kvplug_kernels.page_bound import kernel as page_bound  # noqa: E402
 from kvplug_kernels.page_digest import kernel as page_digest  # noqa: E402
+from kvplug_kernels.page_layout import PageLayout  # noqa: E402
 from kvplug_kernels.page_select import kernel as page_select  # noqa: E402
 from kvplug_kernels.slot_lists import kernel as slot_lists  # noqa: E402
 from kvplug_kernels.sparse_decode import kernel as sparse_decode  # noqa: E402
@@ -44,7 +49,7 @@ POINTERS = {
     "page_table": "*i32", "pages": "*i32", "keep": "*i32", "chosen": "*i32", "counts": "*i32",
     "lengths": "*i32", "table": "*i32", "tokens": "*i32", "slots": "*i64", "scores": "*fp32",
     "partial": "*fp32", "weight": "*fp32", "bounds": "*i32", "sinks": "*bf16", "spread": "*u8",
-    "wanted": "*u8", "newest": "*i32",
+    "wanted": "*u8", "newest": "*i32", "rows": "*u8", "open_page": "*i32", "sources": "*i32",
 }  # fmt: skip
 SCALARS = {"scale": "fp32", "top_p": "fp32"}
 OPTIONS = {"num_warps", "num_stages"}
@@ -124,6 +129,53 @@ def variants(hip: bool) -> list[Variant]:
                 key_codes.update_key_codes_kernel,
                 {"TINY": 2.0**-14, "MOST": 65504.0, "keys_d": 1, **of, **key_codes.blocks(D, J)},
                 tensors,
+            ),
+        ]
+    for dtype, G, D, S, key_bits, value_bits in (
+        ("bf16", 4, 128, 16, 4, 4), ("fp16", 4, 128, 64, 2, 2), ("bf16", 3, 64, 32, 4, 4),
+        ("fp16", 1, 96, 16, 2, 4), ("bf16", 8, 128, 128, 8, 8), ("bf16", 8, 256, 32, 4, 2),
+    ):  # fmt: skip
+        name = f"{key_bits}/{value_bits} bits {dtype} G{G} D{D} S{S}"
+        layout = PageLayout(
+            page_size=S,
+            head_size=D,
+            key_bits=key_bits,
+            value_bits=value_bits,
+            dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[dtype],
+        )
+        of, limits = layout.constants(), {"TINY": 2.0**-14, "MOST": 65504.0}
+        plain = dict.fromkeys(
+            ("query", "codes", "scales", "keys", "open_keys", "open_values", "out_keys"),
+            f"*{dtype}",
+        )
+        plain["out_values"] = plain["keys"]
+        every = {"keys_d": 1, "open_d": 1, "H": 8, "G": G, "PARTS": 16, **of}
+        for unit, cap in ((S, 72.0 * (S >= 32)), (1, 0.0)):
+            sizes = coded_decode.blocks(G, D, S, unit, 2)
+            attend = {"U": unit, "CAP": cap, "ALL": unit == S == 32, **every, **sizes}
+            attend["num_stages"] = coded_decode.stages(hip, unit < S, sizes["BD"], cap > 0)
+            found.append(
+                Variant(
+                    f"attend codes U{unit} {name}",
+                    coded_decode.attend_codes_kernel,
+                    attend,
+                    plain | {"values": "*u8"},
+                    True,
+                )
+            )
+        encode = {"SOME": S >= 32, "keys_d": 1, "values_d": 1, **limits, **of}
+        found += [
+            Variant(
+                f"encode {name}",
+                encode_pages.encode_pages_kernel,
+                encode | encode_pages.blocks(layout),
+                plain | {"values": plain["keys"], "pages": "*i64"},
+            ),
+            Variant(
+                f"decode {name}",
+                decode_pages.decode_pages_kernel,
+                of | decode_pages.blocks(layout),
+                plain | {"values": "*u8", "pages": "*i64"},
             ),
         ]
     for dtype, G, D, S, stride, rows in (

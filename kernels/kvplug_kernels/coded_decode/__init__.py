@@ -6,7 +6,7 @@ Pages before a query's newest hold codes; its newest lies as it is in a cache be
 from torch import Tensor
 
 from kvplug_kernels.coded_decode import reference
-from kvplug_kernels.dispatch import wants_compiled
+from kvplug_kernels.dispatch import wants_compiled, wants_kernel
 from kvplug_kernels.page_layout import Coded, PageLayout
 from kvplug_kernels.shapes import FLOATS, INDICES, Shapes, check_unit
 
@@ -61,6 +61,10 @@ def coded_decode(
         query, views, layout, open_keys, open_values, open_page, page_table, chosen, counts,
         lengths, scale, unit if chosen is not None else layout.page_size, sinks, cap,
     )  # fmt: skip
+    if wants_kernel(query):
+        from kvplug_kernels.coded_decode import kernel
+
+        return kernel.coded_decode(*arguments)
     if wants_compiled(query):
         from kvplug_kernels.coded_decode import cpu
 

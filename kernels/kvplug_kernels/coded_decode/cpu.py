@@ -111,9 +111,7 @@ def logits_of_some(rows, found, n, query, scratch, out, T, heads, G, D, S, bits)
         below, above = np.float32(1 / (1 << shift[t])), np.float32(1 / (1 << shift[u]))
         for g in range(0, heads, FOUR):
             own, bases = scratch + 4 * g * D, scratch + 4 * (heads * D + g)
-            eight = eight_logits_of_two(
-                own, bases, row[t], row[u], D, lower, upper, below, above
-            )
+            eight = eight_logits_of_two(own, bases, row[t], row[u], D, lower, upper, below, above)
             keep(rows_of_four(out, g, G, T), t, u, eight)
 
 

@@ -41,7 +41,7 @@ def coded_decode(
             last = beside[open_page[at].long()] if length else beside[:1]
             decoded.append(torch.cat([of(views, coded, layout).transpose(1, 2), last.float()]))
         out[q] = sparse_decode.sparse_decode(
-            query[at].float(), decoded[0], decoded[1], pages[None], picked, taken, lengths[at], scale, unit, sinks,
-            cap,
+            query[at].float(), decoded[0], decoded[1], pages[None], picked, taken, lengths[at],
+            scale, unit, sinks, cap,
         )[0]  # fmt: skip
     return out

@@ -3,6 +3,7 @@
 from torch import Tensor, int32, int64
 
 from kvplug_kernels.decode_pages import reference
+from kvplug_kernels.dispatch import wants_kernel
 from kvplug_kernels.page_layout import Coded, PageLayout
 from kvplug_kernels.shapes import Shapes
 
@@ -15,6 +16,10 @@ def decode_pages(cache: Coded, pages: Tensor, layout: PageLayout) -> tuple[Tenso
     """
     views = layout.views(cache)
     Shapes(views.keys.device).check("pages", pages, "n", (int32, int64))
+    if wants_kernel(views.keys):
+        from kvplug_kernels.decode_pages import kernel
+
+        return kernel.decode_pages(views, pages, layout)
     return reference.decode_pages(views, pages, layout)
 
 

@@ -2,6 +2,7 @@
 
 from torch import Tensor, int32, int64
 
+from kvplug_kernels.dispatch import wants_kernel
 from kvplug_kernels.encode_pages import reference
 from kvplug_kernels.page_layout import Coded, PageLayout
 from kvplug_kernels.shapes import Shapes
@@ -31,7 +32,11 @@ def encode_pages(
     if sources is not None:
         shapes.check("sources", sources, "n", (int32, int64))
     shapes.check("pages", pages, "M" if sources is None else "n", (int32, int64))
-    reference.encode_pages(views, keys, values, pages, layout, sources)
+    if wants_kernel(keys):
+        from kvplug_kernels.encode_pages import kernel
+
+        return kernel.encode_pages(views, keys, values, pages, layout, sources)
+    return reference.encode_pages(views, keys, values, pages, layout, sources)
 
 
 __all__ = ["encode_pages"]

@@ -15,6 +15,8 @@ def encode_pages(
     sources: Tensor | None = None,
 ) -> None:
     coming = (pages >= 0).nonzero()[:, 0]
+    if not len(coming):
+        return
     at, of = pages[coming].long(), coming if sources is None else sources[coming].long()
     write(views.keys, (at,), keys[of], layout.key_bits)
     grouped = values[of].unflatten(3, (layout.groups, layout.group)).transpose(1, 2)

@@ -44,6 +44,45 @@ def step_of(
 
 
 @triton.jit
+def code_page(
+    row, byte, keys, keys_s, keys_d, TINY: tl.constexpr, MOST: tl.constexpr,
+    D: tl.constexpr, J: tl.constexpr, BITS: tl.constexpr, BJ: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """A page's head: lo, step and bytes from its keys; row, byte, keys: where each begins."""
+    lo = tl.full([BD], float("inf"), tl.float32)
+    hi = tl.full([BD], float("-inf"), tl.float32)
+    for start in range(0, J, BJ):
+        for place in tl.static_range(8 // BITS):
+            k = load_keys(keys, start, place, keys_s, keys_d, float("inf"), D, J, BJ, BD)
+            lo = tl.minimum(lo, tl.min(k, axis=0))
+            hi = tl.maximum(hi, tl.max(tl.where(k < float("inf"), k, float("-inf")), axis=0))
+
+    d = tl.arange(0, BD)
+    LEVELS: tl.constexpr = (1 << BITS) - 1
+    lo, hi = tl.where(d < D, lo, 0.0), tl.where(d < D, hi, 0.0)
+    step = step_of(hi - lo, LEVELS, TINY, MOST, row.dtype.element_ty)
+    tl.store(row + d, narrowed(lo, row.dtype.element_ty), mask=d < D)
+    tl.store(row + D + d, step, mask=d < D)
+
+    step = widened(step).to(tl.float32)
+    for start in range(0, J, BJ):
+        j = start + tl.arange(0, BJ)
+        joined = tl.zeros([BJ, BD], tl.int32)
+        for place in tl.static_range(8 // BITS):
+            k = load_keys(keys, start, place, keys_s, keys_d, 0.0, D, J, BJ, BD)
+            joined |= nearest(k, lo[None, :], step[None, :], LEVELS) << (place * BITS)
+        inside = (j < J)[:, None] & (d < D)[None, :]
+        tl.store(byte + d[None, :] + j[:, None] * D, joined.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def nearest(number, lo, step, LEVELS: tl.constexpr):
+    """Codes, int32."""
+    code = tl.floor(tl.div_rn(number - lo, step + tl.zeros_like(number)) + 0.5)
+    return tl.minimum(tl.maximum(code, 0.0), 1.0 * LEVELS).to(tl.int32)
+
+
+@triton.jit
 def update_key_codes_kernel(
     codes, spread, keys, slots, codes_n, codes_k, codes_h, spread_n, spread_k, spread_h,
     keys_n, keys_s, keys_h, keys_d, TINY: tl.constexpr, MOST: tl.constexpr,
@@ -55,34 +94,9 @@ def update_key_codes_kernel(
         page = slot // S
         h = tl.program_id(1).to(tl.int64)
         keys += page // K * keys_n + page % K * S * keys_s + h * keys_h
-        lo = tl.full([BD], float("inf"), tl.float32)
-        hi = tl.full([BD], float("-inf"), tl.float32)
-        for start in range(0, J, BJ):
-            for place in tl.static_range(8 // BITS):
-                k = load_keys(keys, start, place, keys_s, keys_d, float("inf"), D, J, BJ, BD)
-                lo = tl.minimum(lo, tl.min(k, axis=0))
-                hi = tl.maximum(hi, tl.max(tl.where(k < float("inf"), k, float("-inf")), axis=0))
-
-        d = tl.arange(0, BD)
-        row = codes + page // K * codes_n + page % K * codes_k + h * codes_h + d
-        LEVELS: tl.constexpr = (1 << BITS) - 1
-        lo, hi = tl.where(d < D, lo, 0.0), tl.where(d < D, hi, 0.0)
-        step = step_of(hi - lo, LEVELS, TINY, MOST, codes.dtype.element_ty)
-        tl.store(row, narrowed(lo, codes.dtype.element_ty), mask=d < D)
-        tl.store(row + D, step, mask=d < D)
-
-        step = widened(step).to(tl.float32)
-        byte = spread + page // K * spread_n + page % K * spread_k + h * spread_h + d
-        for start in range(0, J, BJ):
-            j = start + tl.arange(0, BJ)
-            joined = tl.zeros([BJ, BD], tl.int32)
-            for place in tl.static_range(8 // BITS):
-                k = load_keys(keys, start, place, keys_s, keys_d, 0.0, D, J, BJ, BD)
-                code = tl.floor(tl.div_rn(k - lo[None, :], step[None, :] + tl.zeros_like(k)) + 0.5)
-                code = tl.minimum(tl.maximum(code, 0.0), 1.0 * LEVELS)
-                joined |= code.to(tl.int32) << (place * BITS)
-            inside = (j < J)[:, None] & (d < D)[None, :]
-            tl.store(byte[None, :] + j[:, None] * D, joined.to(tl.uint8), mask=inside)
+        row = codes + page // K * codes_n + page % K * codes_k + h * codes_h
+        byte = spread + page // K * spread_n + page % K * spread_k + h * spread_h
+        code_page(row, byte, keys, keys_s, keys_d, TINY, MOST, D, J, BITS, BJ, BD)
 
 
 def blocks(D: int, J: int) -> dict[str, int]:

@@ -19,6 +19,19 @@ LOG2_E = math.log2(math.e)
 
 
 @triton.jit
+def raised(logits, inside, top, total, CAP: tl.constexpr):
+    """Of more logits [BG, BT]: powers of two, the largest so far, what that makes of what was
+    summed before, and the sum with them."""
+    if CAP > 0:  # tanh is 1 - 2 / (1 + exp(2x)); a division would spill
+        logits = CAP * (1 - tl.exp2(1 - tl.log2(1 + tl.exp2(logits))))
+    logits = tl.where(inside[None, :], logits, float("-inf"))
+    above = tl.maximum(top, tl.max(logits, axis=1))
+    shrink = tl.exp2(top - above)
+    p = tl.exp2(logits - above[:, None])
+    return p, above, shrink, total * shrink + tl.sum(p, axis=1)
+
+
+@triton.jit
 def attend_kernel(
     query, keys, values, page_table, chosen, counts, lengths, partial, weight, scale,
     query_b, query_h, keys_n, keys_s, keys_h, keys_d, values_n, values_s, values_h, values_d,
@@ -59,13 +72,7 @@ def attend_kernel(
         )  # [BD, BT]
         k = widened(k).to(q.dtype)
         logits = tl.dot(q, k, input_precision="ieee") * scale
-        if CAP > 0:  # tanh is 1 - 2 / (1 + exp(2x)); a division would spill
-            logits = CAP * (1 - tl.exp2(1 - tl.log2(1 + tl.exp2(logits))))
-        logits = tl.where(inside[None, :], logits, float("-inf"))  # [BG, BT]
-        above = tl.maximum(top, tl.max(logits, axis=1))
-        shrink = tl.exp2(top - above)
-        p = tl.exp2(logits - above[:, None])
-        total = total * shrink + tl.sum(p, axis=1)
+        p, above, shrink, total = raised(logits, inside, top, total, CAP)
         value = values + page * values_n + (token % S) * values_s + h * values_h
         v = tl.load(
             value[:, None] + d[None, :] * values_d,
@@ -77,10 +84,18 @@ def attend_kernel(
         top = above
 
     row = (b * H + h) * G + g  # query heads in the order of the output
-    at = row * PARTS + part
-    total = tl.where(begin < end, total, 1.0)
+    keep_part(partial, weight, row * PARTS + part, acc, top, total, begin < end, G, D, BG, BD)
+
+
+@triton.jit
+def keep_part(
+    partial, weight, at, acc, top, total, some,
+    G: tl.constexpr, D: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    g, d = tl.arange(0, BG), tl.arange(0, BD)
+    total = tl.where(some, total, 1.0)
     mixed = acc / total[:, None]
-    filled = (g < tl.where(begin < end, G, 0))[:, None] & channels[None, :]
+    filled = (g < tl.where(some, G, 0))[:, None] & (d < D)[None, :]
     tl.store(partial + at[:, None] * D + d[None, :], mixed, mask=filled)
     tl.store(weight + at, top + tl.log2(total), mask=g < G)  # -inf where the part is empty
 
