@@ -253,8 +253,8 @@ def unsupported(offer: Offer) -> Iterator[str]:
             )
         elif isinstance(part, PageFormat):
             yield (
-                f"{part} keeps pages as codes, and SGLang's pools hold keys and values as numbers; "
-                "serve it in vLLM, or use --kv-cache-dtype fp8_e4m3"
+                f"{part} keeps pages as codes, and SGLang's pools hold keys and values as they "
+                "are; serve it in vLLM, or use --kv-cache-dtype fp8_e4m3"
             )
         elif isinstance(part, ScoredEviction) and part.appends:
             instead = f"write a budget in tokens, such as {part.name}(budget=1024, chunk="

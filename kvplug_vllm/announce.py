@@ -53,6 +53,13 @@ def describe(planner: Planner, spec: Any, tokens: int, vllm_config: Any) -> str:
         if schedule.every:
             held += f"; its answer {schedule.every:,} more at most"
     parts.append(f"A request of {tokens:,} tokens {held}")
+    if policy.format is not None:
+        layout = policy.format.layout(size, spec.head_size, vllm_config.model_config.dtype)
+        parts.append(
+            f"(a block is {layout.plain_bytes / layout.page_bytes:.2f} times smaller than vLLM's, "
+            f"{layout.page_bytes / size:.0f} bytes a token and KV head; the one that is being "
+            "filled stays plain)"
+        )
     tokens_bytes, digest = page_bytes(spec)
     if digest:
         parts.append(f"(a block is {digest / tokens_bytes:.1%} larger than vLLM's, for digests)")

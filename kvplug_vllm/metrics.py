@@ -65,6 +65,10 @@ class Metrics:
         for counter in BY_POLICY:  # a rate needs to have seen the zero
             add(counter, 0, str(engine.settings.policy))
         token, digest = page_bytes(spec)
+        if engine.offer.format is not None:  # what chooses reads the keys' codes
+            format, dtype = engine.offer.format, engine.vllm_config.model_config.dtype
+            layout = format.layout(spec.block_size, spec.head_size, dtype)
+            digest = layout.key_bytes * spec.num_kv_heads
         each = layers / spec.block_size
         return cls(share, each * token, each * digest)
 

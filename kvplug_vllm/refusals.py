@@ -151,8 +151,8 @@ def _with_format(format: PageFormat, offer: Offer, vllm_config: Any) -> Iterator
             yield str(error)
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         yield (
-            f"{format} keeps the page that a request is filling in a cache group of its own, which "
-            "needs the hybrid KV cache manager; drop --disable-hybrid-kv-cache-manager"
+            f"{format} keeps the page that a request is filling in a cache group of its own, "
+            "which needs the hybrid KV cache manager; drop --disable-hybrid-kv-cache-manager"
         )
     text = getattr(model, "hf_text_config", None)
     for what, has in (

@@ -33,7 +33,8 @@ replayed graphs, see the README); served: not refused, and no test of its own; a
 start, with the reason below. `snapkv` stands for what scores tokens by queries, `keydiff` by keys
 and values (`knorm`, `random`, `vase`, `lagkv`, `cur`), *chunk* and *share* for `keydiff` with a
 `chunk`, of which it keeps a number of tokens or a share, `a_shape` and `xattention` for what reads
-prompts by position and by an estimate, *compiled* for `kvzip`, *chosen* for a server whose
+prompts by position and by an estimate, *compiled* for `kvzip`, `kivi` for pages in a format (with
+`--block-size 32`), *chosen* for a server whose
 requests choose (`allow`). Of beam search a number is the answer to the request that asks for it.
 Nothing here has run on a GPU unless `kvplug doctor` says so. Written by `tools/support.py`.
 """
@@ -51,6 +52,7 @@ POLICIES: Mapping[str, dict[str, Any]] = {
     "a_shape": {"policy": "a_shape"},
     "xattention": {"policy": "xattention"},
     "local": {"policy": 'local(layers="1::2")'},
+    "kivi": {"policy": "kivi(bits=4)"},
     "chosen": {"policy": "dense", "allow": ["quest", "snapkv"], "max_budget": 1024},
 }
 
@@ -103,6 +105,7 @@ VLLM = {
             "vllm/test_prefill.py::test_a_prompt_by_position_is_a_plain_llama_s": "a_shape",
             "vllm/test_prefill.py::test_blocks_read_what_was_chosen_and_nothing_else":
             "xattention",
+            "vllm/test_coded.py::test_ragged_chunks_found_again_and_aborted": "kivi",
             "vllm/test_requests.py::test_a_batch_of_policies_answers_as_each_alone": "chosen",
         }),
         Row("windows between (Gemma 2 and 3)", "gemma3", tests={
@@ -142,6 +145,7 @@ VLLM = {
             "test_blocks_are_chosen_for_alike_in_chunks_a_batch_and_after_a_preemption":
             "xattention",
             "vllm/test_chunks.py::test_a_shared_context_costs_its_packed_size_once": "share",
+            "vllm/test_coded.py::test_preempted_and_resumed": "kivi",
             "vllm/test_requests.py::test_preempted_requests_keep_their_policies": "chosen",
             "vllm/test_local.py::"
             "test_local_layers_are_those_of_a_configuration_token_for_token": "local",
@@ -149,6 +153,7 @@ VLLM = {
         Row("CUDA graphs (recorded on a CPU)", tests={
             "vllm/test_twin.py::test_replayed_steps_answer_as_eager_ones":
             "dense quest twilight snapkv streaming_llm keydiff pyramid",
+            "vllm/test_coded.py::test_ragged_chunks_found_again_and_aborted": "kivi",
             "vllm/test_chunks.py::"
             "test_answers_are_those_of_a_plain_llama_that_packs_at_the_same_positions": "chunk",
             "vllm/test_chunks.py::"
@@ -320,6 +325,7 @@ def refused_by_vllm(model: Path, row: Row) -> list[list[str]]:
     from kvplug_vllm.refusals import refusals
 
     given: dict[str, Any] = {"max_model_len": 1024, "skip_tokenizer_init": True}
+    given["block_size"] = 32  # a format codes no blocks of 128, which a CPU has unless told
     if row.drafts:
         given["speculative_config"] = {
             "method": row.drafts, "model": str(model), "num_speculative_tokens": 2,

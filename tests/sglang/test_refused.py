@@ -324,6 +324,11 @@ def test_policies_narrower_than_a_window(resolve, tmp_path, policy, message):
         resolve(served, model=tmp_path / "gemma3")
 
 
+def test_pages_are_kept_as_the_engine_keeps_them(resolve):
+    with pytest.raises(ValueError, match=r"kivi\(bits=4\) keeps pages as codes.*serve it in vLLM"):
+        resolve("kivi + snapkv")
+
+
 def test_layers_are_local_by_the_configuration_alone(resolve):
     for line in ('local(layers="1::2")', 'quest + local(layers="1::2")'):
         with pytest.raises(ValueError, match=r"local\(.*serve it in vLLM, or use streaming_llm"):

@@ -17,6 +17,8 @@ from kvplug_vllm.refusals import refusals
 from tests import heads
 
 LOCAL = "local(layers='1::2')"
+KIVI = {"policy": "kivi(bits=4)"}
+PAGES = {"block_size": 32}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2}
 
 # (engine arguments, kvplug's settings, what the error must say)
@@ -39,6 +41,32 @@ REFUSED = [
     ),
     ({"block_size": 32}, {"policy": "xattention(stride=64)"}, ["write xattention(stride=32)"]),
     ({}, {"policy": "block_quest + twilight"}, ["block_quest need different digests in a page"]),
+    (
+        {"block_size": 128},
+        KIVI,
+        ["kivi(bits=4) codes pages of 32 or 64 tokens, got blocks of 128", "--block-size 32"],
+    ),
+    ({**PAGES, "kv_cache_dtype": "fp8"}, KIVI, ["codes plain pages, got --kv-cache-dtype fp8"]),
+    (
+        {**PAGES, "speculative_config": NGRAM},
+        KIVI,
+        ["speculative decoding beside kivi(bits=4) was never run; drop it, or leave kivi out"],
+    ),
+    ({**PAGES, "kv_offloading_size": 1}, KIVI, ["a KV connector beside kivi(bits=4)"]),
+    (
+        PAGES,
+        {"policy": "kivi(bits=4) + pyramid(snapkv)"},
+        ["layers of different budgets beside kivi(bits=4)"],
+    ),
+    (PAGES, {"policy": f"kivi + {LOCAL}"}, ["layers that see a window by the policy beside"]),
+    (PAGES, {"policy": "kivi + xattention"}, ["sparse prefill beside kivi(bits=4)"]),
+    (PAGES, {**KIVI, "allow": ["a_shape"]}, ["sparse prefill beside kivi(bits=4)"]),
+    (
+        {**PAGES, "disable_hybrid_kv_cache_manager": True},
+        KIVI,
+        ["a cache group of its own", "drop --disable-hybrid-kv-cache-manager"],
+    ),
+    (PAGES, {**KIVI, "min_context": 64}, ["the format of all pages", '{"min_context": 0}']),
     ({}, "quest", ['must be a mapping such as {"policy":']),
     (
         {},
