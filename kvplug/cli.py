@@ -14,6 +14,7 @@ from time import perf_counter
 from typing import Annotated
 
 from kvplug import __version__
+from kvplug.advice.cli import plan
 from kvplug.compiling import Server
 from kvplug.doctor import Check
 from kvplug.registry import policy_class, policy_names
@@ -34,6 +35,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+app.command()(plan)
 
 
 @app.command()
