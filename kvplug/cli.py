@@ -17,6 +17,7 @@ from kvplug import __version__
 from kvplug.advice.cli import plan
 from kvplug.compiling import Server
 from kvplug.doctor import Check
+from kvplug.new_method import write as write_method
 from kvplug.registry import policy_class, policy_names
 
 try:
@@ -112,6 +113,21 @@ def doctor(
         Console().print(table)
     if not all(check.passed for check in found):
         raise typer.Exit(1)
+
+
+@app.command(name="new-method")
+def new_method(
+    name: Annotated[str, typer.Argument(help="Of the policy, such as my_method.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to make; the name if none.")] = None,
+) -> None:
+    """Write a package of one policy with its test and its entry point: it runs as it is."""
+    folder = out or Path(name)
+    for file in write_method(name, folder):
+        print(file)
+    print(
+        f"next:\n  pip install -e {folder}\n  python -m pytest {folder}\n"
+        f'  KVPLUG_POLICY="{name}(budget=1024)" vllm serve MODEL --attention-backend kvplug'
+    )
 
 
 @app.command(name="compile")

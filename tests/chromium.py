@@ -1,4 +1,4 @@
-"""A page in headless Chromium, driven over its debugging pipe; what it logs and asks for is kept."""
+"""A page in headless Chromium, driven over its debugging pipe; what it logs is kept."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ class Page:
         text = {"text": key} if len(key) == 1 else {}
         for kind in ("keyDown", "keyUp"):
             self.call(
-                "Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=codes.get(key, 0),
-                **(text if kind == "keyDown" else {}),
+                "Input.dispatchKeyEvent", type=kind, key=key,
+                windowsVirtualKeyCode=codes.get(key, 0), **(text if kind == "keyDown" else {}),
             )  # fmt: skip
 
     def dark(self, wanted: bool) -> None:

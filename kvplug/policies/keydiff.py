@@ -7,7 +7,7 @@ Resource-Constrained Environments", 2025, https://arxiv.org/abs/2504.15364
 
 Differs from the paper: the prompt is scored once, when all of it is there; the paper evicts block
 by block as it is read. The first ``sinks`` tokens always stay. On long answers (``interval``) it
-loses more than ``random`` (README, "What a policy costs in answers").
+loses more than ``random`` (docs/evidence.md, "Answers").
 """
 
 from __future__ import annotations
