@@ -1,6 +1,7 @@
 """The documentation says what the project does: pages that are made are current, links lead
 somewhere, and what its pages tell to type runs."""
 
+import json
 import re
 import runpy
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kvplug import parse
+from kvplug import parse, read_offer, read_settings
 from kvplug.new_method import write
 
 ROOT = Path(__file__).parents[2]
@@ -104,3 +105,25 @@ def test_forms_and_citation_are_read():
     for form in (form for form in forms if "body" in form):
         assert {"name", "description"} <= form.keys()
         assert all("label" in x["attributes"] for x in form["body"] if x["type"] != "markdown")
+
+
+def test_containers_name_what_is_there():
+    """Never built where there are no containers: paths, ports and the line are read."""
+    folder = ROOT / "containers"
+    services = yaml.safe_load((folder / "compose.yaml").read_text())["services"]
+    for service in services.values():
+        for volume in service["volumes"]:
+            source = volume.partition(":")[0]
+            assert not source.startswith(".") or (folder / source).exists(), source
+    build = services["server"]["build"]
+    assert (folder / build["context"] / build["dockerfile"]).is_file()
+    scraped = yaml.safe_load((folder / "prometheus.yaml").read_text())["scrape_configs"]
+    (target,) = scraped[0]["static_configs"][0]["targets"]
+    name, _, port = target.partition(":")
+    assert f"{port}:{port}" in services[name]["ports"]
+    provider = yaml.safe_load((folder / "grafana/dashboards.yaml").read_text())["providers"][0]
+    shown = [volume for volume in services["grafana"]["volumes"] if "../dashboards:" in volume]
+    assert shown == [f"../dashboards:{provider['options']['path']}:ro"]
+    config = services["server"]["command"][-1]
+    filled = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", config)
+    assert read_offer(json.loads(filled)["kvplug"], environ={}).settings == read_settings({}, {})
