@@ -42,8 +42,13 @@ app.command()(plan)
 
 
 @app.command()
-def policies() -> None:
+def policies(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for a script.")] = False,
+) -> None:
     """List the installed policies and what each does to the cache."""
+    if as_json:
+        print(json.dumps([_described(name) for name in policy_names()], indent=1))
+        return
     table = Table(
         title="policies",
         box=box.SIMPLE,
@@ -62,19 +67,27 @@ def policies() -> None:
     ):
         table.add_column(column, overflow="fold", no_wrap=column in ("policy", "paper"))
     for name in policy_names():
-        cls = policy_class(name)
-        table.add_row(
-            name,
-            cls.stage.value,
-            cls.action.value,
-            cls.granularity.value,
-            "yes" if cls.query_agnostic else "no",
-            cls.memory,
-            cls.reads,
-            cls.paper.removeprefix("https://"),
-        )
+        described = _described(name)
+        agnostic = "yes" if described.pop("query_agnostic") else "no"
+        name, stage, action, unit, memory, reads, paper = map(str, described.values())
+        paper = paper.removeprefix("https://")
+        table.add_row(name, stage, action, unit, agnostic, memory, reads, paper)
     # Wide enough for its words where nobody looks (a pipe is taken for 80 columns).
     Console(width=max(Console().width, 124)).print(table)
+
+
+def _described(name: str) -> dict[str, object]:
+    cls = policy_class(name)
+    return {
+        "policy": name,
+        "stage": cls.stage.value,
+        "action": cls.action.value,
+        "unit": cls.granularity.value,
+        "query_agnostic": cls.query_agnostic,
+        "memory": cls.memory,
+        "reads": cls.reads,
+        "paper": cls.paper,
+    }
 
 
 @app.command()

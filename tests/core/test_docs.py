@@ -127,3 +127,15 @@ def test_containers_name_what_is_there():
     config = services["server"]["command"][-1]
     filled = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", config)
     assert read_offer(json.loads(filled)["kvplug"], environ={}).settings == read_settings({}, {})
+
+
+def test_the_list_of_policies_can_be_had_as_json():
+    testing = pytest.importorskip("typer.testing")
+    from kvplug.cli import app
+
+    run = testing.CliRunner().invoke
+    found = {each["policy"]: each for each in json.loads(run(app, ["policies", "--json"]).output)}
+    assert found["quest"]["paper"] == "https://arxiv.org/abs/2406.10774"
+    assert found["quest"]["query_agnostic"] is False
+    shown = run(app, ["policies"]).output
+    assert all(name in shown for name in found)

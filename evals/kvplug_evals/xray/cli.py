@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from time import perf_counter
 from typing import Annotated
 
 import typer
@@ -31,8 +32,16 @@ def xray(
             f"kvplug xray needs {error.name}; install it with: pip install 'kvplug[cli,evals]'"
         ) from None
 
+    began = perf_counter()
+
     def tell(done: int, steps: int) -> None:
-        print(f"\r{done} of {steps} steps", end="", file=sys.stderr, flush=True)
+        # A prompt is computed twice, and takes most of the time.
+        half, left = steps // 2, "dense first"
+        if done > half:
+            left = f"about {(perf_counter() - began) / done * (steps - done):.0f} s left"
+        print(f"\r{done} of {steps} steps, {left}   ", end="", file=sys.stderr, flush=True)
+
+    print("computing the prompt …", end="", file=sys.stderr, flush=True)
 
     looks = take(model, text.read_text(), policy, steps, block_size, longest, tell)
     print(file=sys.stderr)

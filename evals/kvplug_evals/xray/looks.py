@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,26 +104,37 @@ class Xray:
         self.prompt = len(prompt)
         with torch.inference_mode(), self._attending():
             self.dense = True
-            answer = self._run(prompt, steps, None, lambda done: tell(done, 2 * steps))
+            first, cache = self._begin(prompt)
+            answer = self._go_on(first, deepcopy(cache), steps, None, lambda n: tell(n, 2 * steps))
             self.dense = False
-            said = self._run(prompt, steps, answer, lambda done: tell(steps + done, 2 * steps))
+            if self.policy.eviction is not None:  # it changes how the prompt is read
+                first, cache = self._begin(prompt)
+            said = self._go_on(first, cache, steps, answer, lambda n: tell(steps + n, 2 * steps))
         return answer, said[1:], {n: layer.looks for n, layer in sorted(self.layers.items())}
 
-    def _run(
-        self, prompt: Tensor, steps: int, forced: list[int] | None, tell: Callable[[int], None]
-    ) -> list[int]:
-        """The model's first choices behind the prompt and behind each token of the answer, which
-        are those choices themselves, or ``forced``."""
+    def _begin(self, prompt: Tensor) -> tuple[int, Any]:
+        """The model's first choice behind the prompt, and the cache that it leaves."""
         from transformers import DynamicCache
 
-        self.layers = {}
-        cache, given, said = DynamicCache(), prompt[None], []
-        for step in range(steps + 1):
-            logits = self.model(given, past_key_values=cache, use_cache=True).logits[0, -1]
-            said.append(int(logits.argmax()))
-            given = torch.tensor([[said[step] if forced is None else forced[step]]])
-            tell(step)
+        self.layers, cache = {}, DynamicCache()
+        return self._step(prompt[None], cache), cache
+
+    def _go_on(
+        self, first: int, cache: Any, steps: int, forced: list[int] | None,
+        tell: Callable[[int], None],
+    ) -> list[int]:  # fmt: skip
+        """Its first choices from there on, behind each token of the answer: which those choices
+        are themselves, or ``forced``."""
+        said = [first]
+        for step in range(steps):
+            given = said if forced is None else forced
+            said.append(self._step(torch.tensor([[given[step]]]), cache))
+            tell(step + 1)
         return said
+
+    def _step(self, given: Tensor, cache: Any) -> int:
+        found = self.model(given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return int(found.logits[0, -1].argmax())
 
     @contextmanager
     def _attending(self) -> Iterator[None]:
@@ -156,14 +168,20 @@ class Xray:
             out = layer.decode(query[0, :, 0], key[0], value[0], scale)
             return out[None, None], None
         seen = self._prompt_mask(query.shape[2], key.shape[2], window)
-        if window is None and not self.dense:
+        if window is None and query.shape[2] > 1:
             self.layers[module.layer_idx] = _Layer(self, module.layer_idx, query[0])
         keys, values = (x.repeat_interleave(group, 1) for x in (key, value))
-        out = scaled_dot_product_attention(query, keys, values, seen, scale=scale)
+        out = scaled_dot_product_attention(
+            query, keys, values, seen, is_causal=seen is None, scale=scale
+        )
         return out.transpose(1, 2).contiguous(), None
 
-    def _prompt_mask(self, queries: int, tokens: int, window: int | None) -> Tensor:
-        """What the last queries of so many tokens see. -> [queries, tokens] bool"""
+    def _prompt_mask(self, queries: int, tokens: int, window: int | None) -> Tensor | None:
+        """What the last queries of so many tokens see: [queries, tokens] bool; None for all, by
+        position."""
+        whole = window is None and (self.dense or self.policy.eviction is None)
+        if whole and queries == tokens:
+            return None
         at, other = torch.arange(tokens)[-queries:, None], torch.arange(tokens)
         seen = other <= at
         if window is not None:
