@@ -24,7 +24,7 @@ export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
 .PHONY: demo demo-sglang test unpaced test-fast test-kernels test-engine test-sglang test-next lint format \
-	setup setup-sglang models bench gpu clean
+	docs setup setup-sglang models bench gpu clean
 .NOTPARALLEL:
 
 demo: setup models
@@ -35,7 +35,7 @@ demo-sglang: setup-sglang models
 	PYTHONPATH=tests/sglang/shims SGLANG_USE_CPU_ENGINE=1 \
 	  $(SGLANG_VENV)/bin/kvplug demo --engine sglang --out demo-out/sglang
 
-test: unpaced lint test-fast test-kernels test-engine test-sglang
+test: unpaced lint docs test-fast test-kernels test-engine test-sglang
 	@$(BIN)/python tests/pace.py $(PACE)
 
 unpaced:
@@ -83,6 +83,15 @@ bench: setup models
 # engines run too where the parts lie that tools/gpu_bundle.py makes on a machine with a network.
 gpu:
 	PYTHONPATH=kernels:. $(PYTHON) tools/gpu_engines.py --out results/gpu --bundle .cache/gpu-bundle
+
+# The documentation as a site, in an environment of its own; strict: a lost link or page fails.
+docs: .venvs/docs/.ready
+	NO_MKDOCS_2_WARNING=1 .venvs/docs/bin/mkdocs build --strict --quiet
+	@echo .cache/site/index.html
+
+.venvs/docs/.ready: pyproject.toml tools/environment.py tools/setup_docs.py
+	$(PYTHON) tools/setup_docs.py --venv .venvs/docs
+	@touch $@
 
 setup: $(VENV)/.ready
 setup-sglang: $(SGLANG_VENV)/.ready

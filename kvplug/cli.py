@@ -14,10 +14,12 @@ from time import perf_counter
 from typing import Annotated
 
 from kvplug import __version__
+from kvplug.advice.cli import plan
 from kvplug.calibrating import TEXT, Setting
 from kvplug.calibrating import calibrate as measure
 from kvplug.compiling import Server
 from kvplug.doctor import Check
+from kvplug.new_method import write as write_method
 from kvplug.registry import policy_class, policy_names
 
 try:
@@ -38,9 +40,17 @@ app = typer.Typer(
 )
 
 
+app.command()(plan)
+
+
 @app.command()
-def policies() -> None:
+def policies(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for a script.")] = False,
+) -> None:
     """List the installed policies and what each does to the cache."""
+    if as_json:
+        print(json.dumps([_described(name) for name in policy_names()], indent=1))
+        return
     table = Table(
         title="policies",
         box=box.SIMPLE,
@@ -59,19 +69,27 @@ def policies() -> None:
     ):
         table.add_column(column, overflow="fold", no_wrap=column in ("policy", "paper"))
     for name in policy_names():
-        cls = policy_class(name)
-        table.add_row(
-            name,
-            cls.stage.value,
-            cls.action.value,
-            cls.granularity.value,
-            "yes" if cls.query_agnostic else "no",
-            cls.memory,
-            cls.reads,
-            cls.paper.removeprefix("https://"),
-        )
+        described = _described(name)
+        agnostic = "yes" if described.pop("query_agnostic") else "no"
+        name, stage, action, unit, memory, reads, paper = map(str, described.values())
+        paper = paper.removeprefix("https://")
+        table.add_row(name, stage, action, unit, agnostic, memory, reads, paper)
     # Wide enough for its words where nobody looks (a pipe is taken for 80 columns).
     Console(width=max(Console().width, 124)).print(table)
+
+
+def _described(name: str) -> dict[str, object]:
+    cls = policy_class(name)
+    return {
+        "policy": name,
+        "stage": cls.stage.value,
+        "action": cls.action.value,
+        "unit": cls.granularity.value,
+        "query_agnostic": cls.query_agnostic,
+        "memory": cls.memory,
+        "reads": cls.reads,
+        "paper": cls.paper,
+    }
 
 
 @app.command()
@@ -110,6 +128,21 @@ def doctor(
         Console().print(table)
     if not all(check.passed for check in found):
         raise typer.Exit(1)
+
+
+@app.command(name="new-method")
+def new_method(
+    name: Annotated[str, typer.Argument(help="Of the policy, such as my_method.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to make; the name if none.")] = None,
+) -> None:
+    """Write a package of one policy with its test and its entry point: it runs as it is."""
+    folder = out or Path(name)
+    for file in write_method(name, folder):
+        print(file)
+    print(
+        f"next:\n  pip install -e {folder}\n  python -m pytest {folder}\n"
+        f'  KVPLUG_POLICY="{name}(budget=1024)" vllm serve MODEL --attention-backend kvplug'
+    )
 
 
 @app.command(name="compile")

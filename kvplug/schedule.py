@@ -284,12 +284,13 @@ class Schedule:
             page_size=self.page_size,
         )
 
-    def most_pages(self, prompt: int, in_flight: int, tokens: int) -> int:
+    def most_pages(self, prompt: int, in_flight: int, tokens: int, since: int = 0) -> int:
         """The most pages that a request of so many tokens holds while up to ``in_flight`` tokens
-        are being computed."""
+        are being computed; since: once so many are behind it."""
         course = self.course(prompt)
-        once = course.begin + self.every * self.page_size + 1  # then it holds as much again
-        processed = np.arange(min(tokens, once) if self.every else tokens)
+        # Past its first event and as much again, it repeats itself.
+        once = max(course.begin, since) + self.every * self.page_size + 1
+        processed = np.arange(since, min(tokens, once) if self.every else tokens)
         begin = np.full_like(processed, course.begin)
         total = np.minimum(processed + in_flight, tokens)
         inserted = course.private * (total > begin)

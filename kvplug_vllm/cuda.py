@@ -1,4 +1,4 @@
-"""The stock FlashAttention backend, planned. Not run on a GPU yet (see the README's table).
+"""The stock FlashAttention backend, planned. Not run on a GPU yet (see docs/compatibility.md).
 
 Decode steps that a full CUDA graph may replay keep their shapes and live in buffers that never
 move: every row of such a batch goes through the selection, short ones with all their pages.

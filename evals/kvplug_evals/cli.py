@@ -12,10 +12,12 @@ from rich.markup import escape
 from kvplug_evals.bench.cli import app as bench
 from kvplug_evals.interrupts import Interrupts
 from kvplug_evals.sweep.cli import evaluate
+from kvplug_evals.xray.cli import xray
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(bench, name="bench")
 app.command(name="eval")(evaluate)
+app.command()(xray)
 
 
 @app.command()

@@ -9,7 +9,7 @@ Differs from the paper: the prompt is scored once, when all of it is there; the 
 by block as it is read. The first ``sinks`` tokens always stay. On long answers (``interval``) it
 loses more than ``random``. At a quarter of a prompt it loses less with the first and last tenth of
 the budget protected (``sinks=51, window=51`` of 512): .10 nats of SmolLM2's text, .45 of needles
-(README, "What a policy costs in answers").
+(docs/evidence.md, "Answers").
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ Differs from the paper: query heads that share a KV head keep the same tokens (m
 group; the authors' code repeats the keys and keeps a set for each query head), in fp32 throughout.
 Defaults are those of the authors' code. To protect a prompt's first tokens too (``sinks=51`` of
 512) changes nothing of text, finds no more of exact recall, and saves .25 nats of needles whose
-question comes later (README, "What a policy costs in answers").
+question comes later (docs/evidence.md, "Answers").
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from rich.markup import escape
 from kvplug import parse
 from kvplug_evals.bench.options import Clock
 from kvplug_evals.bench.provenance import WIDTH, provenance, table
+from kvplug_evals.models.folder import BUILD_MODELS
 
 DENSE = "dense"
 DECODES = 12  # steps behind the prompt: the first packs, the others are ordinary
@@ -51,7 +52,7 @@ class Options:
         if self.clock is Clock.CPU and self.threads > 1:
             raise ValueError("the clock cpu is that of one thread: add --threads 1")
         if not (self.model / "config.json").exists():
-            raise ValueError(f"there is no model in {self.model}; run make models, or --model")
+            raise ValueError(f"there is no model in {self.model}; {BUILD_MODELS}, or --model")
         for line in self.policies:
             scored = parse(line).scored
             if scored is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 AUTO = "auto"
+BUILD_MODELS = "run make models (outside a checkout: python -m kvplug_evals.models)"
 DTYPES = (AUTO, "float32", "bfloat16", "float16")
 
 
@@ -50,7 +51,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.exists():
         raise ValueError(
-            f"there is no model in {folder}; run make models, or give --model a folder"
+            f"there is no model in {folder}; {BUILD_MODELS}, or give --model a folder"
         )
     config: dict[str, Any] = json.loads(file.read_text())
     return config

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from kvplug import parse
+from kvplug_evals.models.folder import BUILD_MODELS
 from kvplug_evals.served.engine import Engine
 from kvplug_evals.served.sglang import SGLang
 from kvplug_evals.served.vllm import VLLM
@@ -46,4 +47,4 @@ def configure(name: str, model: Path, options: Mapping[str, object]) -> Engine:
 def check_model(model: Path) -> None:
     """Raises FileNotFoundError that says how to get one."""
     if not (model / "config.json").exists():
-        raise FileNotFoundError(f"there is no model in {model}; run make models, or give --model")
+        raise FileNotFoundError(f"there is no model in {model}; {BUILD_MODELS}, or give --model")

@@ -33,7 +33,7 @@ ADVICE = {
     r"invalid choice: 'kvplug'|No module named|PackageNotFoundError": "the environment is "
     "incomplete; run make setup, for SGLang make setup-sglang",
     r"(config\.json|safetensors|tokenizer).*(not|no) |Can't load": "rebuild the models: "
-    "rm -r .models && make models",
+    "rm -r .models, then make models (outside a checkout: python -m kvplug_evals.models)",
 }
 FAILURE = re.compile(r"\b\w*(?:Error|Exception|Killed)\b\s*:|^\S*\s*- |error: ")
 PREFIX = re.compile(r"^\((?:\w+ )*pid=\d+\) (?:ERROR \d\d-\d\d \S+ \[\S+\] ?)?")

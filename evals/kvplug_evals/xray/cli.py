@@ -1,0 +1,56 @@
+"""``kvplug xray``: what each head keeps and reads of a text, as one page."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated
+
+import typer
+
+
+def xray(
+    text: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="The prompt's file.")],
+    policy: Annotated[str, typer.Option(help="A policy line.")] = "twilight(budget=0.0625)",
+    model: Annotated[Path, typer.Option(help="Model folder.")] = Path(".models/smollm2"),
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("xray.html"),
+    steps: Annotated[int, typer.Option(min=1, help="Tokens of the answer to look at.")] = 8,
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens of a page.")] = 32,
+    longest: Annotated[int, typer.Option(min=1, help="Tokens that the text is cut to.")] = 4000,
+) -> None:
+    """Show a text by what each layer and KV head keeps and reads of it as an answer is decoded.
+
+    Computed by transformers in float32 on the CPU, with the policy's own choices; the page needs
+    no network.
+    """
+    try:
+        from kvplug_evals.xray.looks import take
+        from kvplug_evals.xray.page import render
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"kvplug xray needs {error.name}; install it with: pip install 'kvplug[cli,evals]'"
+        ) from None
+
+    began = perf_counter()
+
+    def tell(done: int, steps: int) -> None:
+        # A prompt is computed twice, and takes most of the time.
+        half, left = steps // 2, "dense first"
+        if done > half:
+            left = f"about {(perf_counter() - began) / done * (steps - done):.0f} s left"
+        print(f"\r{done} of {steps} steps, {left}   ", end="", file=sys.stderr, flush=True)
+
+    print("computing the prompt …", end="", file=sys.stderr, flush=True)
+
+    looks = take(model, text.read_text(), policy, steps, block_size, longest, tell)
+    print(file=sys.stderr)
+    page = render(looks, line=policy, model=model.name, layers=looks.layers)
+    out.write_text(page)
+    read = (looks.seen & 32 > 0).sum() / (looks.seen.shape[0] * looks.seen.shape[1])
+    same = sum(a == b for a, b in zip(looks.answer, looks.said, strict=True))
+    print(
+        f"{out}: {len(page) / 1e6:.1f} MB, {looks.prompt:,} tokens and {len(looks.answer)} steps; "
+        f"{read / looks.seen.shape[2]:,.0f} tokens read in the mean, {looks.lost.mean():.1%} of "
+        f"dense attention lost, {same} of {len(looks.answer)} tokens as dense"
+    )
