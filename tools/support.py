@@ -32,9 +32,9 @@ INTRODUCTION = """# What is served
 replayed graphs, see docs/compatibility.md); served: not refused, and no test of its own; a
 number: refused at start, with the reason below. `snapkv` stands for what scores tokens by
 queries, `keydiff` by keys and values (`knorm`, `random`, `vase`, `lagkv`, `cur` too), *chunk* and
-*share* for `keydiff` with a `chunk`, of which it keeps a number of tokens or a share, `a_shape` and
-`xattention` for what reads prompts by position and by an estimate, *compiled* for `kvzip`, `kivi`
-for pages in a format (with `--block-size 32`), *chosen* for a server whose requests choose
+*share* for `keydiff` with a `chunk`, of which it keeps a number of tokens or a share, `a_shape`
+and `xattention` for what reads prompts by position and by an estimate, *compiled* for `kvzip`,
+`kivi` for pages in a format (with `--block-size 32`), *chosen* for a server whose requests choose
 (`allow`). Of beam search a number is the answer to the request that asks for it.
 Nothing here has run on a GPU unless `kvplug doctor` says so. Written by `tools/support.py`.
 """
