@@ -26,7 +26,7 @@ LINES = {
     "local": 'local(layers="1::2")',
 }
 """For policies that cannot be written by their name alone."""
-VLLM_ALONE = {"kvzip", "local"}
+VLLM_ALONE = {"kivi", "kvzip", "local"}
 NOT_WHEN = {
     "dense": "where memory or a step's reads are what limits the server.",
     "twilight": "for more requests at once: it holds the whole cache and 9.4 % more; contexts "
@@ -42,6 +42,7 @@ NOT_WHEN = {
     "knorm": "on text: of all policies it was the worst there.",
     "random": "at all, but to compare with.",
     "random_prefill": "at all, but to compare with.",
+    "kivi": "at two bits without having measured it: loss grows steeply below four.",
     "pyramid": "where the last layers look things up: they are given least.",
     "kvzip": "for contexts that few ask about, or that hold what cannot be foretold: those need "
     "all of it.",

@@ -83,7 +83,15 @@ def capacity(
     itemsize: int | None = None,
 ) -> Capacity:
     """memory: bytes of the pool. prompt, tokens: of a request, and of it with its answer.
-    in_flight: tokens that are computed at once. itemsize: of a number in the cache."""
+    in_flight: tokens that are computed at once. itemsize: of a number in the cache.
+
+    Raises ValueError for pages in a format, whose open pages it does not count.
+    """
+    if offer.format is not None:
+        raise ValueError(
+            f"kvplug plan counts pages of plain numbers, got {offer.format}: the engine's start-up "
+            "line says what fits in that format"
+        )
     size = itemsize or model.itemsize
     shape = _Shape(model, offer, block_size, prompt, tokens, in_flight, size)
     buckets = shape.buckets()

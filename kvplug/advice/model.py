@@ -168,7 +168,7 @@ def _refused(text: Mapping[str, Any]) -> str | None:
     if text.get("kv_lora_rank"):
         return "its attention is latent (MLA), which kvplug refuses"
     if "chunked_attention" in (text.get("layer_types") or ()) or text.get("attention_chunk_size"):
-        return "its layers attend in chunks, which kvplug refuses"
+        return "its layers attend in chunks, which this arithmetic does not know"
     return None
 
 
