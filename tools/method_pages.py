@@ -100,6 +100,7 @@ def _facts(cls: type[Policy]) -> str:
 
 
 def _commands(name: str, line: str) -> str:
+    line = line.replace("'", '"')  # a shell's quotes stand around it
     quoted = line.replace('"', '\\"')
     vllm = (
         "    vllm serve MODEL --attention-backend kvplug \\\n"
