@@ -162,7 +162,7 @@ VLLM = {
             "test_local_layers_are_those_of_a_configuration_token_for_token": "local",
         }),
         Row("tensor parallelism", options={"tensor_parallel_size": 2}, tests={
-            "vllm/test_models.py::test_two_ranks_answer_as_one": "quest snapkv",
+            "vllm/test_models.py::test_two_ranks_answer_as_one": "quest snapkv local",
         }),
         Row("pipeline parallelism", options={"pipeline_parallel_size": 2}),
         Row("micro-batches", options={"ubatch_size": 2, "all2all_backend": "deepep_low_latency"}),
