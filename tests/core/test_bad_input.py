@@ -8,7 +8,7 @@ from kvplug import parse, policy_class, policy_names, read_settings, registry
 
 EXAMPLE = "write, for example, 'quest(budget=2048)' or 'streaming_llm(sinks=4, window=1020)'"
 KNOWN = (
-    "Known: a_shape, block_quest, chunkkv, cur, dense, flexprefill, keydiff, knorm, kvzip, "
+    "Known: a_shape, block_quest, chunkkv, cur, dense, flexprefill, keydiff, kivi, knorm, kvzip, "
     "lagkv, local, minference, pyramid, quest, r_kv, random, random_prefill, snapkv, "
     "streaming_llm, tova, tri_shape, twilight, xattention."
 )
@@ -67,8 +67,8 @@ LINES = [
     ("quest(budget=0.0)", "or a share of the context", "got 0.0;"),
     ("quest(budget=float('nan'))", "quest: budget must be a plain value"),
     ("twilight(budget=0)", "twilight: budget must be a number", "write twilight(budget=2048)"),
-    ("twilight(bits=3)", "twilight: bits must be 1, 2 or 4, got 3; write twilight(bits=2)"),
-    ("twilight(bits=True)", "twilight: bits must be 1, 2 or 4, got True"),
+    ("twilight(bits=3)", "twilight: bits must be 1, 2, 4 or 8, got 3; write twilight(bits=2)"),
+    ("twilight(bits=True)", "twilight: bits must be 1, 2, 4 or 8, got True"),
     ("twilight(top_p=0)", "twilight: top_p must be above 0 and at most 1, got 0"),
     ("twilight(candidates=1)", "candidates must be a share of the pages", "got 1; write twilight"),
     ("twilight(candidates=0.0)", "above 0 and at most 1.0, got 0.0", "twilight(candidates=0.5)"),
