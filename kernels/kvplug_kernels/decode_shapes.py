@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from kvplug_kernels.code_layout import code_rows
+from kvplug_kernels.page_layout import PageLayout
 
 KEPT_TOKENS = 2048  # of a request, whatever its length
 CODE_BITS = 2  # of a key's channel
+PAGE_BITS = 4  # of each number of a page that holds nothing else
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,3 +96,17 @@ def decode_inputs(shape: DecodeShape, device: str, dtype: torch.dtype) -> Decode
         chosen=torch.cat([chosen, last], 2).int(),
         counts=torch.full((B, H), K, device=device, dtype=torch.int32),
     )
+
+
+def coded_cache(inputs: DecodeInputs) -> tuple[Tensor, PageLayout]:
+    """As many pages of random codes [N, H, page_bytes]."""
+    N, S, H, D = inputs.keys.shape
+    layout = PageLayout(
+        page_size=S, head_size=D, key_bits=PAGE_BITS, value_bits=PAGE_BITS, dtype=inputs.keys.dtype
+    )
+    shape = (N, H, layout.page_bytes)
+    cache = torch.randint(0, 256, shape, device=inputs.keys.device, dtype=torch.uint8)
+    views = layout.views(cache)
+    for scales in (views.keys[:, :, :2], views.scales):
+        scales.normal_()
+    return cache, layout

@@ -26,7 +26,10 @@ import torch
 
 from kvplug_kernels import flash3
 from kvplug_kernels.code_logits import bench as code_logits
+from kvplug_kernels.coded_decode import bench as coded_decode
+from kvplug_kernels.decode_pages import bench as decode_pages
 from kvplug_kernels.decode_shapes import DecodeInputs, DecodeShape, decode_inputs, serving_shapes
+from kvplug_kernels.encode_pages import bench as encode_pages
 from kvplug_kernels.graph_timing import Case, copy_case, describe, measure
 from kvplug_kernels.key_codes import bench as key_codes
 from kvplug_kernels.pack_tokens import bench as pack_tokens
@@ -55,6 +58,10 @@ CASES: tuple[Callable[[DecodeInputs], Case], ...] = (
     code_logits.case,
     token_select.case,
     token_select.chain_case,
+    encode_pages.case,
+    decode_pages.case,
+    coded_decode.case,
+    coded_decode.dense_case,
 )
 
 Report = dict[str, Any]
@@ -218,6 +225,7 @@ def fa3_differences(inputs: DecodeInputs) -> dict[str, float]:
 COLUMNS = (
     "page_digest", "page_bound", "page_select", "sparse_decode", "chain", "dense_kernel",
     "dense_sdpa", "pack_tokens", "key_codes", "code_logits", "token_select", "token_chain",
+    "encode_pages", "decode_pages", "coded_decode", "coded_dense",
 )  # fmt: skip
 
 

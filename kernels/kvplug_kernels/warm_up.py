@@ -8,10 +8,13 @@ import torch
 
 from kvplug_kernels.code_layout import code_rows
 from kvplug_kernels.code_logits import code_logits
+from kvplug_kernels.coded_decode import coded_decode
+from kvplug_kernels.decode_pages import decode_pages
 from kvplug_kernels.dispatch import CompiledCpu, wants_compiled
 from kvplug_kernels.key_codes import update_key_codes
 from kvplug_kernels.page_bound import page_bound
 from kvplug_kernels.page_digest import update_page_digest
+from kvplug_kernels.page_layout import PageLayout
 from kvplug_kernels.page_select import page_select
 from kvplug_kernels.sparse_decode import sparse_decode
 from kvplug_kernels.token_select import token_select
@@ -23,10 +26,11 @@ def warm_up(
     cached: torch.dtype | None = None,
     pages: bool = True,
     tokens: bool = True,
+    layout: PageLayout | None = None,
 ) -> None:
     """Both the serial and the threaded forms, for this process from now on. dtype: the queries',
-    and the cache's unless that has another. pages, tokens: what will be chosen; the other's code
-    is compiled when it is first called.
+    and the cache's unless that has another. pages, tokens: what will be chosen, layout: what will
+    be read of codes; the others' code is compiled when it is first called.
 
     Does nothing without Numba. Call it in a process that will start no other vLLM engine: vLLM
     0.32 cannot start one where Numba is loaded (its scan for Triton kernels stumbles over
@@ -42,6 +46,22 @@ def warm_up(
             choose_pages(dtype, cached or dtype, width)
         if tokens:
             choose_tokens(dtype, cached or dtype, width)
+        if layout is not None:
+            read_codes(layout, width)
+
+
+def read_codes(layout: PageLayout, width: int) -> None:
+    """Of as many tokens and more, all in the first page."""
+    pages = -(-width // layout.page_size)
+    cache = torch.zeros(1, 1, layout.page_bytes, dtype=torch.uint8)
+    plain = torch.zeros(1, layout.page_size, 1, layout.head_size, dtype=layout.dtype)
+    first = torch.zeros(1, dtype=torch.int32)
+    table = torch.zeros(1, pages, dtype=torch.int32)
+    decode_pages(cache, table[0], layout)
+    lengths = torch.full((1,), pages * layout.page_size, dtype=torch.int32)
+    coded_decode(
+        plain[:, 0], cache, layout, plain, plain, first, table, None, None, lengths, 1.0
+    )  # fmt: skip
 
 
 def choose_pages(dtype: torch.dtype, cached: torch.dtype, width: int) -> None:

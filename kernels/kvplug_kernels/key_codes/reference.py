@@ -37,16 +37,16 @@ def coded(rows: Tensor, axis: int, bits: int, dtype: torch.dtype) -> tuple[Tenso
 
 def joined(codes: Tensor, axis: int, bits: int) -> Tensor:
     """Those that stand at the 8 / bits places of a byte come from as many parts of the axis."""
-    shares = codes.unflatten(axis, (8 // bits, -1)).movedim(axis, -1)
-    places = torch.arange(0, 8, bits, device=codes.device, dtype=torch.uint8)
-    return (shares << places).sum(-1, dtype=torch.uint8)
+    first, *others = codes.unflatten(axis, (8 // bits, -1)).unbind(axis)
+    for n, share in enumerate(others, 1):
+        first = first | share << n * bits
+    return first
 
 
 def spread(joined: Tensor, axis: int, bits: int) -> Tensor:
     """What ``joined`` made one of, apart again, as uint8."""
-    places = torch.arange(0, 8, bits, device=joined.device, dtype=torch.uint8)
-    parts = (joined.unsqueeze(-1) >> places) & (2**bits - 1)
-    return parts.movedim(-1, axis).flatten(axis, axis + 1)
+    parts = [joined >> place & 2**bits - 1 for place in range(0, 8, bits)]
+    return torch.stack(parts, axis).flatten(axis, axis + 1)
 
 
 def steps(span: Tensor, levels: int, dtype: torch.dtype) -> Tensor:
