@@ -9,6 +9,7 @@ import torch
 from kvplug_kernels.code_layout import code_rows
 from kvplug_kernels.code_logits import code_logits
 from kvplug_kernels.coded_decode import coded_decode
+from kvplug_kernels.decode_pages import decode_pages
 from kvplug_kernels.dispatch import CompiledCpu, wants_compiled
 from kvplug_kernels.key_codes import update_key_codes
 from kvplug_kernels.page_bound import page_bound
@@ -56,6 +57,7 @@ def read_codes(layout: PageLayout, width: int) -> None:
     plain = torch.zeros(1, layout.page_size, 1, layout.head_size, dtype=layout.dtype)
     first = torch.zeros(1, dtype=torch.int32)
     table = torch.zeros(1, pages, dtype=torch.int32)
+    decode_pages(cache, table[0], layout)
     lengths = torch.full((1,), pages * layout.page_size, dtype=torch.int32)
     coded_decode(
         plain[:, 0], cache, layout, plain, plain, first, table, None, None, lengths, 1.0

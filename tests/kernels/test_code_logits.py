@@ -24,7 +24,7 @@ def plain(query, cache, bits):
     return out
 
 
-@pytest.mark.parametrize("bits, S", [(1, 16), (2, 16), (4, 6)])
+@pytest.mark.parametrize("bits, S", [(1, 16), (2, 16), (4, 6), (8, 5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_reference_sums_over_channels(bits, S, dtype, monkeypatch):
     monkeypatch.setattr(reference, "PAGES", 2)
@@ -58,6 +58,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
         ([70, 16, 129], 1, 8, 128, 32, 4),
         ([300, 64, 65], 2, 4, 64, 64, 2),
         ([61], 1, 3, 160, 12, 2),
+        ([61], 1, 3, 64, 12, 8),
     ],
 )
 def test_kernel_equals_reference(lengths, H, G, D, S, bits, dtype, device, poisoned_outputs):

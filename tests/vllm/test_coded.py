@@ -113,6 +113,31 @@ def test_beside_what_selects_and_what_packs(engine, random_llama, prompts, agree
 
 
 @pytest.mark.cpu
+def test_requests_choose_over_the_servers_format(engine, random_llama, prompts, agreed):
+    from vllm import SamplingParams
+
+    batch = prompts(300, 165, 233, 31, 200)
+    asked = ["", "snapkv(budget=96, window=16)", "quest(budget=96, dense_layers=0)", "dense",
+             "twilight(budget=0.3, bits=8, dense_layers=1)"]  # fmt: skip
+    allow = {"allow": ["twilight", "snapkv", "quest"], "max_budget": 96}
+    with engine(random_llama(), {"policy": "kivi(bits=8)", **allow}, **CHUNKS) as planned:
+        planned.poison(freed=False)
+        parameters = [
+            SamplingParams(
+                temperature=0, max_tokens=40, ignore_eos=True, detokenize=False,
+                extra_args={"kvplug": line} if line else None,
+            )
+            for line in asked
+        ]  # fmt: skip
+        outputs = planned.llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in batch], parameters, use_tqdm=False
+        )
+    for line, prompt, output in zip(asked, batch, outputs, strict=True):
+        own = "kivi(bits=8)" if line in ("", "dense") else f"kivi(bits=8) + {line}"
+        assert agreed(own, [prompt], [list(output.outputs[0].token_ids)]) == [40]
+
+
+@pytest.mark.cpu
 def test_the_engine_counts_as_many_more_tokens(engine, random_llama):
     """As its own start-up line has it, of a model in 16 bits."""
     from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config as most

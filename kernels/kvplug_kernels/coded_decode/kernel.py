@@ -54,9 +54,10 @@ def page_logits(
     byte = spread + (within % J * D)[None, :] + d[:, None]
     joined = tl.load(byte, mask=(d < D)[:, None], other=0).to(tl.int32)
     code = (joined >> (within // J * BITS)[None, :]) & ((1 << BITS) - 1)
+    MIDDLE: tl.constexpr = 1 << (BITS - 1)  # from there, what rounding loses is a key's own
     weighed = (wide * step[None, :]).to(q.dtype)
-    logits = tl.dot(weighed, code.to(q.dtype), input_precision="ieee")
-    return logits + tl.sum(wide * lo[None, :], axis=1)[:, None]
+    logits = tl.dot(weighed, (code - MIDDLE).to(q.dtype), input_precision="ieee")
+    return logits + tl.sum(wide * (lo + MIDDLE * step)[None, :], axis=1)[:, None]
 
 
 @triton.jit
@@ -97,9 +98,11 @@ def mix_coded(
         near = scales + page * scales_n + within * 2
         lo = tl.load(near, mask=valid, other=0.0).to(tl.float32)
         step = tl.load(near + 1, mask=valid, other=0.0).to(tl.float32)
-        code = value_codes(values, page, within, valid, values_n, D, V, BITS, BD).to(element)
-        acc = tl.dot((p * step[None, :]).to(element), code, acc, input_precision="ieee")
-        return acc + tl.sum(p * lo[None, :], axis=1)[:, None]
+        MIDDLE: tl.constexpr = 1 << (BITS - 1)
+        code = value_codes(values, page, within, valid, values_n, D, V, BITS, BD) - MIDDLE
+        weighed = (p * step[None, :]).to(element)
+        acc = tl.dot(weighed, code.to(element), acc, input_precision="ieee")
+        return acc + tl.sum(p * (lo + MIDDLE * step)[None, :], axis=1)[:, None]
     else:
         v = coded_values(
             values, scales, page, within, valid, values_n, scales_n, element, D, V, GROUP, BITS,

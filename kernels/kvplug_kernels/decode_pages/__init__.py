@@ -3,7 +3,7 @@
 from torch import Tensor, int32, int64
 
 from kvplug_kernels.decode_pages import reference
-from kvplug_kernels.dispatch import wants_kernel
+from kvplug_kernels.dispatch import wants_compiled, wants_kernel
 from kvplug_kernels.page_layout import Coded, PageLayout
 from kvplug_kernels.shapes import Shapes
 
@@ -20,6 +20,10 @@ def decode_pages(cache: Coded, pages: Tensor, layout: PageLayout) -> tuple[Tenso
         from kvplug_kernels.decode_pages import kernel
 
         return kernel.decode_pages(views, pages, layout)
+    if wants_compiled(views.keys):
+        from kvplug_kernels.decode_pages import cpu
+
+        return cpu.decode_pages(views, pages.contiguous(), layout)
     return reference.decode_pages(views, pages, layout)
 
 
