@@ -89,8 +89,8 @@ def capacity(
     """
     if offer.format is not None:
         raise ValueError(
-            f"kvplug plan counts pages of plain numbers, got {offer.format}: the engine's own line "
-            "at start says what fits in that format"
+            f"kvplug plan counts pages of plain numbers, got {offer.format}: the engine's own "
+            "line at start says what fits in that format"
         )
     size = itemsize or model.itemsize
     shape = _Shape(model, offer, block_size, prompt, tokens, in_flight, size)
