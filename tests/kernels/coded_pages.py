@@ -53,7 +53,7 @@ def coded_pages(
         for p in range(count):
             table[q, p] = n = free.pop()
             drawn = torch.randn(2, 1, S, H, D, generator=generator)
-            keys, values = (drawn * torch.rand(D, generator=generator) * 2 + 0.3).to(dtype)
+            keys, values = (drawn * (0.5 + torch.rand(D, generator=generator) / 2) + 0.3).to(dtype)
             at = torch.tensor([n])
             encode_pages.encode_pages(layout.views(cache), keys, values, at, layout)
     beside = torch.full((M, 2, H, S, D + 8), float("nan"), dtype=dtype)[..., :D]
