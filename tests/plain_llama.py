@@ -194,4 +194,4 @@ def nearest(x, dim, bits):
     """The nearest of 2 ** bits numbers, evenly from a dimension's lowest to its highest."""
     low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
     step = (high - low).clamp(min=1e-30) / (2**bits - 1)
-    return low + step * ((x - low) / step).round()
+    return low + step * ((x - low) / step + 0.5).floor()

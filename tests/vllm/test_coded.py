@@ -88,7 +88,9 @@ def test_preempted_and_resumed(engine, random_llama, prompts, agreed, caching):
         pytest.param(
             "streaming_llm(sinks=4, window=100) + kivi(bits=4)", 0, marks=pytest.mark.cpu
         ),
-        # At fewer bits what is coded again lies half way between two codes every so often.
+        # At fewer bits what is coded again lies half way between two codes every so often, and the
+        # last bit of a float decides. With halves nudged up by a thousandth of a step, in the op
+        # and in the plain model alike, packing at four bits agrees too.
         (
             "snapkv(budget=96, window=16) + kivi(bits=8) + twilight(budget=0.4, bits=8, "
             "dense_layers=1)", 3,
