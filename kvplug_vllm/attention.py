@@ -465,7 +465,9 @@ class PlannedImpl:
         keys, table = None, step.page_table
         if selector.needs_keys:
             keys, table = self.keys_of(layer, kv_cache, table)
-        first = compat.first_kv_head(layer.layer_name, self.num_kv_heads)
+        first = 0
+        if selector.files:  # tell heads apart
+            first = compat.first_kv_head(layer.layer_name, self.num_kv_heads)
         return choose_pages(
             selector, blocks, query, keys, tail, table, step.pages, step.keep[selector.budget],
             width=step.width, scale=self.logit_scale(layer), step=every, first_head=first,

@@ -13,7 +13,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from kvplug import PromptKV, TokenSelector
+from kvplug import PageFormat, PromptKV, TokenSelector
 from kvplug_kernels.fp8 import widened
 from kvplug_kernels.warm_up import warm_up
 from kvplug_vllm import compat, eight_bits
@@ -85,10 +85,19 @@ class KVPlugBuilder(PlannedBuilder, CPUAttentionMetadataBuilder):
         if tokens:
             compat.cpu_page_strides(self.isa, spec.block_size, spec.head_size, cached)
         own_process = self.vllm_config.parallel_config.distributed_executor_backend == "mp"
-        if own_process and self.layers and self.offer.digest is not None:
-            pages = not all(isinstance(each, TokenSelector) for each in choosing)
-            pages |= any(each.digest is not None for each in self.offer.block_selectors)
-            warm_up(self.dtype, cached, pages=pages, tokens=tokens)
+        if own_process and self.layers:
+            if self.offer.format is not None:
+                self._warm_up_codes(self.offer.format)
+            elif self.offer.digest is not None:
+                pages = not all(isinstance(each, TokenSelector) for each in choosing)
+                pages |= any(each.digest is not None for each in self.offer.block_selectors)
+                warm_up(self.dtype, cached, pages=pages, tokens=tokens)
+
+    def _warm_up_codes(self, format: PageFormat) -> None:
+        spec, choosing = self.kv_cache_spec, self.offer.selectors
+        tokens = [isinstance(each, TokenSelector) for each in choosing]
+        layout = format.layout(spec.block_size, spec.head_size, self.dtype)
+        warm_up(self.dtype, pages=not all(tokens), tokens=any(tokens), layout=layout)
 
 
 class KVPlugBackend(PlannedBackend, CPUAttentionBackend):

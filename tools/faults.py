@@ -246,14 +246,14 @@ FAULTS = (
     Fault(
         "sglang: scale, to the score",
         "kvplug_sglang/attention.py",
-        "scale=layer.scaling,\n            first_head",
+        "scale=compat.logit_scale(layer),\n            first_head",
         "scale=1.0,\n            first_head",
         SGLANG + HANDED.format("scale"),
     ),
     Fault(
         "sglang: scale, to the selection",
         "kvplug_sglang/attention.py",
-        "scale=layer.scaling,\n        )  # fmt: skip\n        if step",
+        "scale=compat.logit_scale(layer),\n        )  # fmt: skip\n        if step",
         "scale=1.0,\n        )  # fmt: skip\n        if step",
         SGLANG + HANDED.format("scale"),
     ),
