@@ -141,5 +141,5 @@ def test_dense_and_a_policy_that_evicts_in_servers_of_their_own(tmp_path):
     assert sum(run.dense(MEMORY).preempted) >= sum(crowded.preempted) == 0
     assert min(turns.cached[0], kept.cached[0]) > 0.8
     assert min(turns.peak[0], kept.peak[0]) > 0
-    assert [len(cell.replies) for cell in run.cells] == [2, 6, 6] * 2
+    assert [len(cell.replies) for cell in run.cells] == [2, 6, 10] * 2
     assert len(json.loads(asked.out.read_text())["cells"]) == 6
