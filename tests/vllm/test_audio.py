@@ -9,7 +9,7 @@ from kvplug_evals.models.random_audio import AUDIO, RATE, build_random_qwen2_aud
 from tests.vllm.test_architectures import impls
 from tests.vllm.test_requests import parameters
 
-pytestmark = [pytest.mark.engine, pytest.mark.cpu, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.both, pytest.mark.timeout(900)]
 
 OPTIONS = {"skip_tokenizer_init": False, "max_num_batched_tokens": 128}
 """Chunks that end within what is heard."""
