@@ -76,7 +76,7 @@ class Row:
 MODULES = {
     "llama": "random_llama", "gemma3": "random_llama", "granite4": "random_hybrid",
     "gemma4": "random_shared", "gemma3n": "random_shared", "gpt_oss": "random_gpt_oss",
-    "llama4": "random_chunked",
+    "llama4": "random_chunked", "qwen2_audio": "random_audio",
 }  # fmt: skip
 SMALL: dict[str, Any] = {
     "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4,
@@ -131,6 +131,12 @@ VLLM = {
             "vllm/test_architectures.py::"
             "test_policies_answer_as_stock_at_full_budget_and_in_a_batch_as_alone":
             "twilight quest streaming_llm keydiff",
+        }),
+        Row("audio between tokens, positions of one dimension (Qwen2-Audio; M-RoPE was never run)",
+            "qwen2_audio", options={"skip_tokenizer_init": False}, tests={
+            "vllm/test_audio.py::test_full_budget_equals_stock":
+            "twilight quest streaming_llm snapkv keydiff",
+            "vllm/test_audio.py::test_small_budgets_answer_in_a_batch_as_alone": "chosen",
         }),
         Row("latent attention (DeepSeek)", "DeepseekV2"),
         Row("pooling", options={"runner": "pooling"}),

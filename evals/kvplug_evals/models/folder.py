@@ -32,13 +32,15 @@ def write_json(file: Path, data: dict[str, object]) -> None:
     file.write_text(json.dumps(data, indent=2) + "\n")
 
 
-def write_word_tokenizer(folder: Path, words: Sequence[str]) -> None:
-    """A tokenizer for which token i is words[i]; texts are words between spaces."""
+def write_word_tokenizer(folder: Path, words: Sequence[str], special: Sequence[str] = ()) -> None:
+    """A tokenizer for which token i is words[i]; texts are words between spaces, and beside any
+    text those of the words that are special."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     vocabulary = {word: token for token, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=words[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(list(special))
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(
         folder / "tokenizer_config.json",
