@@ -318,12 +318,23 @@ class Offer:
         return replace(self.settings, repeats=True)
 
     def check_prompt(
-        self, asked: Settings, page_size: int, prompt: Sequence[object], answer: int | None
+        self,
+        asked: Settings,
+        page_size: int,
+        prompt: Sequence[object] | None,
+        answer: int | None,
     ) -> None:
-        """Whether a request's prompt is what its settings say, where they say it. answer: the most
-        tokens that it may decode. Raises Refused: others will find what it leaves."""
+        """Whether a request's prompt is what its settings say, where they say it. prompt: None of
+        one that is more than its tokens. answer: the most tokens that it may decode. Raises
+        Refused: others will find what it leaves."""
         if not asked.repeats:
             return
+        if prompt is None:
+            raise Refused(
+                "not a repetition",
+                "kvplug: a context with images or audio cannot be compiled, whose tokens do not "
+                "tell whether they come again; compile text",
+            )
         chunk = Planner(asked, page_size).chunk * page_size
         whole = len(prompt) >= 2 * chunk and len(prompt) % chunk == 0
         if not whole or list(prompt[-chunk:]) != list(prompt[-2 * chunk : -chunk]) or answer != 1:

@@ -47,7 +47,7 @@ def judge_prompt(vllm_config: Any, request: Any) -> None:
     if asked is None or not selected(vllm_config):
         return
     offer, size = offer_of(vllm_config), vllm_config.cache_config.block_size
-    seen = () if request.mm_features else request.prompt_token_ids or ()
+    seen = None if request.mm_features else request.prompt_token_ids or ()
     try:
         offer.check_prompt(offer.settings_for(asked), size, seen, params.max_tokens)
     except Refused as error:

@@ -140,7 +140,10 @@ def test_a_prompt_that_compiles_ends_with_its_last_chunk_again():
         ):  # fmt: skip
             with pytest.raises(Refused, match="up to a multiple of 64 tokens"):
                 offer.check_prompt(asked, S, wrong, answer)
-    offer.check_prompt(offer.settings, S, context, 7)
+    with pytest.raises(Refused, match="images or audio cannot be compiled"):
+        offer.check_prompt(asked, S, None, 1)
+    for free in (context, None):
+        offer.check_prompt(offer.settings, S, free, 7)
     with pytest.raises(ValueError, match="write chunk=512"):
         list(repetitions(context, 0))
 
