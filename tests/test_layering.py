@@ -46,7 +46,6 @@ AT_IMPORT = {
 IN_FUNCTIONS = {
     "kernels/**/*.py": {"triton"},
     "kvplug/cli.py": {"kvplug_vllm", "kvplug_sglang", "kvplug_evals"},
-    "kvplug/calibrating.py": {"transformers"},
 }
 HEAVY = {"vllm", "sglang", "triton", "transformers", "lm_eval", "typer", "rich", "matplotlib"}
 

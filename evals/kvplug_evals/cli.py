@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from kvplug_evals.bench.cli import app as bench
+from kvplug_evals.calibration.cli import calibrate
 from kvplug_evals.interrupts import Interrupts
 from kvplug_evals.sweep.cli import evaluate
 from kvplug_evals.xray.cli import xray
@@ -18,6 +19,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 app.add_typer(bench, name="bench")
 app.command(name="eval")(evaluate)
 app.command()(xray)
+app.command()(calibrate)
 
 
 @app.command()

@@ -11,10 +11,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvplug import parse, read_offer
-from kvplug.calibrating import Calibration, Setting, calibrate
 from kvplug.heads import PATTERNS, Shape, read_heads
 from kvplug.offer import Refused
 from kvplug.policies.minference import MInference
+from kvplug_evals.calibration.measure import Calibration, Setting, calibrate
 from tests.core.test_block_selection import asked, keys_seen
 from tests.heads import A, B, C
 from tests.heads import made as made_for
@@ -304,7 +304,7 @@ def test_the_command_writes_a_file_that_the_policy_reads(random_llama, tmp_path)
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    from kvplug.cli import app
+    from kvplug_evals.cli import app
 
     folder, out = random_llama(heads=4, kv_heads=2), tmp_path / "heads.json"
     (text := tmp_path / "text").write_text(" ".join(_words(folder)[n % 512] for n in range(300)))

@@ -27,12 +27,13 @@ POLICIES = [
     "tova(interval=None, budget=4096)",
     "r_kv(interval=None, budget=4096)",
     "chunkkv(lagkv(budget=4096))",
+    "vase(budget=4096)",
     "keydiff(budget=4096) + quest(budget=4096, dense_layers=0)",
     "streaming_llm(window=4096) + quest(budget=4096, dense_layers=1)",
     "twilight(budget=1.0, dense_layers=0)",
     "twilight(budget=1.0, candidates=1.0, dense_layers=0)",
 ]
-SIZES = {POLICIES[-2]: [16, 128], POLICIES[-1]: [16], **{line: [16] for line in POLICIES[7:10]}}
+SIZES = {POLICIES[-2]: [16, 128], POLICIES[-1]: [16], **{line: [16] for line in POLICIES[7:11]}}
 """Of a page, where not 1 and 16: four keys in two bits share a byte; 128 are four of ours."""
 PYRAMID = "pyramid(snapkv(budget=4096), beta=2)"
 """Its last layers keep half of that, which is enough."""

@@ -19,6 +19,7 @@ FULL = [
     "knorm(budget=4096)",
     "snapkv(budget=4096)",
     "random(budget=4096)",
+    "vase(budget=4096)",
     "tova(budget=4096, interval=None)",
     "r_kv(budget=4096, interval=None)",
     "chunkkv(lagkv(budget=4096))",

@@ -1,0 +1,1 @@
+"""What a model's heads look at, for policies that treat heads by kind."""
