@@ -41,7 +41,7 @@ def losses(policy: str, model: Path, prompt: int, answer: int) -> tuple[list[flo
     """Mean loss of each text's answer, and the blocks that all held while they decoded."""
     options = EngineOptions(
         model=str(model), max_model_len=prompt + answer + 8, max_num_seqs=len(TEXTS),
-        dtype="float32", multiprocess=False,
+        dtype="float32",
     )  # fmt: skip
     engine = VLLMEngine(policy, options)
     tokens = [engine.tokenizer.encode(text)[: prompt + answer] for text in TEXTS]
