@@ -88,8 +88,9 @@ class Cell:
     sent: list[Sent] = field(default_factory=list)
     """Of each repeat."""
     preempted: list[int] = field(default_factory=list)
-    peak: list[int] = field(default_factory=list)
-    """KV blocks that requests held at most, as far as looking every tenth of a second shows."""
+    peak: list[int | None] = field(default_factory=list)
+    """KV blocks that requests held at most, as far as looking every tenth of a second shows; None
+    where a load was over between two looks."""
     cached: list[float] = field(default_factory=list)
     """Share of later turns' prompts that was cached; of ``turns`` alone."""
     read: float = 1.0
@@ -195,8 +196,8 @@ def _measure(line: str, place: int, run: Run, console: Console) -> Iterator[Cell
                 made.preempted.append(after.preempted - preempted)
                 console.print(
                     f"    {load}: {sent.output_tokens_per_second:.1f} tokens/s, a token every "
-                    f"{sent.tpot_ms:.1f} ms, {made.preempted[-1]} preempted, {made.peak[-1]} "
-                    "blocks at the peak"
+                    f"{sent.tpot_ms:.1f} ms, {made.preempted[-1]} preempted, blocks at the peak: "
+                    f"{shown(made.peak[-1:])}"
                 )
             if after.cached_bytes > before.cached_bytes:
                 made.read = (after.read_bytes - before.read_bytes) / (
@@ -226,7 +227,7 @@ def _measure(line: str, place: int, run: Run, console: Console) -> Iterator[Cell
 
 
 @contextlib.contextmanager
-def watching(engine: Engine, url: str, peaks: list[int]) -> Iterator[None]:
+def watching(engine: Engine, url: str, peaks: list[int | None]) -> Iterator[None]:
     """The most blocks that requests held meanwhile join ``peaks``."""
     over, held = threading.Event(), [0]
 
@@ -242,7 +243,13 @@ def watching(engine: Engine, url: str, peaks: list[int]) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-        peaks.append(max(held))
+        peaks.append(max(held) or None)
+
+
+def shown(peaks: Sequence[int | None]) -> str:
+    """The highest of them."""
+    seen = [peak for peak in peaks if peak is not None]
+    return f"{max(seen):,}" if seen else "unseen"
 
 
 def state(engine: Engine, url: str) -> EngineState:

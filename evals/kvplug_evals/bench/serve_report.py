@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvplug_evals.bench.provenance import WIDTH, table
-from kvplug_evals.bench.serve import BATCH, MEMORY, TURNS, Cell, Run
+from kvplug_evals.bench.serve import BATCH, MEMORY, TURNS, Cell, Run, shown
 
 HOLDS, LOSES, FEWER = "#0072B2", "#D55E00", "#999999"  # Okabe and Ito's
 
@@ -47,9 +47,10 @@ def show(run: Run, console: Console) -> None:
         f"Medians of {options.repeats}; spread: greatest less smallest. read: bytes that a decode "
         "step reads, digests included, of those that dense reads; = dense: all, the policy "
         "left these requests to dense attention. as dense: share of an answer's words before the "
-        "first that dense's has not, mean. peak: blocks that were held. cached: share of later "
-        "turns' prompts, whose TTFT is that of turns after the first. All requests of a load are "
-        "sent at once, by the engine's own load generator, or as turns over one context.",
+        "first that dense's has not, mean. peak: blocks that were held, as far as a look every "
+        "tenth of a second shows. cached: share of later turns' prompts, whose TTFT is that of "
+        "turns after the first. All requests of a load are sent at once, by the engine's own load "
+        "generator, or as turns over one context.",
         soft_wrap=True,
     )
 
@@ -89,7 +90,7 @@ def _table(run: Run, load: str, title: str) -> Table:
             f"{cell.of('ttft_ms'):,.0f}",
             f"{cell.of('tpot_ms'):,.1f}",
             str(sum(cell.preempted)),
-            f"{max(cell.peak):,}",
+            shown(cell.peak),
             f"{median(cell.cached):.0%}" if cell.cached else "",
             "= dense" if cell.does_nothing else f"{cell.read:.0%}",
             f"{cell.as_dense(dense):.0%}",
