@@ -13,6 +13,7 @@ import pytest
 from conftest import free_port
 
 from kvplug import parse
+from tests import heads
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -101,10 +102,19 @@ OFFER = {
     "allow": ["snapkv", "chunkkv", "lagkv", "keydiff"],
     "max_budget": 4096,
 }
-CHOSEN = [*POLICIES[:3], POLICIES[4], *POLICIES[9:11]]
-ALONE = [POLICIES[3], *POLICIES[11:13]]
+CHOSEN = [
+    *("dense", *POLICIES[1:3], "snapkv(budget=4096)", "chunkkv(lagkv(budget=4096))"),
+    "keydiff(budget=4096) + quest(budget=4096, dense_layers=0)",
+]
+ALONE = [
+    "streaming_llm(window=4096)",
+    "streaming_llm(window=4096) + quest(budget=4096, dense_layers=1)",
+    "twilight(budget=1.0, dense_layers=0)",
+]
 """Those that share no batch, which make a step of their own where the long way is taken."""
 KINDS = [(16, True), (1, False), (16, False)]
+SPARSE = KINDS[-1]
+"""Whose ranks also read prompts sparsely."""
 
 
 def alone_on(page_size: int, shortcut: bool) -> list[str]:
@@ -113,7 +123,18 @@ def alone_on(page_size: int, shortcut: bool) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(random_llama, conversation, tmp_path_factory):
+def sparse(tmp_path_factory):
+    """Servers whose prompts are read sparsely, by all KV heads alike and by each its own way."""
+    by_kind = heads.line(tmp_path_factory.mktemp("heads"))
+    lines = ["xattention(threshold=0.7, sinks=32)", "block_quest(budget=160, sinks=32)"]
+    return [
+        ({"policy": "dense", "allow": ["xattention", "block_quest"]}, [None, *lines]),
+        ({"policy": by_kind}, [None]),
+    ]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(random_llama, conversation, sparse, tmp_path_factory):
     """What two tensor-parallel ranks answered and counted: (page size, shortcut) -> servers."""
     servers = [
         {
@@ -129,6 +150,7 @@ def two_ranks(random_llama, conversation, tmp_path_factory):
         for settings, asks in [
             (OFFER, CHOSEN),
             *(({"policy": policy}, [None]) for policy in alone_on(page_size, shortcut)),
+            *(sparse if (page_size, shortcut) == SPARSE else ()),
         ]
     ]
     folder = tmp_path_factory.mktemp("ranks")
@@ -155,7 +177,8 @@ def two_ranks(random_llama, conversation, tmp_path_factory):
     first, second = (json.loads((folder / rank).read_text()) for rank in "01")
     assert first == second, "the ranks chose alike"
     answers = iter(first)
-    return {kind: list(islice(answers, 1 + len(alone_on(*kind)))) for kind in KINDS}
+    found = {kind: list(islice(answers, 1 + len(alone_on(*kind)))) for kind in KINDS}
+    return {**found, "sparse": list(answers)}
 
 
 @pytest.mark.timeout(900)
@@ -188,3 +211,18 @@ def test_two_ranks_equal_stock(two_ranks, conversation, expected, page_size, sho
     layers = (2 + 2 + 2, 0, 1, 2)  # that select: of those that mix, then of each of ALONE
     queries = 11 * 10  # decoded by ten requests in each of them
     assert selected == [layer * queries for layer in layers[: 1 + len(alone)]]
+
+
+@pytest.mark.timeout(900)
+def test_two_ranks_read_prompts_as_one(engine, random_llama, two_ranks, conversation, sparse):
+    """Each rank scores the pages of its own KV head, by its own row of a file of heads."""
+    read = []
+    for (settings, asks), ranks in zip(sparse, two_ranks["sparse"], strict=True):
+        with engine(random_llama(), json.dumps({**settings, "shortcut": False})) as alone:
+            for batch, found in zip(conversation, ranks["answers"], strict=True):
+                rids = [alone.send(prompt, 12, ask) for ask in asks for prompt in batch]
+                alone.drain()
+                assert found == [alone.output(rid) for rid in rids]
+                read += [found[n : n + len(batch)] for n in range(0, len(found), len(batch))]
+            assert alone.backend.selected_blocks
+    assert len({json.dumps(answers) for answers in read}) == len(read), "each read something else"

@@ -133,31 +133,41 @@ def test_what_was_read_for_a_prompt_s_end_is_nobody_else_s(engine, random_llama,
 
 @pytest.mark.both
 @pytest.mark.parametrize(
-    "policy, shape, size",
+    "policy, shape, size, dtype",
     [
-        ("xattention(threshold=0.8, sinks=32)", {"heads": 9, "kv_heads": 3, "head_dim": 64}, 32),
+        (
+            "xattention(threshold=0.8, sinks=32)",
+            {"heads": 9, "kv_heads": 3, "head_dim": 64},
+            *(32, "float32"),
+        ),
+        (
+            "xattention(threshold=0.8, sinks=32)",
+            {"heads": 8, "kv_heads": 1, "head_dim": 64},
+            *(32, "bfloat16"),
+        ),
         (
             "block_quest(budget=192, sinks=32, block=128) + quest(budget=96, dense_layers=0)",
             {"heads": 4, "kv_heads": 1, "head_dim": 32},
-            64,
+            *(64, "float32"),
         ),
         (
             "flexprefill(threshold=0.5, sinks=32, min_budget=64) + quest(budget=96)",
             {"heads": 6, "kv_heads": 2, "head_dim": 64},
-            32,
+            *(32, "float32"),
         ),
         (
             "xattention(stride=16, threshold=0.6, sinks=0, last=9) + twilight(budget=0.2)",
             {"heads": 2, "kv_heads": 2, "head_dim": 128},
-            128,
+            *(128, "float32"),
         ),
     ],
 )
 def test_blocks_read_what_was_chosen_and_nothing_else(
-    engine, random_llama, prompts, monkeypatch, policy, shape, size
+    engine, random_llama, prompts, monkeypatch, policy, shape, size, dtype
 ):
     shadow, batch = Shadow(monkeypatch), prompts(700, 350, 90, 1)
-    options = {"block_size": size, "max_num_batched_tokens": 100, "kv_cache_memory_bytes": 1 << 25}
+    options = {"block_size": size, "max_num_batched_tokens": 100, "dtype": dtype}
+    options["kv_cache_memory_bytes"] = 1 << 25
     with engine(random_llama(**shape), {"policy": policy}, **options) as planned:
         planned.generate(batch, 4)
         before = shadow.blocks
