@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 S, LAYERS, HEADS, KV_HEADS = 32, 4, 8, 4
 FAR = {
     0: [0.1, 0.9, 0.1, 0.1],  # two layers alike, one of another kind, one of one kind alone
-    1: [0.9, 0.2, 0.8, 0.9],
+    1: [0.9, 0.2, 0.8, 0.1],
     2: [0.2, 0.9, 0.2, 0.2],
     3: [0.3, 0.3, 0.3, 0.3],
 }
@@ -30,7 +30,7 @@ def model(random_llama):
 
 @pytest.fixture(scope="module")
 def duo(model, tmp_path_factory):
-    """A line over a file for the model, in which five heads of 16 retrieve."""
+    """A line over a file for the model, in which four heads of 16 retrieve."""
     config = json.loads((model / "config.json").read_text())
     shape = Shape(
         type="llama", layers=LAYERS, heads=HEADS, kv_heads=KV_HEADS, head_dim=32,
@@ -42,7 +42,7 @@ def duo(model, tmp_path_factory):
     }
     file = tmp_path_factory.mktemp("heads") / "heads.json"
     Heads(model="tiny", shape=shape, settings={}, layers=layers).save(file)
-    return lambda base: f"duo({base}, heads={str(file)!r}, retrieval=0.3125, sink=8, recent=40)"
+    return lambda base: f"duo({base}, heads={str(file)!r}, retrieval=0.25, sink=8, recent=40)"
 
 
 OPTIONS = {"max_model_len": 1024, "dtype": "float32"}
@@ -54,7 +54,7 @@ def test_answers_are_those_of_a_plain_llama_whose_heads_keep_different_tokens(
     engine, model, duo, prompts, base
 ):
     """Batch, alone and plain; freed blocks are poisoned, prompts come in chunks of 256."""
-    batch = prompts(900, 333, 150, 230, 700)
+    batch = prompts(600, 333, 230, 97)
     policy = duo(base)
     with engine(model, {"policy": policy}, enable_prefix_caching=False, **OPTIONS) as planned:
         planned.poison(freed=True)
@@ -65,15 +65,13 @@ def test_answers_are_those_of_a_plain_llama_whose_heads_keep_different_tokens(
         assert len(planned.builders[0].kinds) == 2
     plain = TwoKinds(model, policy, S)
     plain.pages.clear()
-    assert [plain.agrees(*each) for each in zip(batch, answers, strict=True)] == [40] * 5
+    assert [plain.agrees(*each) for each in zip(batch, answers, strict=True)] == [40] * 4
     kept = plain.scored.pages(S)
-    window, rest = 2, (4 * kept - 3 * 2)
-    assert {(0, 0, window), (0, 1, rest), (1, 1, window), (1, 0, (4 * kept - 2) // 3)} < {
-        *plain.pages
-    }, "heads of a layer keep different numbers of pages"
+    different = {(0, 0, 2), (0, 1, 4 * kept - 6), (1, 1, 2), (1, 0, 2 * kept - 2)}
+    assert different < plain.pages, "heads of a layer keep different numbers of pages"
     assert (3, 0, kept) in plain.pages, "a layer of one kind keeps what the base does"
     even = Plain(model, base, S)
-    assert all(even.agrees(*each) < 40 for each in zip(batch[:2], answers[:2], strict=True))
+    assert even.agrees(batch[1], answers[1]) < 40
 
 
 @pytest.mark.both
@@ -83,13 +81,11 @@ def test_full_budget_equals_stock(engine, model, duo, prompts):
     options = {**OPTIONS, "max_model_len": 2048}
     with engine(model, **options) as stock:
         expected = [stock.generate(turn, 12) for turn in turns]
-    with engine(model, {"policy": duo("snapkv(budget=4096)")}, **options) as planned:
-        assert [planned.generate(turn, 12) for turn in turns] == expected
-        assert not any(impl.packed_prompts for impl in planned.impls)
-        planned.forget()
-        planned.without_shortcut()
-        assert [planned.generate(turn, 12) for turn in turns] == expected
-        assert all(impl.packed_prompts for impl in planned.impls)
+    given = {"policy": duo("snapkv(budget=4096)"), "shortcut": False}
+    with engine(model, given, **options) as planned:
+        assert planned.generate(batch, 12) == expected[0]
+        assert {impl.packed_prompts for impl in planned.impls} == {4}, "all but one token's prompt"
+        assert planned.generate(turns[1], 12) == expected[1]
 
 
 @pytest.mark.parametrize("base, caching", [(KEYS, True), (QUERIES, False)])
@@ -103,7 +99,7 @@ def test_preempted_requests_answer_as_alone(engine, model, duo, prompts, base, c
         planned.poison(freed=not caching)
         free = planned.free_blocks
         expected = with_room(planned, batch, 120)
-        hostages, seen = leave(planned, 21), preemptions(planned)
+        hostages, seen = leave(planned, 17), preemptions(planned)
         assert planned.generate(batch, 120) == expected
         assert len(seen) >= 3, "the pool was meant to be too small"
         planned.pool.free_blocks(hostages)
