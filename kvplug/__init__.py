@@ -18,7 +18,14 @@ from kvplug.accounting import (
 )
 from kvplug.batch import BatchPlanner, Choices, LayerReads, Observed
 from kvplug.composition import Composition
-from kvplug.compress import LayerBudgets, LocalLayers, PositionalEviction, PromptKV, ScoredEviction
+from kvplug.compress import (
+    HeadBudgets,
+    LayerBudgets,
+    LocalLayers,
+    PositionalEviction,
+    PromptKV,
+    ScoredEviction,
+)
 from kvplug.config import Settings, read_settings
 from kvplug.eviction import keep_tokens, window_queries
 from kvplug.formats import KeyCodes, PageFormat
@@ -62,6 +69,7 @@ __all__ = [
     "Event",
     "Evidence",
     "Granularity",
+    "HeadBudgets",
     "KeyCodes",
     "Labels",
     "LastQueries",

@@ -14,6 +14,7 @@ from kvplug.policy import Positions
 from kvplug.schedule import Event
 from kvplug.segments import Segments
 
+Kinds = tuple[bool, ...] | None
 Whole = TypeVar("Whole")
 Selected = TypeVar("Selected")
 
@@ -130,7 +131,7 @@ class BatchPlanner:
 
     def by_layer(
         self, segments: Segments, layers: Iterable[int],
-        whole: Callable[[Segments, tuple[tuple[int, bool], ...]], Whole],
+        whole: Callable[[Segments, tuple[tuple[int, bool], ...], Kinds], Whole],
         selected: Callable[[Segments], Selected], rows: int | None = None,
     ) -> dict[int, LayerReads[Whole, Selected]]:  # fmt: skip
         """What each layer reads of a step: where a policy does not select, its queries read all.
@@ -157,7 +158,8 @@ class BatchPlanner:
             own = self.planners[0].selector is not None
             chosen = {(0, True): segments.where(decoding)} if own else {}
         terms = {one: selected(shaped(part)) for one, part in chosen.items()}
-        others: dict[tuple[tuple[int, bool], ...], Whole | None] = {}
+        scored = self.planners[0].scored  # a server's own alone tells heads apart
+        others: dict[tuple[tuple[tuple[int, bool], ...], Kinds], Whole | None] = {}
         reads = {}
         for layer in layers:
             asked = [
@@ -165,14 +167,15 @@ class BatchPlanner:
                 for one, decodes in chosen
             ]
             here = tuple(one for one, budget in asked if budget is not None)
-            if here not in others:
+            kinds = None if scored is None else scored.kinds(layer)
+            if (here, kinds) not in others:
                 read = np.zeros(len(segments.row), bool)
                 for one, decodes in here:
                     read |= (decoding if decodes else blocks) & (segments.choice == one)
                 rest = shaped(segments.where(~read))
-                others[here] = whole(rest, here) if len(rest.row) else None
+                others[here, kinds] = whole(rest, here, kinds) if len(rest.row) else None
             mine = [(terms[one], budget) for one, budget in asked if budget is not None]
-            reads[layer] = LayerReads(others[here], mine)
+            reads[layer] = LayerReads(others[here, kinds], mine)
         return reads
 
     def observed(

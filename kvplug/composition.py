@@ -11,7 +11,13 @@ from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any
 
-from kvplug.compress import LayerBudgets, LocalLayers, PositionalEviction, ScoredEviction
+from kvplug.compress import (
+    HeadBudgets,
+    LayerBudgets,
+    LocalLayers,
+    PositionalEviction,
+    ScoredEviction,
+)
 from kvplug.formats import PageFormat
 from kvplug.generate import SparsePrefill
 from kvplug.heads import Shape, read_heads
@@ -54,6 +60,12 @@ class Composition:
                 raise ValueError(
                     f"{policy.name} finds contexts as requests of their own left them, and was "
                     f"never taught what another policy reads or leaves there, got "
+                    f"{' + '.join(map(str, real))!r}; write {policy} alone"
+                )
+            if isinstance(policy, HeadBudgets) and len(real) > 1:
+                raise ValueError(
+                    f"{policy.name} leaves pages that hold tokens of one KV head each, and was "
+                    f"never run with another policy that reads or leaves pages, got "
                     f"{' + '.join(map(str, real))!r}; write {policy} alone"
                 )
         order = list(Stage)

@@ -6,7 +6,7 @@ Axes as in ``kvplug.policy``.
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from math import ceil
 from typing import ClassVar
 
@@ -144,12 +144,12 @@ class ScoredEviction(Policy):
             )
         self._check_share()
         counts = [("sinks", 0), ("window", int(by_window))]
-        for field, least in counts if self.appends else [("budget", 1), *counts]:
-            value = getattr(self, field)
+        for name, least in counts if self.appends else [("budget", 1), *counts]:
+            value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(
-                    f"{self.name}: {field} must be a number of tokens, at least {least}, got "
-                    f"{value!r}; write {self.name}({field}={getattr(type(self), field)})"
+                    f"{self.name}: {name} must be a number of tokens, at least {least}, got "
+                    f"{value!r}; write {self.name}({name}={getattr(type(self), name)})"
                 )
         kept = int(self.budget * self.chunk) if self.appends and self.chunk else self.budget
         if kept < self.sinks + self.window:
@@ -222,6 +222,11 @@ class ScoredEviction(Policy):
             )
         return kept
 
+    def kinds(self, layer: int) -> tuple[bool, ...] | None:
+        """Which KV heads of a layer, as the model numbers it, keep more pages than the others;
+        None where all keep as many."""
+        return None
+
     @abstractmethod
     def score(self, prompt: PromptKV) -> Tensor:
         """What each token is worth to each KV head; higher is kept. -> [B, H, T] fp32
@@ -229,6 +234,56 @@ class ScoredEviction(Policy):
         Scores beyond a prompt's length may be anything. Every token of the prompt counts as
         evidence, also where the partial last page and ``window`` are kept in any case.
         """
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadBudgets(ScoredEviction):
+    """Gives the KV heads of a layer their own shares of what a wrapped policy keeps.
+
+    An engine's page holds tokens of all of a layer's heads, so private pages are given to heads in
+    parts (``kvplug.head_pages``): as many of them as the wrapped policy's hold what all heads
+    keep, of whatever share each. Heads are those of a layer, on one rank.
+    """
+
+    granularity = Granularity.HEAD
+    memory = "budget, plus the answer; the mean over the heads"
+    reads = "budget, plus the answer; the mean over the heads"
+
+    base: ScoredEviction
+    """Whose budget, sinks and window these are too, as what it looks at."""
+
+    budget: int | float = field(init=False)
+    sinks: int = field(init=False)
+    window: int = field(init=False)
+    interval: int | None = field(init=False)
+    chunk: int | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.base, ScoredEviction) or isinstance(self.base, HeadBudgets):
+            raise ValueError(
+                f"{self.name} wraps a policy that scores a prompt's tokens, got {self.base}; "
+                f"write {self.name}(snapkv(budget=1024), heads='heads.json')"
+            )
+        if self.base.every is not None or self.base.compiles:
+            raise ValueError(
+                f"{self.name}: heads that keep different numbers of pages pack prompts alone, at "
+                f"their end, as an event packs as much of every head, got {self.base}; leave "
+                "interval and chunk out"
+            )
+        taken = [each.name for each in fields(ScoredEviction)]
+        for name in (*taken, "evidence", "query_agnostic"):
+            object.__setattr__(self, name, getattr(self.base, name))
+
+    @abstractmethod
+    def kinds(self, layer: int) -> tuple[bool, ...] | None: ...
+
+    @abstractmethod
+    def head_pages(
+        self, kinds: tuple[bool, ...], private: Positions, whole: Positions, page_size: int
+    ) -> Positions:
+        """Pages of ``page_size`` tokens that each head of a layer of such ``kinds`` keeps of
+        prompts of ``whole`` pages, packed into ``private`` ones: H times as many together at most,
+        none of more than ``whole``, all of it where there are as many. [n], [n] -> [n, H]"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +303,7 @@ class LayerBudgets(Policy):
     base: ScoredEviction
 
     def __post_init__(self) -> None:
-        if not isinstance(self.base, ScoredEviction):
+        if not isinstance(self.base, ScoredEviction) or isinstance(self.base, HeadBudgets):
             raise ValueError(
                 f"{self.name} wraps a policy that scores a prompt's tokens, got {self.base}; "
                 f"write {self.name}(snapkv(budget=1024))"

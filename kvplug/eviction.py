@@ -26,8 +26,9 @@ def keep_tokens(
 ) -> Tensor:
     """Positions that each KV head keeps of a prompt's whole pages, ascending.
 
-    keep [B] int tokens (at most ``width``), protect spans [first, last) that no head may evict
-    -> [B, H, width] int64: the first min(keep, tokens in whole pages) count, the rest are 0.
+    keep [B] int tokens of every head, or [B, H], at most ``width`` each, protect spans
+    [first, last) that no head may evict -> [B, H, width] int64: the first min(keep, tokens in
+    whole pages) count, the rest are 0.
 
     Sinks, protected spans and the recent window come first, then what scores highest, the lower
     position first among equals; NaN scores lowest. Where ``keep`` has no room for all that is
@@ -65,7 +66,7 @@ def keep_tokens(
     place = torch.where(grade == RECENT, position, -position)
 
     best = ((grade << 32) + place).topk(min(width, T)).indices
-    count = keep.long()[:, None, None].minimum(candidates)
+    count = keep.long().view(B, -1, 1).minimum(candidates)
     unused = torch.arange(best.shape[2], device=best.device) >= count
     if protect and policy.every is not None:
         best = best + T * (grade.gather(2, best) < PROTECTED)

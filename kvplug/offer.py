@@ -16,7 +16,13 @@ from secrets import token_hex
 from typing import TypeVar
 
 from kvplug.composition import Composition
-from kvplug.compress import LayerBudgets, LocalLayers, PositionalEviction, ScoredEviction
+from kvplug.compress import (
+    HeadBudgets,
+    LayerBudgets,
+    LocalLayers,
+    PositionalEviction,
+    ScoredEviction,
+)
 from kvplug.config import Settings, check_keys, read_settings, token_count
 from kvplug.formats import KeyCodes, PageFormat
 from kvplug.generate import BlockSelector, SparsePrefill
@@ -107,6 +113,13 @@ class Offer:
                 raise ValueError(
                     f"kvplug: {part} cannot share a server with other policies: it changes the "
                     "model's layers, for requests that choose otherwise or dense too; drop "
+                    '"allow", or serve it alone'
+                )
+            if issubclass(cls, HeadBudgets) or isinstance(own.scored, HeadBudgets):
+                part = name if issubclass(cls, HeadBudgets) else str(own)
+                raise ValueError(
+                    f"kvplug: {part} cannot share a server with other policies: its private pages "
+                    "are laid out head by head, which all that a step reads must be; drop "
                     '"allow", or serve it alone'
                 )
             if issubclass(cls, LayerBudgets) or not own.uniform:

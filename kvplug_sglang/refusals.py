@@ -7,6 +7,7 @@ from typing import Any
 
 from kvplug import (
     Composition,
+    HeadBudgets,
     LayerBudgets,
     LocalLayers,
     Offer,
@@ -121,6 +122,13 @@ def refusals(view: Any, model: Any, given: object, wrapped: str) -> Iterator[str
     if offer.settings.policy.is_dense and not offer.mixed:
         return
     yield from unsupported(offer)
+    if isinstance(scored := offer.settings.policy.scored, HeadBudgets):
+        yield (
+            f"{scored.name} gives KV heads pages of their own, and a slot of SGLang's pool holds "
+            f"a token of all heads, which its kernels read alike; use {scored.base}, or serve it "
+            "in vLLM"
+        )
+        return
     page = view.page_size or default_page(offer) or 1
     try:
         Planner(offer.settings, page)

@@ -256,7 +256,7 @@ class StepPlanner:
             layers = self.planners.by_layer(
                 segments.where(segments.phase == number),
                 self.layers,
-                lambda rest, _: self._whole(batch, rest),
+                lambda rest, *_: self._whole(batch, rest),
                 partial(self._selected, batch),
             )
             mine = [packing for packing in packings if packing.phase == number]

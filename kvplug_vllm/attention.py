@@ -22,23 +22,26 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from kvplug import (
     BlockSelector,
+    HeadBudgets,
     LayerReads,
     Observed,
+    Offer,
     PromptKV,
     choose_pages,
     choose_units,
     keep_tokens,
     window_queries,
 )
+from kvplug.head_pages import head_tables
 from kvplug_kernels.pack_tokens import pack_tokens
 from kvplug_kernels.sparse_decode import sparse_decode
 from kvplug_kernels.virtual_heads import virtual_heads
 from kvplug_vllm import compat, eight_bits, metrics
 from kvplug_vllm.cache import customize_spec, split_layers
-from kvplug_vllm.compression import Packing
+from kvplug_vllm.compression import HeadPacking, Packing
 from kvplug_vllm.refusals import refuse
 from kvplug_vllm.settings import NAME, Engine
-from kvplug_vllm.step import Selected, StepPlan, Whole
+from kvplug_vllm.step import ByHead, Selected, StepPlan, Whole
 
 
 class PlannedBackend:
@@ -137,6 +140,11 @@ class PlannedImpl:
                 "sequences of their own, and the model's attention sinks belong to query heads; "
                 "use a_shape or tri_shape"
             )
+        if self.planned and self.sinks is not None and by_head(engine.offer):
+            raise ValueError(
+                f"kvplug: {engine.settings.policy} reads each KV head's pages as sequences of "
+                "their own, and the model's attention sinks belong to query heads; use snapkv"
+            )
         self.recent: Tensor | None = None
         """The queries of the last step, where a graph may have computed them. [B, Hq, D]"""
         self._single: Any = None
@@ -224,7 +232,7 @@ class PlannedImpl:
                 tail = compat.page_tail(cache, *shape, self.head_size)
             block = kv_cache.shape[2]
             units = {each.unit(each.page(block)) for each in self.offer.selectors}
-            units |= {block} if self.offer.block_selectors else set()
+            units |= {block} if self.offer.block_selectors or by_head(self.offer) else set()
             read = {unit for unit in units if self.reads_units(unit, block)}
             virtual = {unit: virtual_cache(kv_cache, unit) for unit in read}
             self._views = Views(tail, *self.keys_and_values(layer, cache), virtual)
@@ -322,6 +330,12 @@ class PlannedImpl:
             kv_cache.shape[2], event.era, repeated,
             None if first is None else first[:, : event.first],
         )  # fmt: skip
+        kinds = scored.kinds(compat.layer_index(layer.layer_name))
+        if kinds is not None:
+            by_head = packing.by_head[kinds]
+            tokens = keep_tokens(scored, prompt, by_head.keep, by_head.width, event.protect)
+            self.store_heads(layer, kv_cache, by_head, prompt, tokens)
+            return
         keep = packing.pages.new_full((1,), packing.width)
         tokens = keep_tokens(scored, prompt, keep, packing.width, event.protect)
         self.store_kept(layer, kv_cache, packing, prompt, tokens)
@@ -369,6 +383,13 @@ class PlannedImpl:
             kept = None if self.numbers is not None else packing.kept(prompt.keys, tokens)
             self._take_in(layer, kv_cache, kept, packing.slots)
 
+    def store_heads(
+        self, layer: Any, kv_cache: Tensor, packing: HeadPacking, prompt: PromptKV, tokens: Tensor
+    ) -> None:
+        """As ``store_kept``, where each head keeps its own number. tokens [1, H, width]"""
+        rows = torch.cat([prompt.keys, prompt.values], -1).view(kv_cache.dtype)
+        kv_cache[packing.block, packing.place, packing.offset] = packing.kept(rows, tokens)
+
     def read_pages(self, layer: Any, kv_cache: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of whole pages. pages [J, P] -> [J, P * S, H, D] twice"""
         _, heads, size, width = kv_cache.shape
@@ -381,13 +402,46 @@ class PlannedImpl:
     def _whole(
         self, layer: Any, query: Tensor, kv_cache: Tensor, whole: Whole, output: Tensor
     ) -> None:
+        if whole.by_head is not None:
+            self._by_head(layer, query, kv_cache, whole.by_head, output)
         tokens = whole.tokens
+        if whole.metadata is None:
+            return
         if tokens is None:
             super().forward(layer, query, None, None, kv_cache, whole.metadata, output)  # type: ignore[misc]
             return
         out = output.new_empty(len(tokens), *output.shape[1:])
         super().forward(layer, query[tokens], None, None, kv_cache, whole.metadata, out)  # type: ignore[misc]
         output.index_copy_(0, tokens, out)
+
+    def _by_head(
+        self, layer: Any, query: Tensor, kv_cache: Tensor, part: ByHead, output: Tensor
+    ) -> None:
+        """Each (request, KV head) as a sequence of its own over a cache of one KV head."""
+        n, H = part.pages.shape
+        virtual = self.views(layer, kv_cache).virtual[kv_cache.shape[2]]
+        if compat.layer_index(layer.layer_name) == part.first:
+            part.metadata.block_table = head_tables(
+                part.page_table, part.kept, part.pages, part.width, virtual.page_stride,
+                virtual.head_stride,
+            )  # fmt: skip
+        queries = n if part.order is None else len(part.order) // H
+        picked = query[:queries] if part.tokens is None else query[part.tokens]  # [Q, Hq, D]
+        rows = picked.reshape(queries * H, self.num_queries_per_kv, self.head_size)
+        rows = rows if part.order is None else rows[part.order]
+        out = output.new_empty(rows.shape)
+        self.stock.forward(self.single, layer, rows, None, None, virtual.cache, part.metadata, out)
+        if part.order is not None:
+            out = torch.empty_like(out).index_copy_(0, part.order, out)
+        at = slice(0, queries) if part.tokens is None else part.tokens
+        output[at] = out.view(queries, *output.shape[1:])
+
+    @property
+    def single(self) -> Any:
+        """The stock implementation for one KV head."""
+        if self._single is None:
+            self._single = compat.single_head_impl(self)
+        return self._single
 
     def _selected(
         self,
@@ -417,8 +471,6 @@ class PlannedImpl:
             out = self._attend(layer, asked.flatten(1, 2), kv_cache, step, chosen, counts)
             self._put(step, out, output)
             return
-        if self._single is None:
-            self._single = compat.single_head_impl(self)
         virtual = views.virtual[step.unit]
         table, lengths = virtual_heads(
             step.page_table, chosen, counts, step.lengths, size, virtual.page_stride,
@@ -435,7 +487,7 @@ class PlannedImpl:
         if blocks is not None:
             rows, in_place = rows[blocks.rows], False
         out = output[:queries].view(grouped) if in_place else output.new_empty(grouped)
-        self.stock.forward(self._single, layer, rows, None, None, virtual.cache, metadata, out)
+        self.stock.forward(self.single, layer, rows, None, None, virtual.cache, metadata, out)
         if blocks is not None:
             out = torch.empty_like(out).index_copy_(0, blocks.rows, out)
         if not in_place:
@@ -485,6 +537,11 @@ class PlannedImpl:
             output[: len(out)] = torch.where(among, out, output[: len(out)])
         else:
             output[slice(0, len(out)) if step.tokens is None else step.tokens] = out
+
+
+def by_head(offer: Offer) -> bool:
+    """Whether KV heads of a layer may keep different numbers of pages."""
+    return any(isinstance(each, HeadBudgets) for each in offer.scorers)
 
 
 def virtual_cache(kv_cache: Tensor, tokens: int) -> Virtual:

@@ -417,7 +417,7 @@ class CodedBuilder(PlannedBuilder):
 
     def _whole(
         self, common: Any, metadata: Any, segments: Segments, rest: Segments,
-        select: tuple[tuple[int, bool], ...],
+        select: tuple[tuple[int, bool], ...], kinds: tuple[bool, ...] | None = None,
     ) -> Whole:  # fmt: skip
         name = "rest" if select else "whole"
         table, opened = self._table(common, rest, name), self._open(rest)

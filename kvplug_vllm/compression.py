@@ -5,7 +5,7 @@ The private blocks that hold what stays come from the scheduler (``kvplug_vllm.p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +13,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvplug import BatchPlanner, Event, Observed, ScoredEviction, Segments, Settings
+from kvplug import (
+    BatchPlanner,
+    Event,
+    HeadBudgets,
+    Observed,
+    Planner,
+    ScoredEviction,
+    Segments,
+    Settings,
+)
+from kvplug.head_pages import HeadTokens
 from kvplug.policy import Positions
 from kvplug_vllm.metrics import Metrics
 from kvplug_vllm.metrics import packing as packing_time
 from kvplug_vllm.router import Router, Rows
 from kvplug_vllm.settings import Engine
+
+
+@dataclass(frozen=True)
+class HeadPacking:
+    """What heads that keep different numbers of tokens keep, head by head: N of all heads."""
+
+    keep: Tensor
+    """Tokens of each. [1, H] int64"""
+    width: int
+    """The most of them."""
+    head: Tensor
+    index: Tensor
+    block: Tensor
+    place: Tensor
+    """Of which head a token lies in its place. [N] int64, as the others"""
+    offset: Tensor
+
+    def kept(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        """What lies there. rows [1, T, H, D], tokens [1, H, width] -> [N, D]"""
+        return rows[0][tokens[0][self.head, self.index], self.head]
 
 
 @dataclass
@@ -39,6 +69,8 @@ class Packing:
     """The pages that it is packed into, in order. [1, Kp] int64"""
     slots: Tensor
     """Where kept token k goes. [n] int64"""
+    by_head: Mapping[tuple[bool, ...], HeadPacking]
+    """In layers whose heads are of such kinds, and keep different numbers of tokens."""
 
     @property
     def width(self) -> int:
@@ -61,6 +93,8 @@ class Compression:
     vllm_config: Any
     layer_names: Sequence[str]
     metrics: Metrics | None
+    kinds: Sequence[tuple[bool, ...]] = ()
+    """Of the layers whose KV heads keep different numbers of pages."""
     passed: set[int] = field(default_factory=set)
     """Stays whose last step passed their prompt's end before it was cached."""
 
@@ -151,6 +185,25 @@ class Compression:
             first=pages_of(range(-(-event.first // size))),
             private=blocks[None],
             slots=(blocks[:, None] * size + offset).flatten(),
+            by_head={kinds: self._by_head(kinds, event, planner, blocks) for kinds in self.kinds},
+        )
+
+    def _by_head(
+        self, kinds: tuple[bool, ...], event: Event, planner: Planner, blocks: Tensor
+    ) -> HeadPacking:
+        scored, size = planner.scored, planner.page_size
+        assert isinstance(scored, HeadBudgets)
+        whole = np.array([event.tokens // size])
+        pages = scored.head_pages(kinds, np.array([event.kept]), whole, size)[0]
+        to = HeadTokens.of(pages, size)
+        return HeadPacking(
+            keep=self.tensor(pages * size)[None],
+            width=int(pages.max()) * size,
+            head=self.tensor(to.head),
+            index=self.tensor(to.index),
+            block=blocks[self.tensor(to.page)],
+            place=self.tensor(to.place),
+            offset=self.tensor(to.offset),
         )
 
     def pack_now(self, packings: Sequence[Packing]) -> None:

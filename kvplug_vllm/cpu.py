@@ -19,7 +19,7 @@ from kvplug_kernels.warm_up import warm_up
 from kvplug_vllm import compat, eight_bits
 from kvplug_vllm.attention import PlannedBackend, PlannedImpl
 from kvplug_vllm.coded import CodedBackend, CodedBuilder, CodedImpl, configured_format
-from kvplug_vllm.compression import Packing
+from kvplug_vllm.compression import HeadPacking, Packing
 from kvplug_vllm.step import PlannedBuilder
 
 
@@ -72,6 +72,18 @@ class KVPlugImpl(PlannedImpl, CPUAttentionBackendImpl):
                 layer_name=layer.layer_name, isa=layer.isa, _k_scale_float=1.0, _v_scale_float=1.0
             )
         self.do_kv_cache_update(layer, keys, values, kv_cache, packing.slots)
+
+    def store_heads(
+        self, layer: Any, kv_cache: Tensor, packing: HeadPacking, prompt: PromptKV, tokens: Tensor
+    ) -> None:
+        """Through the stock kernel, over the cache of one KV head that they are read from."""
+        keys, values = (
+            packing.kept(each, tokens)[:, None] for each in (prompt.keys, prompt.values)
+        )
+        size, virtual = kv_cache.shape[2], self.views(layer, kv_cache).virtual[kv_cache.shape[2]]
+        page = packing.block * virtual.page_stride + packing.place * virtual.head_stride
+        slots = page * size + packing.offset
+        self.stock.do_kv_cache_update(self.single, layer, keys, values, virtual.cache, slots)
 
 
 class KVPlugBuilder(PlannedBuilder, CPUAttentionMetadataBuilder):

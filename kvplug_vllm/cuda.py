@@ -177,12 +177,15 @@ class KVPlugBuilder(PlannedBuilder, FlashAttentionMetadataBuilder):
             values = torch.from_numpy(values).to(torch.int32).pin_memory()
         return self.lasting.put(name, values, self.lasting.most * each + more, columns)
 
+    def _of_heads(self, sequences: Any) -> Any:
+        metadata = super()._of_heads(sequences)
+        if self.fixed:
+            metadata.max_num_splits = self.max_num_splits
+        return metadata
+
     def _rebuilder(
         self, metadata: Any, build: Callable[[Tensor, Tensor], Any]
     ) -> Callable[[Tensor, Tensor], Any]:
-        if self.fixed and metadata is not None:
-            metadata.max_num_splits = self.max_num_splits
-
         def rebuild(table: Tensor, lengths: Tensor) -> Any:
             metadata.block_table, metadata.seq_lens = table, lengths
             return metadata

@@ -8,6 +8,7 @@ from typing import Any
 from vllm.platforms import current_platform
 
 from kvplug import (
+    HeadBudgets,
     LayerBudgets,
     LocalLayers,
     Offer,
@@ -53,6 +54,8 @@ def refusals(vllm_config: Any) -> Iterator[str]:
         yield from _compiling(policy.scored, vllm_config)
     if offer.format is not None:
         yield from _with_format(offer.format, offer, vllm_config)
+    if isinstance(policy.scored, HeadBudgets):
+        yield from _by_head(policy.scored, vllm_config)
     yield from unsupported(offer)
     yield from _with_drafts(offer, vllm_config)
     yield from (reason for _, reason in beside(offer.settings, vllm_config))
@@ -134,6 +137,31 @@ def _compiling(scored: ScoredEviction, vllm_config: Any) -> Iterator[str]:
             f"{scored} on several ranks: Model Runner V1 does not tell them what a preempted "
             "request finds when it comes back; use one rank, or VLLM_USE_V2_MODEL_RUNNER=1"
         )
+
+
+def _by_head(scored: HeadBudgets, vllm_config: Any) -> Iterator[str]:
+    """What heads of a layer that keep different numbers of pages were never run with."""
+    model, without = vllm_config.model_config, f"use {scored.base}"
+    if vllm_config.parallel_config.tensor_parallel_size > 1:
+        yield (
+            "tensor parallelism gives each rank some heads of a layer, whose shares "
+            f"{scored.name} takes of them all together; drop --tensor-parallel-size, or {without}"
+        )
+    shared = getattr(getattr(model, "hf_text_config", None), "num_kv_shared_layers", 0)
+    for what, has in (
+        ("recurrent layers", getattr(model, "is_hybrid", False)),
+        ("layers that see a window or a chunk", model is not None and _has_local_layers(model)),
+        ("layers that share a cache", shared),
+    ):
+        if has:
+            yield f"the model has {what}, beside which {scored.name} was never run; {without}"
+    dtype = vllm_config.cache_config.cache_dtype
+    for what, has in (
+        ("speculative decoding", vllm_config.speculative_config is not None),
+        (f"--kv-cache-dtype {dtype}", dtype not in PLAIN),
+    ):
+        if has:
+            yield f"{what} beside {scored.name} was never run; drop it, or {without}"
 
 
 def _with_format(format: PageFormat, offer: Offer, vllm_config: Any) -> Iterator[str]:

@@ -16,6 +16,7 @@ from kvplug import (
     BatchPlanner,
     Blocks,
     BlockSelector,
+    HeadBudgets,
     LayerReads,
     Observed,
     PositionalPrefill,
@@ -68,11 +69,36 @@ class Selected:
 
 
 @dataclass
+class ByHead:
+    """The queries of a step that read all they see where KV heads keep different numbers of pages;
+    n sequences of them for each head."""
+
+    tokens: Tensor | None
+    """Rows of the flat queries; None for the first ones."""
+    order: Tensor | None
+    """The sequences' queries (``Segments.by_head``); None where each is of one."""
+    page_table: Tensor  # [n, P] int32
+    kept: Tensor
+    """Private pages, the first of those. [n] int32"""
+    pages: Tensor
+    """Head pages of each head in them. [n, H] int32"""
+    width: int
+    """Pages that a sequence reads, at most."""
+    metadata: Any
+    """Stock metadata of the sequences."""
+    first: int
+    """The layer that makes the sequences' tables for all whose heads are of these kinds, in the
+    graph that is replayed too."""
+
+
+@dataclass
 class Whole:
     """The queries of a step that read all they see, in the stock backend's terms."""
 
     tokens: Tensor | None
     metadata: Any
+    """None where there are none but those of ``by_head``."""
+    by_head: ByHead | None = None
 
 
 @dataclass
@@ -129,6 +155,12 @@ class PlannedBuilder:
         """Whether queries may see other pages than their request's first."""
         self.kv_heads = kv_cache_spec.num_kv_heads
         self.layers = [compat.layer_index(name) for name in planned]
+        self.kinds: dict[tuple[bool, ...], int] = {}
+        """Of layers whose KV heads keep different numbers of pages, and the first such layer."""
+        for layer in self.layers:
+            kinds = policy.scored.kinds(layer) if policy.scored is not None else None
+            if kinds is not None:
+                self.kinds.setdefault(kinds, layer)
         self.max_tokens = vllm_config.model_config.max_model_len
         self.planner = BatchPlanner(
             kv_cache_spec.block_size, getattr(kv_cache_spec, "budget", None)
@@ -161,7 +193,9 @@ class PlannedBuilder:
             share = len(planned) / len(planned_layers(vllm_config))
             self.metrics = Metrics.of(engine, share, len(planned), kv_cache_spec)
         tensor = partial(self._tensor, dtype=torch.int64)
-        self.compression = Compression(self.planner, tensor, vllm_config, planned, self.metrics)
+        self.compression = Compression(
+            self.planner, tensor, vllm_config, planned, self.metrics, tuple(self.kinds)
+        )
         if self.metrics is not None:
             announce(engine, self.planner.planners[OWN], kv_cache_spec)
 
@@ -337,9 +371,18 @@ class PlannedBuilder:
         segments: Segments,
         rest: Segments,
         select: tuple[tuple[int, bool], ...],
+        kinds: tuple[bool, ...] | None = None,
     ) -> Whole:
         """rest: those of a step's segments that layers read whole in which the (choice, decodes)
-        ``select`` read a selection."""
+        ``select`` read a selection, and whose KV heads are of these kinds."""
+        if kinds is not None:
+            behind = (rest.packed >= 0) | self.fixed
+            if behind.any():
+                by_head = self._by_head(common, rest.where(behind), kinds)
+                if behind.all():
+                    return Whole(None, None, by_head)
+                others = self._whole(common, metadata, segments, rest.where(~behind), select)
+                return replace(others, by_head=by_head)
         everything = not select if self.fixed else len(rest.row) == len(segments.row)
         if everything and not self.rewrites:
             return Whole(None, metadata)
@@ -357,6 +400,43 @@ class PlannedBuilder:
         )
         tokens = None if everything or self.fixed else self._tokens(rest)
         return Whole(tokens, self.stock.build(self.second, 0, sequences))
+
+    def _by_head(self, common: Any, part: Segments, kinds: tuple[bool, ...]) -> ByHead:
+        planner, heads = self.planner.planners[OWN], self.kv_heads
+        scored, size = planner.scored, planner.page_size
+        assert isinstance(scored, HeadBudgets)
+        name = f"heads of {self.kinds[kinds]}"
+        pages = scored.head_pages(kinds, part.kept, part.first, size)  # [n, H]
+        lengths = np.maximum(part.stop - part.first * size, 0)[:, None] + pages * size
+        queries = np.ones_like(part.row) if self.fixed else part.queries
+        bounds = np.append(0, np.cumsum(np.repeat(queries, heads)))
+        longest = self.max_tokens if self.fixed else int(lengths.max())
+        width = -(-longest // size)
+        sequences = self._common(
+            common,
+            bounds,
+            self._lasting(f"{name}.bounds", bounds, each=heads, more=1),
+            self._lasting(f"{name}.lengths", lengths.flatten(), each=heads),
+            common.block_table_tensor.new_zeros(len(bounds) - 1, width),
+            longest,
+        )
+        flat = part.token if self.fixed else part.flat
+        in_order = (flat == np.arange(len(flat))).all()
+        single = (queries == 1).all()
+        return ByHead(
+            tokens=None if in_order else self._tensor(flat, torch.int64),
+            order=None if single else self._tensor(part.by_head(heads), torch.int64),
+            page_table=self._table(common, part, name),
+            kept=self._lasting(f"{name}.kept", part.kept),
+            pages=self._lasting(f"{name}.pages", pages, columns=heads),
+            width=width,
+            metadata=self._of_heads(sequences),
+            first=self.kinds[kinds],
+        )
+
+    def _of_heads(self, sequences: Any) -> Any:
+        """Stock metadata of sequences of one KV head each."""
+        return self.stock.build(self.single, 0, sequences)
 
     def _common(
         self, common: Any, bounds: NDArray[np.int64], starts: Tensor, lengths: Tensor,
@@ -401,7 +481,7 @@ class PlannedBuilder:
 
         def build(table: Tensor, lengths: Tensor) -> Any:
             virtual = self._common(common, bounds, starts, lengths, table, width * unit)
-            return self.stock.build(self.single, 0, virtual)
+            return self._of_heads(virtual)
 
         metadata = None
         if self.impl.reads_units(unit, planner.page_size):

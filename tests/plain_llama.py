@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -61,9 +62,7 @@ class Plain:
                 keys=keys, values=values, queries=queries, lengths=torch.tensor([event.tokens]),
                 scale=scaling, first_head=first_head, page_size=S, event=event.era,
             )  # fmt: skip
-            keep = event.kept * S
-            kept = keep_tokens(self.schedule.scorer(event), given, torch.tensor([keep]), keep)[0]
-            held = source.gather(1, kept)
+            held = source.gather(1, self.keep(event, given))
             self.pack(held, at)
             first = event.pages.start if self.schedule.appends else 0
             seen[:, at:, first * S : at // S * S] = False
@@ -73,6 +72,11 @@ class Plain:
             seen &= torch.ones(T, T, dtype=torch.bool).tril()
             self.events += 1
         return seen
+
+    def keep(self, event, given):
+        """What each head keeps at an event of what it reads. [H, n]"""
+        keep = event.kept * self.size
+        return keep_tokens(self.schedule.scorer(event), given, torch.tensor([keep]), keep)[0]
 
     def read(self, key, value, at):
         """What an event behind so many tokens reads of them."""
@@ -90,6 +94,32 @@ class Plain:
         return next(
             (n for n, (a, b) in enumerate(zip(said, answer, strict=True)) if a != b), len(answer)
         )
+
+
+class TwoKinds(Plain):
+    """Heads that retrieve, and heads that keep their first and newest tokens."""
+
+    pages: ClassVar[set[tuple[int, int, int]]] = set()
+    """Layer, head and pages of what was kept."""
+
+    def keep(self, event, given):
+        duo, S, H = self.scored, self.size, given.keys.shape[2]
+        layer, whole = given.first_head // H, event.tokens // S
+        kinds = duo.kinds(layer) or (True,) * H
+        some, others = kinds.count(True), kinds.count(False)
+        window = min(-(-(duo.sink + duo.recent) // S), event.kept)
+        most = min((event.kept * H - window * others) // some, whole)
+        rest = min((event.kept * H - most * some) // max(others, 1), whole)
+        kept = []
+        for head, retrieves in enumerate(kinds):
+            count = (most if retrieves else rest) * S
+            if retrieves:
+                mine = keep_tokens(duo.base, given, torch.tensor([count]), count)[0, head].tolist()
+            else:
+                mine = [*range(duo.sink), *range(whole * S - count + duo.sink, whole * S)]
+            self.pages.add((layer, head, len(mine) // S))
+            kept.append(mine + mine[:1] * (most * S - count))  # twice the same is once
+        return torch.tensor(kept)
 
 
 class Narrow(Plain):

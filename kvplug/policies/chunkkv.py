@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvplug.compress import PromptKV, ScoredEviction
+from kvplug.compress import HeadBudgets, PromptKV, ScoredEviction
 from kvplug.policies.snapkv import SnapKV
 from kvplug.policy import Evidence
 
@@ -45,7 +45,7 @@ class ChunkKV(ScoredEviction):
     chunk: int | None = field(init=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.base, ScoredEviction):
+        if not isinstance(self.base, ScoredEviction) or isinstance(self.base, HeadBudgets):
             raise ValueError(
                 f"chunkkv wraps a policy that scores a prompt's tokens, got {self.base}; write "
                 "chunkkv(snapkv(budget=1024))"

@@ -649,7 +649,7 @@ def reads_of(several, requests, layers):
     segments = planner.plan(choice, total - 1, total, total - 1)
     asked = []
 
-    def whole(part, select):
+    def whole(part, select, _):
         assert len(part.row), "nothing is no sequence for a kernel"
         assert not (part.selects & np.isin(part.choice, select)).any()
         asked.append(tuple(part.row.tolist()))
