@@ -35,6 +35,8 @@ from kvplug.offer import Offer, Refused, read_offer
 from kvplug.plan import Planner
 from kvplug.policy import Action, Digest, Evidence, Granularity, Policy, Sharing, Stage
 from kvplug.registry import policy_class, policy_names
+from kvplug.reuse import Arrangement, ChunkReuse, arrange, rearranged
+from kvplug.rotation import Rotation, turn
 from kvplug.schedule import Course, Event, Schedule
 from kvplug.segments import Segments
 from kvplug.selection import (
@@ -51,11 +53,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Action",
+    "Arrangement",
     "Asking",
     "BatchPlanner",
     "BlockSelector",
     "Blocks",
     "Choices",
+    "ChunkReuse",
     "Composition",
     "Course",
     "Digest",
@@ -78,6 +82,7 @@ __all__ = [
     "PromptKV",
     "QueryBlocks",
     "Refused",
+    "Rotation",
     "Schedule",
     "ScoredEviction",
     "Segments",
@@ -88,6 +93,7 @@ __all__ = [
     "Stage",
     "StepReads",
     "TokenSelector",
+    "arrange",
     "block_bytes",
     "blocks_of",
     "byte_share",
@@ -102,7 +108,9 @@ __all__ = [
     "policy_names",
     "read_offer",
     "read_settings",
+    "rearranged",
     "reads_by_policy",
     "step_reads",
+    "turn",
     "window_queries",
 ]

@@ -18,6 +18,7 @@ from kvplug.heads import Shape, read_heads
 from kvplug.load import Selector
 from kvplug.policies.dense import Dense
 from kvplug.policy import LIMIT, Policy, Sharing, Stage
+from kvplug.reuse import ChunkReuse
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,12 @@ class Composition:
                 raise ValueError(
                     f"{policy.name} finds contexts as requests of their own left them, and was "
                     f"never taught what another policy reads or leaves there, got "
+                    f"{' + '.join(map(str, real))!r}; write {policy} alone"
+                )
+            if isinstance(policy, ChunkReuse) and len(real) > 1:
+                raise ValueError(
+                    f"{policy.name} takes chunks as requests of their own left them, whole and "
+                    f"plain, and was never run beside another policy, got "
                     f"{' + '.join(map(str, real))!r}; write {policy} alone"
                 )
         order = list(Stage)
@@ -148,6 +155,11 @@ class Composition:
     def generate(self) -> SparsePrefill | None:
         policy = self.stage(Stage.GENERATE)
         return policy if isinstance(policy, SparsePrefill) else None
+
+    @property
+    def reuse(self) -> ChunkReuse | None:
+        policy = self.stage(Stage.REUSE)
+        return policy if isinstance(policy, ChunkReuse) else None
 
     @property
     def files(self) -> tuple[str, ...]:
