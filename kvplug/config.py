@@ -42,8 +42,8 @@ class Settings:
     compiled: int = 0
     """A request's own: chunks at its start that it found compiled."""
     chunks: tuple[Span, ...] = ()
-    """A request's own: spans [first, last) of its prompt that may be taken as they were read alone,
-    ascending."""
+    """A request's own: spans [first, last) of its prompt, ascending, that may be taken as they
+    were read alone."""
 
     def __str__(self) -> str:
         spans = f", protect={[list(span) for span in self.protect]}" if self.protect else ""

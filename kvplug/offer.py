@@ -273,8 +273,8 @@ class Offer:
 
         given: None for the server's own; a policy line; a JSON object, as text or as a mapping,
         with ``policy``, ``budget`` (of the server's policy, or of the one named), ``min_context``
-        and ``protect``, or with ``compile`` or ``chunks`` alone. Raises Refused for what is not on offer and
-        ValueError for what cannot be read, with what may be asked for.
+        and ``protect``, or with ``compile`` or ``chunks`` alone. Raises Refused for what is not on
+        offer and ValueError for what cannot be read, with what may be asked for.
         """
         if given is None:
             return self.settings
@@ -480,7 +480,7 @@ def _check_chunks(chunks: tuple[Span, ...], prompt: Sequence[object] | None) -> 
     if prompt is None:
         raise Refused(
             "other chunks",
-            "kvplug: chunks of a prompt with images or audio cannot be taken from elsewhere, whose "
+            "kvplug: chunks of a prompt with images or audio cannot be taken from elsewhere: its "
             "tokens do not tell what they show; leave chunks out",
         )
     if chunks[-1][1] > len(prompt):

@@ -8,12 +8,14 @@ from typing import Any
 from vllm.platforms import current_platform
 
 from kvplug import (
+    ChunkReuse,
     LayerBudgets,
     LocalLayers,
     Offer,
     PageFormat,
     Policy,
     PositionalEviction,
+    Rotation,
     ScoredEviction,
     Selector,
     Settings,
@@ -51,6 +53,8 @@ def refusals(vllm_config: Any) -> Iterator[str]:
         return
     if policy.scored is not None and policy.scored.compiles:
         yield from _compiling(policy.scored, vllm_config)
+    if policy.reuse is not None:
+        yield from _reusing(policy.reuse, vllm_config)
     if offer.format is not None:
         yield from _with_format(offer.format, offer, vllm_config)
     yield from unsupported(offer)
@@ -133,6 +137,47 @@ def _compiling(scored: ScoredEviction, vllm_config: Any) -> Iterator[str]:
         yield (
             f"{scored} on several ranks: Model Runner V1 does not tell them what a preempted "
             "request finds when it comes back; use one rank, or VLLM_USE_V2_MODEL_RUNNER=1"
+        )
+
+
+def _reusing(reuse: ChunkReuse, vllm_config: Any) -> Iterator[str]:
+    """What keeps chunks from being found, moved or seen, and what was never run with them."""
+    model, cache, parallel = (
+        vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config,
+    )  # fmt: skip
+    if cache.enable_prefix_caching is False:
+        yield (
+            f"{reuse} finds chunks in the prefix cache; drop --no-enable-prefix-caching, or use "
+            "the policy 'dense'"
+        )
+    if model is not None:
+        try:
+            Rotation.of(model.hf_text_config, model.get_head_size())
+        except ValueError as error:
+            yield f"{reuse} moves keys: {error}; use the policy 'dense'"
+    text = getattr(model, "hf_text_config", None)
+    for what, has in (
+        ("recurrent layers", getattr(model, "is_hybrid", False)),
+        ("layers that see a window", model is not None and _has_local_layers(model)),
+        ("layers that share a cache", getattr(text, "num_kv_shared_layers", 0)),
+        ("images or audio in its prompts", getattr(model, "is_multimodal_model", False)),
+    ):
+        if has:
+            yield f"the model has {what}, with which {reuse} was never run; use the policy 'dense'"
+    for what, flag, has in (
+        ("a quantised cache", "--kv-cache-dtype", cache.cache_dtype not in PLAIN),
+        ("speculative decoding", "--speculative-config", vllm_config.speculative_config),
+        ("a KV connector", "--kv-transfer-config", vllm_config.kv_transfer_config),
+        ("adapters", "--enable-lora", vllm_config.lora_config),
+        ("tensor parallelism", "--tensor-parallel-size", parallel.tensor_parallel_size > 1),
+    ):
+        if has:
+            yield f"{what} beside {reuse} was never run; drop {flag}, or use the policy 'dense'"
+    apart = parallel.distributed_executor_backend not in (None, "uni")
+    if apart and not vllm_config.use_v2_model_runner:
+        yield (
+            f"{reuse} with workers of their own processes: Model Runner V1 does not tell them how "
+            "a preempted request lies when it comes back; use VLLM_USE_V2_MODEL_RUNNER=1"
         )
 
 
@@ -372,7 +417,7 @@ def unsupported(offer: Offer) -> Iterator[str]:
     """Policies of a kind that this adapter does not know how to carry out."""
     known = (
         SparsePrefill, PositionalEviction, ScoredEviction, LayerBudgets, LocalLayers, Selector,
-        PageFormat,
+        PageFormat, ChunkReuse,
     )  # fmt: skip
     own: list[type[Policy]] = [type(policy) for policy in offer.settings.policy]
     for cls in [*own, *map(policy_class, offer.allow)]:

@@ -7,9 +7,9 @@ s tokens. The first ``links`` tokens of each chunk, and all that is in no chunk,
 and see everything before them.
 
 A chunk that is read alone takes its own first tokens for the text's, and pours attention into
-them: once those are computed in their place, most of the loss is gone. On SmolLM2-135M, four chunks
-of 500 tokens: next tokens of a quote from them cost .45 nats more with no link rows, .03 with one
-a chunk, .015 with 8, 2.5 without the chunks.
+them: once those are computed in their place, most of the loss is gone. On SmolLM2-135M and four
+chunks of 500 tokens, next tokens of a quote from one cost .45 nats more with no link tokens, .03
+with one a chunk, .015 with 8, and 2.5 without the chunks.
 
 Hu et al., "EPIC: Efficient Position-Independent Caching for Serving Large Language Models", ICML
 2025, https://arxiv.org/abs/2410.15332 (LegoLink); after Yao et al., "CacheBlend: Fast Large

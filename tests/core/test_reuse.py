@@ -45,7 +45,8 @@ def test_a_prompt_lies_pages_first_and_is_whole(case):
     arrangement = arrange(policy, chunks, prompt, size)
     order, taken = arrangement.order, arrangement.cached * size
     assert sorted(order.tolist()) == list(range(prompt))
-    assert taken < prompt and prompt - 1 not in order[:taken], "what comes next is asked of it"
+    assert taken < prompt
+    assert prompt - 1 not in order[:taken], "what comes next is asked of it"
     assert (np.diff(order[taken:]) > 0).all()
     page = 0
     for each in arrangement.placed:
@@ -54,7 +55,8 @@ def test_a_prompt_lies_pages_first_and_is_whole(case):
         for number in each.pages:
             begin = first + number * size
             assert order[page * size : (page + 1) * size].tolist() == [*range(begin, begin + size)]
-            assert begin + size <= last and (begin >= first + links or first == 0)
+            assert begin + size <= last
+            assert begin >= first + links or first == 0
             page += 1
     assert page == arrangement.cached
     assert rearranged(range(prompt), arrangement) == order.tolist()
@@ -199,7 +201,8 @@ def test_models_whose_keys_cannot_be_moved_are_refused(config, reason):
 def test_a_request_names_ascending_chunks_of_its_own_prompt():
     offer = read_offer({"policy": LINE}, environ={})
     asked = offer.settings_for('{"chunks": [[0, 40], [40, 100]]}')
-    assert asked.chunks == ((0, 40), (40, 100)) and asked.policy == offer.settings.policy
+    assert asked.chunks == ((0, 40), (40, 100))
+    assert asked.policy == offer.settings.policy
     offer.check_prompt(asked, 32, [1] * 100, 5)
     with pytest.raises(Refused, match="has 99 tokens, and a chunk of it is named that ends behi"):
         offer.check_prompt(asked, 32, [1] * 99, 5)
@@ -210,7 +213,7 @@ def test_a_request_names_ascending_chunks_of_its_own_prompt():
             offer.settings_for({"chunks": spans})
     with pytest.raises(ValueError, match="and nothing else"):
         offer.settings_for({"chunks": [[0, 40]], "min_context": 5})
-    with pytest.raises(Refused, match='start it with {"policy": "blend'):
+    with pytest.raises(Refused, match="serves policy 'dense'"):
         read_offer({"policy": "dense"}, environ={}).settings_for({"chunks": [[0, 40]]})
 
 
