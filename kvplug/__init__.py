@@ -42,6 +42,8 @@ from kvplug.offer import Offer, Refused, read_offer
 from kvplug.plan import Planner
 from kvplug.policy import Action, Digest, Evidence, Granularity, Policy, Sharing, Stage
 from kvplug.registry import policy_class, policy_names
+from kvplug.reuse import Arrangement, ChunkReuse, arrange, rearranged
+from kvplug.rotation import Rotation, turn
 from kvplug.schedule import Course, Event, Schedule
 from kvplug.segments import Segments
 from kvplug.selection import (
@@ -58,11 +60,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Action",
+    "Arrangement",
     "Asking",
     "BatchPlanner",
     "BlockSelector",
     "Blocks",
     "Choices",
+    "ChunkReuse",
     "Composition",
     "Course",
     "Digest",
@@ -86,6 +90,7 @@ __all__ = [
     "PromptKV",
     "QueryBlocks",
     "Refused",
+    "Rotation",
     "Schedule",
     "ScoredEviction",
     "Segments",
@@ -96,6 +101,7 @@ __all__ = [
     "Stage",
     "StepReads",
     "TokenSelector",
+    "arrange",
     "block_bytes",
     "blocks_of",
     "byte_share",
@@ -111,6 +117,8 @@ __all__ = [
     "read_offer",
     "read_settings",
     "reads_by_policy",
+    "rearranged",
     "step_reads",
+    "turn",
     "window_queries",
 ]

@@ -221,6 +221,26 @@ class BatchPlanner:
                 found += [replace(each, row=int(rows[each.row])) for each in events]
         return found
 
+    def moved(
+        self, choice: Positions, computed: Positions, total: Positions, prompt: Positions
+    ) -> tuple[Positions, Positions]:
+        """Rows of the step's flat queries that stand elsewhere in their request than they lie, and
+        where. [B] each -> [n] each"""
+        queries = total - computed
+        parts = [np.zeros((2, 0), np.int64)]
+        for one in np.unique(choice).tolist():
+            planner = self.planners[one]
+            if planner.reuse is None:
+                continue
+            mine = np.repeat(choice == one, queries)
+            row = np.repeat(np.arange(len(queries)), queries)[mine]
+            token = np.flatnonzero(mine)
+            position = token - (np.cumsum(queries) - queries - computed)[row]
+            stands = planner.logical(position, prompt[row])
+            parts.append(np.stack([token, stands])[:, stands != position])
+        tokens, stands = np.concatenate(parts, 1)
+        return tokens, stands
+
     def begun(
         self, computed: Positions, total: Positions, prompt: Positions, tokens: int
     ) -> tuple[Positions, Positions, Positions]:

@@ -12,7 +12,6 @@ from enum import IntEnum
 from typing import Any
 
 from kvplug.compress import (
-    HeadBudgets,
     LayerBudgets,
     LocalLayers,
     PositionalEviction,
@@ -24,6 +23,7 @@ from kvplug.heads import Shape, read_heads
 from kvplug.load import Selector
 from kvplug.policies.dense import Dense
 from kvplug.policy import LIMIT, Policy, Sharing, Stage
+from kvplug.reuse import ChunkReuse
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,10 @@ class Composition:
                 )
         for policy in real:
             _check_numbers(policy)
-            if isinstance(policy, ScoredEviction) and policy.compiles and len(real) > 1:
+            if policy.alone and len(real) > 1:
                 raise ValueError(
-                    f"{policy.name} finds contexts as requests of their own left them, and was "
-                    f"never taught what another policy reads or leaves there, got "
-                    f"{' + '.join(map(str, real))!r}; write {policy} alone"
-                )
-            if isinstance(policy, HeadBudgets) and len(real) > 1:
-                raise ValueError(
-                    f"{policy.name} leaves pages that hold tokens of one KV head each, and was "
-                    f"never run with another policy that reads or leaves pages, got "
-                    f"{' + '.join(map(str, real))!r}; write {policy} alone"
+                    f"{policy.name} {policy.alone}, got {' + '.join(map(str, real))!r}; write "
+                    f"{policy} alone"
                 )
         order = list(Stage)
 
@@ -160,6 +153,11 @@ class Composition:
     def generate(self) -> SparsePrefill | None:
         policy = self.stage(Stage.GENERATE)
         return policy if isinstance(policy, SparsePrefill) else None
+
+    @property
+    def reuse(self) -> ChunkReuse | None:
+        policy = self.stage(Stage.REUSE)
+        return policy if isinstance(policy, ChunkReuse) else None
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -193,6 +193,15 @@ class ScoredEviction(Policy):
         return self.compiles or self.evidence is Evidence.WINDOW_QUERIES
 
     @property
+    def alone(self) -> str:
+        if not self.compiles:
+            return ""
+        return (
+            "finds contexts as requests of their own left them, and was never taught what another "
+            "policy reads or leaves there"
+        )
+
+    @property
     def compiles(self) -> bool:
         """Whether requests of their own repeat a context, a chunk each, and what they keep of it
         is found by all later ones; what was never repeated stays whole."""
@@ -273,6 +282,13 @@ class HeadBudgets(ScoredEviction):
         taken = [each.name for each in fields(ScoredEviction)]
         for name in (*taken, "evidence", "query_agnostic"):
             object.__setattr__(self, name, getattr(self.base, name))
+
+    @property
+    def alone(self) -> str:
+        return (
+            "leaves pages that hold tokens of one KV head each, and was never run with another "
+            "policy that reads or leaves pages"
+        )
 
     @abstractmethod
     def kinds(self, layer: int) -> tuple[bool, ...] | None: ...

@@ -19,7 +19,7 @@ DEFAULT_POLICY = "twilight(budget=0.0625)"
 DEFAULT_MIN_CONTEXT = 8192
 ENVIRONMENT = "KVPLUG_POLICY"
 FOR_TESTS = ("shortcut",)
-OF_REQUESTS = ("repeats", "compiled")
+OF_REQUESTS = ("repeats", "compiled", "chunks")
 FARTHEST = 1 << 24
 """Tokens: no position beyond is protected, as each protected page is written down."""
 
@@ -41,6 +41,9 @@ class Settings:
     """A request's own: its prompt ends with its last chunk once more, which compiles that."""
     compiled: int = 0
     """A request's own: chunks at its start that it found compiled."""
+    chunks: tuple[Span, ...] = ()
+    """A request's own: spans [first, last) of its prompt, ascending, that may be taken as they
+    were read alone."""
 
     def __str__(self) -> str:
         spans = f", protect={[list(span) for span in self.protect]}" if self.protect else ""

@@ -23,7 +23,7 @@ from kvplug.compress import (
     PositionalEviction,
     ScoredEviction,
 )
-from kvplug.config import Settings, check_keys, read_settings, token_count
+from kvplug.config import FARTHEST, Settings, Span, check_keys, read_settings, token_count
 from kvplug.formats import KeyCodes, PageFormat
 from kvplug.generate import BlockSelector, SparsePrefill
 from kvplug.grammar import parse
@@ -31,14 +31,16 @@ from kvplug.load import Selector
 from kvplug.plan import Planner
 from kvplug.policy import Digest, Evidence, Policy, Sharing
 from kvplug.registry import did_you_mean, policy_class
+from kvplug.reuse import ChunkReuse
 
 SERVER_KEYS = ("policy", "min_context", "protect", "allow", "max_budget")
-REQUEST_KEYS = ("policy", "budget", "min_context", "protect", "compile")
+REQUEST_KEYS = ("policy", "budget", "min_context", "protect", "compile", "chunks")
 DENSE = "dense"
 Kind = TypeVar("Kind", bound=Policy)
 LONGEST = 10_000
 """Characters of what a request says: it is remembered, and every span costs each layer."""
 MOST_SPANS = 256
+MOST_CHUNKS = 256
 
 
 class Refused(ValueError):
@@ -81,6 +83,11 @@ class Offer:
                     f"kvplug: {name} is the format of a server's pages, which all requests share; "
                     f'drop it from "allow", and write {{"policy": "{cls()} + …"}}'
                 )
+            if issubclass(cls, ChunkReuse):
+                raise ValueError(
+                    f"kvplug: {name} serves alone, for requests of the server's own policy; drop "
+                    'it from "allow", or write it as "policy"'
+                )
             if cls.evidence is Evidence.REPETITION:
                 raise ValueError(
                     f"kvplug: {name} serves alone: it packs contexts for requests of the server's "
@@ -94,6 +101,11 @@ class Offer:
                     '"allow"; add {"allow": ["snapkv"]} or drop max_budget'
                 )
             return
+        if own.reuse is not None:
+            raise ValueError(
+                f"kvplug: {own.reuse} cannot share a server with other policies, beside which it "
+                'was never run; drop "allow"'
+            )
         if own.scored is not None and own.scored.appends:
             raise ValueError(
                 f"kvplug: {own.scored} cannot share a server with other policies: it packs "
@@ -274,8 +286,8 @@ class Offer:
 
         given: None for the server's own; a policy line; a JSON object, as text or as a mapping,
         with ``policy``, ``budget`` (of the server's policy, or of the one named), ``min_context``
-        and ``protect``, or with ``compile`` alone. Raises Refused for what is not on offer and
-        ValueError for what cannot be read, with what may be asked for.
+        and ``protect``, or with ``compile`` or ``chunks`` alone. Raises Refused for what is not on
+        offer and ValueError for what cannot be read, with what may be asked for.
         """
         if given is None:
             return self.settings
@@ -297,6 +309,8 @@ class Offer:
         base = self.settings
         if "compile" in wanted:
             return self._compiling(wanted)
+        if "chunks" in wanted:
+            return self._with_chunks(wanted)
         if "policy" in wanted:
             policy = parse(wanted["policy"])  # type: ignore[arg-type]
             policy = policy.in_format(self.format if self.mixed else None)
@@ -330,6 +344,23 @@ class Offer:
             )
         return replace(self.settings, repeats=True)
 
+    def _with_chunks(self, wanted: Mapping[str, object]) -> Settings:
+        spans = wanted["chunks"]
+        if len(wanted) > 1 or not _ascend(spans):
+            raise ValueError(
+                "kvplug: a request names the chunks of its prompt and nothing else, as ascending "
+                f"spans of tokens [first, last), at most {MOST_CHUNKS}, got "
+                f'{dict(wanted)!r}; write {{"chunks": [[0, 512], [512, 900]]}}'
+            )
+        if self.settings.policy.reuse is None:
+            raise Refused(
+                "nothing to reuse",
+                f"kvplug: this server takes chunks from no other place than a prompt's start: it "
+                f'serves {self.settings}; start it with {{"policy": "blend(links=8)"}}',
+            )
+        chunks = tuple((first, last) for first, last in spans)  # type: ignore[attr-defined]
+        return replace(self.settings, chunks=chunks)
+
     def check_prompt(
         self,
         asked: Settings,
@@ -340,6 +371,8 @@ class Offer:
         """Whether a request's prompt is what its settings say, where they say it. prompt: None of
         one that is more than its tokens. answer: the most tokens that it may decode. Raises
         Refused: others will find what it leaves."""
+        if asked.chunks:
+            _check_chunks(asked.chunks, prompt)
         if not asked.repeats:
             return
         if prompt is None:
@@ -438,6 +471,38 @@ def read_offer(given: object = None, environ: Mapping[str, str] | None = None) -
         allow=tuple(sorted(set(allow))),
         max_budget=None if budget is None else token_count(budget, "max_budget"),
     )
+
+
+def _ascend(spans: object) -> bool:
+    """Whether they are spans of tokens, one behind the other."""
+    if not isinstance(spans, (list, tuple)) or not 0 < len(spans) <= MOST_CHUNKS:
+        return False
+    end = 0
+    for span in spans:
+        if not isinstance(span, (list, tuple)) or len(span) != 2:
+            return False
+        if not all(isinstance(n, int) and not isinstance(n, bool) for n in span):
+            return False
+        if not end <= span[0] < span[1] < FARTHEST:
+            return False
+        end = span[1]
+    return True
+
+
+def _check_chunks(chunks: tuple[Span, ...], prompt: Sequence[object] | None) -> None:
+    if prompt is None:
+        raise Refused(
+            "other chunks",
+            "kvplug: chunks of a prompt with images or audio cannot be taken from elsewhere: its "
+            "tokens do not tell what they show; leave chunks out",
+        )
+    if chunks[-1][1] > len(prompt):
+        raise Refused(
+            "other chunks",
+            f"kvplug: the prompt has {len(prompt):,} tokens, and a chunk of it is named that ends "
+            f"behind {chunks[-1][1]:,}; count the tokens of the whole prompt, as the server's "
+            "/tokenize does",
+        )
 
 
 def _over(policy: Kind, codes: KeyCodes) -> Kind:

@@ -8,6 +8,7 @@ later, on the device.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -17,6 +18,7 @@ from kvplug.config import Settings
 from kvplug.generate import BlockSelector, PositionalPrefill
 from kvplug.load import Selector
 from kvplug.policy import LIMIT, Positions
+from kvplug.reuse import Arrangement, arrange
 from kvplug.schedule import Schedule
 from kvplug.segments import HELD, SINKS, Segments
 
@@ -57,6 +59,8 @@ class Planner:
         """Pages of which each the first few are held, with what was kept of it."""
         self.compiled = settings.compiled if self.schedule.compiles else LIMIT
         """So many of them, at most."""
+        self.reuse = settings.policy.reuse if settings.chunks else None
+        """What takes the chunks that the request names from the cache."""
         self.page = self.selector.page(page_size) if self.selector else page_size
         """Tokens of what a digest describes: a page, or a part of it."""
         self.unit = self.selector.unit(self.page) if self.selector else page_size
@@ -120,6 +124,9 @@ class Planner:
                 kept = np.where(compressed, schedule.private(prompt)[row], kept)
                 packed = np.where(compressed, schedule.column(own), packed)
                 phase = np.where(compressed, schedule.phase(era, computed[row], own), phase)
+        for one, mine in self._arrangements(prompt[row]):
+            kept[mine], first[mine] = one.seen(position[mine])
+            packed[mine] = SINKS
         sparse = self._sparse(position, prompt[row])
         if isinstance(self.generate, PositionalPrefill):
             first, kept, packed = self._narrowed(sparse, position, first, kept, packed)
@@ -163,6 +170,23 @@ class Planner:
             decodes=decodes[begin],
             page_size=self.page_size,
         )
+
+    def arrangement(self, prompt: int) -> Arrangement:
+        """Of a request with so long a prompt that names chunks, all of which are there."""
+        assert self.reuse is not None
+        return arrange(self.reuse, self.settings.chunks, prompt, self.page_size)
+
+    def logical(self, position: Positions, prompt: Positions) -> Positions:
+        """Where tokens at these places of requests with such prompts stand. [n] each -> [n]"""
+        found = position.copy()
+        for one, mine in self._arrangements(prompt):
+            found[mine] = one.logical(position[mine])
+        return found
+
+    def _arrangements(self, prompt: Positions) -> Iterator[tuple[Arrangement, NDArray[np.bool_]]]:
+        """Of each prompt's length, and whose it is. [n] -> [n]"""
+        for tokens in np.unique(prompt).tolist() if self.reuse is not None else ():
+            yield self.arrangement(tokens), prompt == tokens
 
     def _sparse(self, position: Positions, prompt: Positions) -> NDArray[np.bool_]:
         """Which queries read less because they are a prompt's. [n] each -> [n]"""

@@ -145,6 +145,11 @@ class Policy(ABC):
         return ()
 
     @property
+    def alone(self) -> str:
+        """Why it is combined with no other policy; empty where it may be."""
+        return ""
+
+    @property
     def publishes(self) -> Sharing:
         """Whom what the policy leaves in the cache may serve."""
         if self.action is not Action.EVICTION:

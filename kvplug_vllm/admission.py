@@ -35,8 +35,16 @@ def judge_sessions_and_beams() -> None:
 def judge(vllm_config: Any, sampling_params: Any) -> None:
     """Raises ValueError for what is not on offer."""
     asked = asked_for(sampling_params)
-    if asked is not None:
-        settings_for(vllm_config, asked)
+    if asked is None:
+        return
+    settings = settings_for(vllm_config, asked)
+    if settings.chunks and sampling_params.prompt_logprobs is not None:
+        count_refused("prompt log-probabilities")
+        raise Refused(
+            "prompt log-probabilities",
+            "kvplug: a prompt whose chunks are taken from elsewhere has no log-probabilities, as "
+            "most of it is not computed; leave chunks out, or prompt_logprobs",
+        )
 
 
 def judge_prompt(vllm_config: Any, request: Any) -> None:
@@ -91,6 +99,13 @@ def refuse_session(vllm_config: Any) -> None:
     if not selected(vllm_config):
         return
     offer = offer_of(vllm_config)
+    if offer.settings.policy.reuse is not None:
+        count_refused("session")
+        raise Refused(
+            "session",
+            "kvplug: a session whose turns stream in has no chunks that could be named; send each "
+            "turn as a request with the whole prompt, which the prefix cache serves",
+        )
     if offer.mixed or offer.settings.policy.scored is not None:
         count_refused("session")
         raise Refused(

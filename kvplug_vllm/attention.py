@@ -30,6 +30,7 @@ from kvplug import (
     choose_pages,
     choose_units,
     keep_tokens,
+    turn,
     window_queries,
 )
 from kvplug.head_pages import head_tables
@@ -398,6 +399,18 @@ class PlannedImpl:
         read = self.as_numbers(read).view(len(pages), -1, heads, width)  # [J, T, H, 2D]
         keys, values = read.split(self.head_size, dim=-1)
         return keys, values
+
+    def take_pages(
+        self, layer: Any, kv_cache: Tensor, sources: Tensor, into: Tensor, cosines: Tensor,
+        sines: Tensor,
+    ) -> None:  # fmt: skip
+        """Copy pages [m] int64 of the cache to others, with their keys turned by angles [m, n]."""
+        size = kv_cache.shape[2]
+        keys, values = self.read_pages(layer, kv_cache, sources[:, None])  # [m, S, H, D]
+        keys = turn(keys, cosines, sines)
+        slots = into[:, None] * size + torch.arange(size, device=into.device)
+        keys, values = (each.flatten(0, 1).contiguous() for each in (keys, values))
+        self.do_kv_cache_update(layer, keys, values, kv_cache, slots.flatten())
 
     def _whole(
         self, layer: Any, query: Tensor, kv_cache: Tensor, whole: Whole, output: Tensor

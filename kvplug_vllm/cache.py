@@ -14,6 +14,7 @@ from kvplug import LocalLayers, digest_bytes
 from kvplug_vllm import compat
 from kvplug_vllm.announce import say
 from kvplug_vllm.appending import AppendingSpec
+from kvplug_vllm.blending import BlendingSpec
 from kvplug_vllm.compiling import CompilingSpec
 from kvplug_vllm.open_pages import add_open_layers, state_bytes
 from kvplug_vllm.packing import PackingSpec
@@ -84,6 +85,8 @@ def customize_spec(spec: Any, layer_class: int | None = 0) -> Any:
             budget=budget,
             in_flight=engine.vllm_config.max_in_flight_tokens,
         )
+    elif policy.reuse is not None:
+        spec = replace_as(spec, BlendingSpec, settings=EvictionSettings.of(offer))
     elif digest:
         spec = replace_as(spec, DigestedSpec, digest_bytes=digest)
     return spec

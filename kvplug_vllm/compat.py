@@ -181,6 +181,43 @@ def name_block(pool: Any, name: bytes, group: int, block: Any, tokens: int) -> N
     pool._insert_block_hash(named, block, num_tokens=tokens)
 
 
+def names_alone(request: Any, tokens: Sequence[int]) -> list[bytes]:
+    """What a prefix cache calls the whole blocks of a prompt of these tokens alone, sent as a
+    request was: with its salt and its adapter. Before the request was reordered."""
+    from vllm import SamplingParams
+    from vllm.v1.request import Request
+
+    alone = Request(
+        request.request_id,
+        list(tokens),
+        SamplingParams(max_tokens=1),
+        None,
+        lora_request=request.lora_request,
+        cache_salt=request.cache_salt,
+        block_hasher=request._block_hasher,
+    )
+    return list(alone.block_hashes)
+
+
+def reorder(
+    request: Any, prompt: Sequence[int], prefix: Sequence[bytes], behind: bytes | None,
+    salt: str | None,
+) -> None:  # fmt: skip
+    """Let a request that no worker serves have its prompt's tokens in another order, and give its
+    blocks names to match: ``prefix`` to the first ones, and what follows from ``behind`` to those
+    after them, or from the salt where there is no prefix.
+
+    The scheduler reads the tokens from the list that becomes the worker's. Until a request may
+    name its blocks itself.
+    """
+    request.prompt_token_ids[:] = prompt
+    request._all_token_ids[: len(prompt)] = prompt
+    request.cache_salt = salt
+    request.block_hashes = [*prefix[:-1], behind] if prefix else []
+    request.update_block_hashes()
+    request.block_hashes[: len(prefix)] = prefix
+
+
 def show_rows_beside_drafts(seen_by: Callable[..., Any]) -> None:
     """Let Model Runner V1 show its rows to ``seen_by(vllm_config, device, is_pin_memory)``, a
     logits processor, also where it speculates.

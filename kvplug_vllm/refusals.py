@@ -8,6 +8,7 @@ from typing import Any
 from vllm.platforms import current_platform
 
 from kvplug import (
+    ChunkReuse,
     HeadBudgets,
     LayerBudgets,
     LocalLayers,
@@ -15,6 +16,7 @@ from kvplug import (
     PageFormat,
     Policy,
     PositionalEviction,
+    Rotation,
     ScoredEviction,
     Selector,
     Settings,
@@ -52,6 +54,8 @@ def refusals(vllm_config: Any) -> Iterator[str]:
         return
     if policy.scored is not None and policy.scored.compiles:
         yield from _compiling(policy.scored, vllm_config)
+    if policy.reuse is not None:
+        yield from _reusing(policy.reuse, vllm_config)
     if offer.format is not None:
         yield from _with_format(offer.format, offer, vllm_config)
     if isinstance(policy.scored, HeadBudgets):
@@ -114,6 +118,32 @@ def _has_local_layers(model: Any) -> bool:
     return any(getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
 
 
+def _never_run(who: object, instead: str, vllm_config: Any, *besides: str) -> Iterator[str]:
+    """Of what it was never run with, what is there."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    text = getattr(model, "hf_text_config", None)
+    of_the_model = {
+        "recurrent layers": getattr(model, "is_hybrid", False),
+        "layers that see a window": model is not None and _has_local_layers(model),
+        "layers that share a cache": getattr(text, "num_kv_shared_layers", 0),
+        "images or audio in its prompts": getattr(model, "is_multimodal_model", False),
+    }
+    by_flag = {
+        "a quantised cache": (
+            "--kv-cache-dtype", vllm_config.cache_config.cache_dtype not in PLAIN,
+        ),
+        "speculative decoding": ("--speculative-config", vllm_config.speculative_config),
+        "a KV connector": ("--kv-transfer-config", vllm_config.kv_transfer_config),
+        "adapters": ("--enable-lora", vllm_config.lora_config),
+        "tensor parallelism": ("--tensor-parallel-size", parallel.tensor_parallel_size > 1),
+    }  # fmt: skip
+    for what in besides:
+        if of_the_model.get(what):
+            yield f"the model has {what}, beside which {who} was never run; {instead}"
+        elif by_flag.get(what, ("", False))[1]:
+            yield f"{what} beside {who} was never run; drop {by_flag[what][0]}, or {instead}"
+
+
 def _compiling(scored: ScoredEviction, vllm_config: Any) -> Iterator[str]:
     """What keeps a compiled context from those that come with it."""
     if vllm_config.cache_config.enable_prefix_caching is False:
@@ -141,27 +171,46 @@ def _compiling(scored: ScoredEviction, vllm_config: Any) -> Iterator[str]:
 
 def _by_head(scored: HeadBudgets, vllm_config: Any) -> Iterator[str]:
     """What heads of a layer that keep different numbers of pages were never run with."""
-    model, without = vllm_config.model_config, f"use {scored.base}"
+    without = f"use {scored.base}"
     if vllm_config.parallel_config.tensor_parallel_size > 1:
         yield (
             "tensor parallelism gives each rank some heads of a layer, whose shares "
             f"{scored.name} takes of them all together; drop --tensor-parallel-size, or {without}"
         )
-    shared = getattr(getattr(model, "hf_text_config", None), "num_kv_shared_layers", 0)
-    for what, has in (
-        ("recurrent layers", getattr(model, "is_hybrid", False)),
-        ("layers that see a window or a chunk", model is not None and _has_local_layers(model)),
-        ("layers that share a cache", shared),
-    ):
-        if has:
-            yield f"the model has {what}, beside which {scored.name} was never run; {without}"
-    dtype = vllm_config.cache_config.cache_dtype
-    for what, has in (
-        ("speculative decoding", vllm_config.speculative_config is not None),
-        (f"--kv-cache-dtype {dtype}", dtype not in PLAIN),
-    ):
-        if has:
-            yield f"{what} beside {scored.name} was never run; drop it, or {without}"
+    yield from _never_run(
+        scored.name, without, vllm_config,
+        *("recurrent layers", "layers that see a window", "layers that share a cache"),
+        *("speculative decoding", "a quantised cache"),
+    )  # fmt: skip
+
+
+def _reusing(reuse: ChunkReuse, vllm_config: Any) -> Iterator[str]:
+    """What keeps chunks from being found, moved or seen, and what was never run with them."""
+    model, cache, parallel = (
+        vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config,
+    )  # fmt: skip
+    if cache.enable_prefix_caching is False:
+        yield (
+            f"{reuse} finds chunks in the prefix cache; drop --no-enable-prefix-caching, or use "
+            "the policy 'dense'"
+        )
+    if model is not None:
+        try:
+            Rotation.of(model.hf_text_config, model.get_head_size())
+        except ValueError as error:
+            yield f"{reuse} moves keys: {error}; use the policy 'dense'"
+    yield from _never_run(
+        reuse, "use the policy 'dense'", vllm_config,
+        *("recurrent layers", "layers that see a window", "layers that share a cache"),
+        *("images or audio in its prompts", "a quantised cache", "speculative decoding"),
+        *("a KV connector", "adapters", "tensor parallelism"),
+    )  # fmt: skip
+    apart = parallel.distributed_executor_backend not in (None, "uni")
+    if apart and not vllm_config.use_v2_model_runner:
+        yield (
+            f"{reuse} with workers of their own processes: Model Runner V1 does not tell them how "
+            "a preempted request lies when it comes back; use VLLM_USE_V2_MODEL_RUNNER=1"
+        )
 
 
 def _with_format(format: PageFormat, offer: Offer, vllm_config: Any) -> Iterator[str]:
@@ -182,18 +231,12 @@ def _with_format(format: PageFormat, offer: Offer, vllm_config: Any) -> Iterator
             f"{format} keeps the page that a request is filling in a cache group of its own, "
             "which needs the hybrid KV cache manager; drop --disable-hybrid-kv-cache-manager"
         )
-    text = getattr(model, "hf_text_config", None)
+    yield from _never_run(
+        format, without, vllm_config,
+        *("recurrent layers", "layers that see a window", "layers that share a cache"),
+        *("speculative decoding", "a KV connector", "tensor parallelism"),
+    )  # fmt: skip
     for what, has in (
-        ("recurrent layers", getattr(model, "is_hybrid", False)),
-        ("layers that see a window", getattr(text, "sliding_window", None)),
-        ("layers that share a cache", getattr(text, "num_kv_shared_layers", 0)),
-    ):
-        if has:
-            yield f"the model has {what}, beside which {format} was never run; {without}"
-    for what, has in (
-        ("speculative decoding", vllm_config.speculative_config is not None),
-        ("a KV connector", vllm_config.kv_transfer_config is not None),
-        ("tensor parallelism", vllm_config.parallel_config.tensor_parallel_size > 1),
         ("layers of different budgets", not policy.uniform),
         ("layers that see a window by the policy", policy.local is not None),
         ("sparse prefill", offer.generates),
@@ -400,7 +443,7 @@ def unsupported(offer: Offer) -> Iterator[str]:
     """Policies of a kind that this adapter does not know how to carry out."""
     known = (
         SparsePrefill, PositionalEviction, ScoredEviction, LayerBudgets, LocalLayers, Selector,
-        PageFormat,
+        PageFormat, ChunkReuse,
     )  # fmt: skip
     own: list[type[Policy]] = [type(policy) for policy in offer.settings.policy]
     for cls in [*own, *map(policy_class, offer.allow)]:

@@ -17,7 +17,14 @@ from vllm.v1.sample.logits_processor.interface import MoveDirectionality
 from kvplug import Choices, Settings
 from kvplug_vllm import compat
 from kvplug_vllm.admission import Judging, not_selected
-from kvplug_vllm.settings import asked_for, compiled_for, offer_of, selected
+from kvplug_vllm.settings import (
+    Taken,
+    asked_for,
+    compiled_for,
+    offer_of,
+    selected,
+    taken_for,
+)
 
 UNKNOWN = -1
 OWN = 0
@@ -74,6 +81,10 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
         self.stays = 0
         self.answer = np.full(rows, UNKNOWN, np.int64)
         """The most tokens that a request may decode."""
+        self.taken: list[Taken] = []
+        """Of requests that came since the last step was planned."""
+        self.ticket = 0
+        """The highest whose blocks were taken."""
         self._known: dict[int, tuple[Any, int]] = {}
         # V2 hands over its request states, V1 a device and whether memory is pinned.
         self.slots = rest[0] if len(rest) == 1 else None
@@ -184,7 +195,28 @@ class Router(*compat.logits_processors()):  # type: ignore[misc]
         scored = self.offer.settings.policy.scored
         if scored is not None and scored.compiles:
             settings = replace(settings, compiled=compiled_for(params))
+        if settings.chunks:
+            settings = self._with_chunks(settings, taken_for(params))
         return self.choices.number(settings, self.choice.tolist())
+
+    def _with_chunks(self, settings: Settings, taken: Taken | None) -> Settings:
+        """A request that names chunks and lies in order is none that does. What was told once is
+        told again when a row comes back to the batch."""
+        if taken is None:
+            return replace(settings, chunks=())
+        if taken.ticket > self.ticket:
+            self.taken.append(taken)
+        return settings
+
+    @classmethod
+    def to_take(cls, vllm_config: Any) -> list[Taken]:
+        """What the requests take that came since this was asked last, in their order."""
+        router = cls._of_engine.get(id(vllm_config))
+        if router is None or not router.taken:
+            return []
+        found = sorted(router.taken, key=lambda each: each.ticket)
+        router.taken, router.ticket = [], found[-1].ticket
+        return found
 
     def _stay(self, output: list[int]) -> int:
         """V1 names no request, but hands over the list that it appends the answer to."""

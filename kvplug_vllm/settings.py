@@ -19,6 +19,7 @@ REQUEST_FIELD = "kvplug"
 """``vllm_xargs={"kvplug": "snapkv(budget=512)"}``, ``SamplingParams(extra_args=...)``."""
 
 COMPILED = "kvplug.compiled"
+TAKEN = "kvplug.taken"
 
 
 def selected(vllm_config: Any) -> bool:
@@ -96,6 +97,31 @@ def compiled_for(sampling_params: Any) -> int:
 def tell_compiled(sampling_params: Any, chunks: int) -> None:
     """From a scheduler to its workers. What a user writes there, each look-up writes over."""
     sampling_params.extra_args = {**(sampling_params.extra_args or {}), COMPILED: chunks}
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Blocks that a request takes from the cache, as it was last admitted; it lies as arranged."""
+
+    ticket: int
+    """Of an admission: the later, the higher."""
+    sources: list[int]
+    into: list[int]
+    """Its own blocks, as many."""
+    shifts: list[int]
+    """Tokens that the keys of each move by."""
+
+
+def taken_for(sampling_params: Any) -> Taken | None:
+    """What a request takes, None where it lies in order."""
+    told = (sampling_params.extra_args or {}).get(TAKEN)
+    return None if told is None else Taken(**told)
+
+
+def tell_taken(sampling_params: Any, taken: Taken | None) -> None:
+    """From a scheduler to its workers, as ``tell_compiled``."""
+    told = None if taken is None else asdict(taken)
+    sampling_params.extra_args = {**(sampling_params.extra_args or {}), TAKEN: told}
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,14 @@ from kvplug import (
     LayerReads,
     Observed,
     PositionalPrefill,
+    Rotation,
     Segments,
     Selector,
     blocks_of,
     dense_reads,
     reads_by_policy,
 )
+from kvplug.policy import Positions
 from kvplug.segments import SINKS
 from kvplug_vllm import compat
 from kvplug_vllm.announce import announce
@@ -33,7 +35,10 @@ from kvplug_vllm.cache import planned_layers
 from kvplug_vllm.compression import Compression, Packing
 from kvplug_vllm.metrics import Metrics
 from kvplug_vllm.router import OWN, UNKNOWN, Router, Rows
-from kvplug_vllm.settings import Engine
+from kvplug_vllm.settings import Engine, Taken
+
+PAGES_AT_ONCE = 256
+"""That are taken, in each layer: they are copied out of the cache and back."""
 
 
 @dataclass
@@ -151,8 +156,10 @@ class PlannedBuilder:
         self.packs = policy.scored is not None or self.offer.mixed
         """Whether rows may hold private blocks."""
         hides = policy.eviction is not None or isinstance(policy.generate, PositionalPrefill)
-        self.rewrites = self.packs or hides
+        self.rewrites = self.packs or hides or policy.reuse is not None
         """Whether queries may see other pages than their request's first."""
+        self.reuses = policy.reuse is not None
+        """Whether requests may take chunks from elsewhere in the cache."""
         self.kv_heads = kv_cache_spec.num_kv_heads
         self.layers = [compat.layer_index(name) for name in planned]
         self.kinds: dict[tuple[bool, ...], int] = {}
@@ -189,6 +196,9 @@ class PlannedBuilder:
             if vllm_config.speculative_config is not None and digest and digest.accumulates:
                 pages, _ = self.offer.digest_rows(size, kv_cache_spec.dtype.itemsize)
                 self.resumed_page = size // pages
+            if self.reuses:
+                text = vllm_config.model_config.hf_text_config
+                self.rotation = Rotation.of(text, self.impl.head_size)
             self.single = compat.single_head_builder(self, self.impl.num_queries_per_kv)
             share = len(planned) / len(planned_layers(vllm_config))
             self.metrics = Metrics.of(engine, share, len(planned), kv_cache_spec)
@@ -228,6 +238,9 @@ class PlannedBuilder:
         unknown = np.where(decodes, rows.computed, rows.total)
         prompt = np.where(rows.prompt == UNKNOWN, unknown, rows.prompt)
         batch = rows.choice, rows.computed, rows.total, prompt
+        if self.reuses:
+            self._take(Router.to_take(self.vllm_config))
+            self._move(common, *planner.moved(*batch))
         segments = planner.plan(*batch)
         self._count(segments, rows)
         self.compression.observe(self.unseen)
@@ -273,6 +286,33 @@ class PlannedBuilder:
     def writes(self, common: Any, rows: Rows) -> Any:
         """What layers write themselves; None where vLLM asks them to."""
         return None
+
+    def _take(self, taken: Sequence[Taken]) -> None:
+        """In all layers, before anything of the step runs: what it computes may go to blocks that
+        others took from, and a graph that replays it runs no Python."""
+        if not taken:
+            return
+        sources, into, shifts = (
+            np.array([n for each in taken for n in getattr(each, name)], np.int64)
+            for name in ("sources", "into", "shifts")
+        )
+        context = self.vllm_config.compilation_config.static_forward_context
+        for first in range(0, len(sources), PAGES_AT_ONCE):
+            part = slice(first, first + PAGES_AT_ONCE)
+            angles = self.rotation.angles(shifts[part])
+            cosines, sines = (self._tensor(each.numpy(), torch.float32) for each in angles)
+            given = [self._tensor(each[part], torch.int64) for each in (sources, into)]
+            for name in self.compression.layer_names:
+                layer = context[name]
+                layer.impl.take_pages(layer, layer.kv_cache, *given, cosines, sines)
+
+    def _move(self, common: Any, tokens: Positions, stands: Positions) -> None:
+        """Tell the model where tokens stand that lie elsewhere. In place: it reads the positions
+        that vLLM keeps, once where the tokens go has been computed from them."""
+        if len(tokens):
+            assert common.positions is not None, "this model runner shows no positions"
+            where = self._tensor(tokens, torch.int64)
+            common.positions[where] = self._tensor(stands, common.positions.dtype)
 
     def _resumed(self, common: Any, rows: Rows) -> tuple[Tensor, Tensor] | None:
         """Where this step decodes into pages that earlier ones may have written drafts to."""

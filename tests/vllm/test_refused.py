@@ -50,7 +50,7 @@ REFUSED = [
     (
         {**PAGES, "speculative_config": NGRAM},
         KIVI,
-        ["speculative decoding beside kivi(bits=4) was never run; drop it, or leave kivi out"],
+        ["speculative decoding beside kivi(bits=4) was never run; drop --speculative-config, or leave kivi out"],
     ),
     ({**PAGES, "kv_offloading_size": 1}, KIVI, ["a KV connector beside kivi(bits=4)"]),
     (

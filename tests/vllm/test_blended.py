@@ -1,0 +1,231 @@
+"""Chunks taken from elsewhere: against a plain Llama that reads each of them alone and then goes on,
+and against what vLLM says of the whole prompt where what was stored is the whole prompt's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from vllm import SamplingParams
+
+from kvplug import Rotation, arrange, turn
+from tests.plain_llama import Plain
+from tests.vllm.test_lifecycle import preemptions
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+S = 32
+LINE = "blend(links=8)"
+TOKENS = 12
+"""Of an answer."""
+
+
+def named(*lengths, first=0):
+    """Spans of chunks that follow one another."""
+    spans = []
+    for length in lengths:
+        spans.append([first, first + length])
+        first += length
+    return spans
+
+
+class Blended(Plain):
+    """Each chunk is read alone, at the positions that it has in the prompt; what is not taken of
+    them, and all else, sees what was taken of those before it and one another."""
+
+    def agrees(self, prompt, answer, spans=()):
+        tokens, size = prompt + answer, self.size
+        chunks = tuple((first, last) for first, last in spans)
+        arrangement = arrange(self.policy.reuse, chunks, len(prompt), size)
+        read, stands, own, taken = [], [], [], []
+        for number, placed in enumerate(arrangement.placed):
+            for n in range(placed.pages.stop * size):
+                read.append(tokens[placed.start + n])
+                stands.append(placed.start + n)
+                own.append(number)
+                taken.append(n >= placed.pages.start * size)
+        held = {place for place, there in zip(stands, taken, strict=True) if there}
+        for place, token in enumerate(tokens):
+            if place not in held:
+                read.append(token)
+                stands.append(place)
+                own.append(-1)
+                taken.append(True)
+        own, taken, place = torch.tensor(own), torch.tensor(taken), torch.tensor(stands)
+        alone = (own[:, None] == own) & (own >= 0)
+        self.mask = (alone | ((own < 0)[:, None] & taken)) & (place <= place[:, None])
+        with torch.inference_mode():
+            logits = self.model(torch.tensor([read]), position_ids=place[None]).logits[0]
+        said = logits[-len(answer) - 1 : -1].argmax(-1).tolist()
+        return next(
+            (n for n, (a, b) in enumerate(zip(said, answer, strict=True)) if a != b), len(answer)
+        )
+
+    def seen(self, query, key, value, scaling, first_head):
+        return self.mask.repeat(len(key), 1, 1)
+
+
+def params(spans=None, tokens=TOKENS, **more):
+    extra = None if spans is None else {"kvplug": {"chunks": spans}}
+    return SamplingParams(
+        temperature=0,
+        ignore_eos=True,
+        detokenize=False,
+        max_tokens=tokens,
+        extra_args=extra,
+        **more,
+    )
+
+
+def ask(engine, *asked, tokens=TOKENS, **more):
+    """All at once: prompts, or pairs of them and their chunks. -> (answer, cached tokens) each"""
+    asked = [one if isinstance(one, tuple) else (one, None) for one in asked]
+    said = engine.llm.generate(
+        [{"prompt_token_ids": prompt} for prompt, _ in asked],
+        [params(spans, tokens, **more) for _, spans in asked],
+        use_tqdm=False,
+    )
+    for (prompt, _), each in zip(asked, said, strict=True):
+        assert each.prompt_token_ids == prompt, "the user's own list"
+    return [(list(each.outputs[0].token_ids), each.num_cached_tokens) for each in said]
+
+
+def read_alone(engine, *chunks, **more):
+    ask(engine, *chunks, tokens=1, **more)
+
+
+@pytest.mark.both
+def test_chunks_in_any_order_answer_by_the_definition(engine, random_llama, prompts):
+    model = random_llama(layers=3)
+    a, b, c, asks, other, head = prompts(128, 100, 170, 45, 30, 20)
+    plain = Blended(model, LINE, S)
+    # Prompts are cut within link tokens.
+    with engine(model, {"policy": LINE}, max_num_batched_tokens=48) as blending:
+        blending.poison(freed=False)
+        free = blending.free_blocks
+        first = a + b + c + asks, named(128, 100, 170)
+        ((whole, cached),) = ask(blending, first)
+        assert cached == 0, "nothing was read alone"
+        assert plain.agrees(first[0], whole) == TOKENS
+        read_alone(blending, b, c)
+        assert blending.free_blocks == free
+        ((answer, cached),) = ask(blending, first)
+        assert (answer, cached) == (whole, 416), "all of it is there, as it was read in order"
+        asked = {
+            "another question": ((a + b + c + other, first[1]), 128 + 64 + 128),
+            "another order": ((c + a + b + asks, named(170, 128, 100)), 160 + 96 + 64),
+            "not at its start": ((head + b + c + asks, named(100, 170, first=20)), 64 + 128),
+            "with something between": ((a + head + c + asks, [[0, 128], [148, 318]]), 128 + 128),
+            "twice": ((b + b + b + asks, named(100, 100, 100)), 96 + 64 + 64),
+            "nothing behind": ((b + a, named(100, 128)), 96 + 64),
+            "too short to take": ((head + head + asks, named(20, 20)), 0),
+            "one unknown": ((a + asks + other, named(128, 45)), 128),
+            "no chunks": ((c + other, None), 160),
+        }
+        alone = {}
+        blending.forget()
+        read_alone(blending, a, b, c)
+        for name, ((prompt, spans), hit) in asked.items():
+            ((alone[name], cached),) = ask(blending, (prompt, spans))
+            taken = () if name in ("one unknown", "no chunks", "too short to take") else spans
+            assert cached == hit, name
+            assert plain.agrees(prompt, alone[name], taken) == TOKENS, name
+        assert plain.agrees(first[0][:-45] + other, alone["another question"]) < TOKENS
+
+        # What they left serves who comes with the same chunks, and nobody else.
+        again = [ask(blending, one)[0] for one, _ in asked.values()]
+        assert [answer for answer, _ in again] == [*alone.values()]
+        for ((prompt, _), _), (_, cached) in zip(asked.values(), again, strict=True):
+            assert cached == (len(prompt) - 1) // S * S
+        prompt, _ = asked["another order"][0]
+        turn = prompt + alone["another order"] + other
+        ((answer, cached),) = ask(blending, (turn, named(170, 128, 100)))
+        assert cached == (len(prompt) + TOKENS - 1) // S * S, "the answer before is part of it"
+        assert plain.agrees(turn, answer, named(170, 128, 100)) == TOKENS
+        lies = [*c[:160], *a[32:], *b[32:96]]
+        assert ask(blending, lies + other)[0][1] == 160, "its prefix"
+        assert ask(blending, (turn, named(170, 129, 99)))[0][1] <= 160
+
+        blending.forget()
+        read_alone(blending, a, b, c)
+        batch = ask(blending, *[one for one, _ in asked.values()])
+        assert [answer for answer, _ in batch] == [*alone.values()]
+        assert [cached for _, cached in batch] == [hit for _, hit in asked.values()]
+        assert blending.free_blocks == free
+
+
+def recorded_rows(engine):
+    """Blocks of each request that ended, in order, appended to as they end."""
+    (manager,) = engine.scheduler.kv_cache_manager.coordinator.single_type_managers
+    found, stock = [], manager.pop_blocks_for_free
+
+    def pop(request_id):
+        found.append([block.block_id for block in manager.req_to_blocks[request_id]])
+        return stock(request_id)
+
+    manager.pop_blocks_for_free = pop
+    return found
+
+
+def store_as_in_whole(engine, whole, alone, start, tokens):
+    """Write over a chunk's blocks what the whole prompt's have of it, as if it began at 0."""
+    for layer in engine.layers.values():
+        impl, cache = layer.impl, layer.kv_cache
+        rotation = Rotation.of(engine.config.model_config.hf_text_config, impl.head_size)
+        keys, values = (
+            rows[0, start : start + tokens]
+            for rows in impl.read_pages(layer, cache, torch.tensor([whole]))
+        )
+        back = turn(keys[None], *rotation.angles(np.array([-start])))[0]
+        slots = (torch.tensor(alone)[:, None] * S + torch.arange(S)).flatten()[:tokens]
+        impl.do_kv_cache_update(layer, back.contiguous(), values.contiguous(), cache, slots)
+
+
+def test_what_the_whole_prompt_has_of_them_gives_its_own_answer(engine, random_llama, prompts):
+    """And its log-probabilities, with chunks of any length, of requests in one batch."""
+    model = random_llama(layers=3, seed=1)
+    lengths = 70, 131, 96, 200
+    *chunks, asks, other = prompts(*lengths, 45, 30, seed=1)
+    context = sum(chunks, [])
+    with engine(model, {"policy": LINE}) as blending:
+        rows = recorded_rows(blending)
+
+        def say(*asked):
+            said = blending.llm.generate(
+                [{"prompt_token_ids": prompt} for prompt, _ in asked],
+                [params(spans, logprobs=0) for _, spans in asked],
+                use_tqdm=False,
+            )
+            return [(e.outputs[0].token_ids, e.outputs[0].cumulative_logprob) for e in said]
+
+        asked = [context + asks, context + other]
+        wanted = say(*[(prompt, None) for prompt in asked])
+        blending.forget()
+        ask(blending, context + asks, tokens=1)
+        whole = rows[-1]
+        first, spans = 0, named(*lengths)
+        blocks = []
+        for chunk in chunks:
+            read_alone(blending, chunk)
+            blocks.append(rows[-1])
+        for (first, last), alone in zip(spans[1:], blocks[1:], strict=True):
+            store_as_in_whole(blending, whole, alone, first, last - first)
+        pool = blending.pool
+        for block in whole[len(chunks[0]) // S :]:  # else it is served as it is
+            pool._maybe_evict_cached_block(pool.blocks[block])
+        said = say(*[(prompt, spans) for prompt in asked], (chunks[1] + other, None))
+        for (tokens, share), (own, its) in zip(said, wanted, strict=False):
+            assert tokens == own
+            assert share == pytest.approx(its, abs=1e-3)
+        ((_, cached),) = ask(blending, (context + asks[:-1], spans))
+        assert cached >= 64 + 96 + 64 + 160
+
+        # What is computed in the same step is not there yet.
+        one, two, more = prompts(64, 70, 20, seed=2)
+        prompt, spans = two + one + more, named(70, 64)
+        (*_, (answer, cached)) = ask(blending, one, two, (prompt, spans), tokens=1)
+        assert cached == 64, "its prefix, as vLLM has it"
+        blending.forget()
+        assert ask(blending, prompt, tokens=1) == [(answer, 0)]
+        read_alone(blending, one, two)
+        assert ask(blending, (prompt, spans), tokens=1)[0][1] == 64 + 32
