@@ -23,7 +23,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from kvplug.policy import Action, Granularity, Policy, Positions, Stage
+from kvplug.policy import Action, Granularity, Policy, Positions, Sharing, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,10 @@ class ChunkReuse(Policy):
     query_agnostic = True
     memory = "all tokens"
     reads = "all tokens"
+
+    @property
+    def publishes(self) -> Sharing:
+        return Sharing.OWN
 
     @abstractmethod
     def computed_from_start(self) -> int:

@@ -173,12 +173,6 @@ def _reusing(reuse: ChunkReuse, vllm_config: Any) -> Iterator[str]:
     ):
         if has:
             yield f"{what} beside {reuse} was never run; drop {flag}, or use the policy 'dense'"
-    apart = parallel.distributed_executor_backend not in (None, "uni")
-    if apart and not vllm_config.use_v2_model_runner:
-        yield (
-            f"{reuse} with workers of their own processes: Model Runner V1 does not tell them how "
-            "a preempted request lies when it comes back; use VLLM_USE_V2_MODEL_RUNNER=1"
-        )
 
 
 def _with_format(format: PageFormat, offer: Offer, vllm_config: Any) -> Iterator[str]:

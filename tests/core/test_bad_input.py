@@ -8,7 +8,7 @@ from kvplug import parse, policy_class, policy_names, read_settings, registry
 
 EXAMPLE = "write, for example, 'quest(budget=2048)' or 'streaming_llm(sinks=4, window=1020)'"
 KNOWN = (
-    "Known: a_shape, block_quest, chunkkv, cur, dense, flexprefill, keydiff, kivi, knorm, "
+    "Known: a_shape, blend, block_quest, chunkkv, cur, dense, flexprefill, keydiff, kivi, knorm, "
     "kvzip, lagkv, local, minference, pyramid, quest, r_kv, random, random_prefill, snapkv, "
     "streaming_llm, tova, tri_shape, twilight, vase, xattention."
 )
