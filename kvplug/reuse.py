@@ -23,7 +23,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from kvplug.policy import Action, Granularity, Policy, Positions, Stage
+from kvplug.policy import Action, Granularity, Policy, Positions, Sharing, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,10 @@ class ChunkReuse(Policy):
             "takes chunks as requests of their own left them, whole and plain, and was never run "
             "beside another policy"
         )
+
+    @property
+    def publishes(self) -> Sharing:
+        return Sharing.OWN
 
     @abstractmethod
     def computed_from_start(self) -> int:

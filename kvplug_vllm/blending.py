@@ -152,7 +152,6 @@ class BlendingManager(FullAttentionManager):
 
     def _read(self, request: Any, settings: Settings) -> Asked:
         prompt = list(request.prompt_token_ids)
-        request.prompt_token_ids = list(prompt)  # the list that came is the user's
         reuse = settings.policy.reuse
         assert reuse is not None
         return Asked(
@@ -285,4 +284,5 @@ class BlendingManager(FullAttentionManager):
 
 compat.ensure_builtin_specs()
 compat.announce_lookups(BlendingManager.look_up)
+compat.tell_with_steps()
 KVCacheSpecRegistry.register(BlendingSpec, BlendingManager, uniform_type_base_spec=BlendingSpec)

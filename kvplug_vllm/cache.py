@@ -131,6 +131,7 @@ def attention_layers(vllm_config: Any) -> list[str]:
 def split_layers(engine: Engine) -> None:
     """Once all layers are there, and before vLLM asks for their specs: what tells them apart.
     Raises ValueError where no layer is left that the policy could plan."""
+    compat.hear_with_steps()
     set_drafter_apart(engine)
     leave_chunks(engine.vllm_config)
     if engine.settings.policy.local is not None:

@@ -181,6 +181,55 @@ def name_block(pool: Any, name: bytes, group: int, block: Any, tokens: int) -> N
     pool._insert_block_hash(named, block, num_tokens=tokens)
 
 
+def tell_with_steps() -> None:
+    """Let a scheduler of Model Runner V1 say with each step what the parameters of the requests
+    that come back in it say by now, and in which order their prompts lie: workers have copies of
+    both (``hear_with_steps``). V2 sends those requests anew, V1 once.
+
+    Until V1 is removed (0.32 calls it deprecated).
+    """
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    stock = Scheduler.schedule
+    if getattr(stock, "_kvplug", False):
+        return
+
+    @functools.wraps(stock)
+    def schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
+        step = stock(self, *args, **kwargs)
+        back = step.scheduled_cached_reqs.resumed_req_ids
+        if back and not self.use_v2_model_runner:
+            requests = {name: self.requests[name] for name in back}
+            step.kvplug = {
+                name: (each.sampling_params.extra_args, each.prompt_token_ids)
+                for name, each in requests.items()
+            }
+        return step
+
+    schedule._kvplug = True  # type: ignore[attr-defined]
+    Scheduler.schedule = schedule
+
+
+def hear_with_steps() -> None:
+    """The worker's part of ``tell_with_steps``."""
+    module: Any = sys.modules.get("vllm.v1.worker.gpu_model_runner")
+    if module is None:  # V2
+        return
+    stock = module.GPUModelRunner._update_states
+    if getattr(stock, "_kvplug", False):
+        return
+
+    @functools.wraps(stock)
+    def _update_states(self: Any, step: Any, *args: Any, **kwargs: Any) -> Any:
+        for name, (extra_args, prompt) in getattr(step, "kvplug", {}).items():
+            state = self.requests[name]
+            state.sampling_params.extra_args, state.prompt_token_ids = extra_args, prompt
+        return stock(self, step, *args, **kwargs)
+
+    _update_states._kvplug = True  # type: ignore[attr-defined]
+    module.GPUModelRunner._update_states = _update_states
+
+
 def names_alone(request: Any, tokens: Sequence[int]) -> list[bytes]:
     """What a prefix cache calls the whole blocks of a prompt of these tokens alone, sent as a
     request was: with its salt and its adapter. Before the request was reordered."""
@@ -207,10 +256,9 @@ def reorder(
     blocks names to match: ``prefix`` to the first ones, and what follows from ``behind`` to those
     after them, or from the salt where there is no prefix.
 
-    The scheduler reads the tokens from the list that becomes the worker's. Until a request may
-    name its blocks itself.
+    Until a request may name its blocks itself.
     """
-    request.prompt_token_ids[:] = prompt
+    request.prompt_token_ids = list(prompt)
     request._all_token_ids[: len(prompt)] = prompt
     request.cache_salt = salt
     request.block_hashes = [*prefix[:-1], behind] if prefix else []

@@ -186,9 +186,7 @@ def _by_head(scored: HeadBudgets, vllm_config: Any) -> Iterator[str]:
 
 def _reusing(reuse: ChunkReuse, vllm_config: Any) -> Iterator[str]:
     """What keeps chunks from being found, moved or seen, and what was never run with them."""
-    model, cache, parallel = (
-        vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config,
-    )  # fmt: skip
+    model, cache = vllm_config.model_config, vllm_config.cache_config
     if cache.enable_prefix_caching is False:
         yield (
             f"{reuse} finds chunks in the prefix cache; drop --no-enable-prefix-caching, or use "
@@ -205,12 +203,6 @@ def _reusing(reuse: ChunkReuse, vllm_config: Any) -> Iterator[str]:
         *("images or audio in its prompts", "a quantised cache", "speculative decoding"),
         *("a KV connector", "adapters", "tensor parallelism"),
     )  # fmt: skip
-    apart = parallel.distributed_executor_backend not in (None, "uni")
-    if apart and not vllm_config.use_v2_model_runner:
-        yield (
-            f"{reuse} with workers of their own processes: Model Runner V1 does not tell them how "
-            "a preempted request lies when it comes back; use VLLM_USE_V2_MODEL_RUNNER=1"
-        )
 
 
 def _with_format(format: PageFormat, offer: Offer, vllm_config: Any) -> Iterator[str]:

@@ -26,7 +26,7 @@ LINES = {
     "local": 'local(layers="1::2")',
 }
 """For policies that cannot be written by their name alone."""
-VLLM_ALONE = {"kivi", "kvzip", "local"}
+VLLM_ALONE = {"blend", "kivi", "kvzip", "local"}
 NOT_WHEN = {
     "dense": "where memory or a step's reads are what limits the server.",
     "twilight": "for more requests at once: it holds the whole cache and 9.4 % more; contexts "
@@ -46,6 +46,7 @@ NOT_WHEN = {
     "pyramid": "where the last layers look things up: they are given least.",
     "kvzip": "for contexts that few ask about, or that hold what cannot be foretold: those need "
     "all of it.",
+    "blend": "where chunks speak of one another: what is taken of one never saw those before it.",
     "a_shape": "where a prompt's middle is asked about far from its end.",
     "tri_shape": "where a prompt's middle is asked about before its last tokens.",
     "xattention": "on models with attention sinks, or text that repeats itself, where it loses "

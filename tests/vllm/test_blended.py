@@ -1,7 +1,9 @@
-"""Chunks taken from elsewhere: against a plain Llama that reads each of them alone and then goes on,
-and against what vLLM says of the whole prompt where what was stored is the whole prompt's."""
+"""Chunks taken from elsewhere: against a plain Llama that reads each of them alone and then goes
+on, and against what vLLM says of a prompt where what was stored is the whole prompt's."""
 
 from __future__ import annotations
+
+from itertools import chain, pairwise, permutations
 
 import numpy as np
 import pytest
@@ -34,6 +36,13 @@ class Blended(Plain):
     them, and all else, sees what was taken of those before it and one another."""
 
     def agrees(self, prompt, answer, spans=()):
+        said = self.said(prompt, answer, spans)
+        return next(
+            (n for n, (a, b) in enumerate(zip(said, answer, strict=True)) if a != b), len(answer)
+        )
+
+    def said(self, prompt, answer, spans=()):
+        """What it would say behind each token of an answer."""
         tokens, size = prompt + answer, self.size
         chunks = tuple((first, last) for first, last in spans)
         arrangement = arrange(self.policy.reuse, chunks, len(prompt), size)
@@ -56,10 +65,7 @@ class Blended(Plain):
         self.mask = (alone | ((own < 0)[:, None] & taken)) & (place <= place[:, None])
         with torch.inference_mode():
             logits = self.model(torch.tensor([read]), position_ids=place[None]).logits[0]
-        said = logits[-len(answer) - 1 : -1].argmax(-1).tolist()
-        return next(
-            (n for n, (a, b) in enumerate(zip(said, answer, strict=True)) if a != b), len(answer)
-        )
+        return logits[-len(answer) - 1 : -1].argmax(-1).tolist()
 
     def seen(self, query, key, value, scaling, first_head):
         return self.mask.repeat(len(key), 1, 1)
@@ -186,7 +192,7 @@ def test_what_the_whole_prompt_has_of_them_gives_its_own_answer(engine, random_l
     model = random_llama(layers=3, seed=1)
     lengths = 70, 131, 96, 200
     *chunks, asks, other = prompts(*lengths, 45, 30, seed=1)
-    context = sum(chunks, [])
+    context = [*chain(*chunks)]
     with engine(model, {"policy": LINE}) as blending:
         rows = recorded_rows(blending)
 
@@ -229,3 +235,119 @@ def test_what_the_whole_prompt_has_of_them_gives_its_own_answer(engine, random_l
         assert ask(blending, prompt, tokens=1) == [(answer, 0)]
         read_alone(blending, one, two)
         assert ask(blending, (prompt, spans), tokens=1)[0][1] == 64 + 32
+
+
+def admissions(engine):
+    """Request -> for each time that it was admitted: the tokens that it had answered, and whether
+    it lay as arranged."""
+    (manager,) = engine.scheduler.kv_cache_manager.coordinator.single_type_managers
+    found, stock = {}, manager.add_local_computed_blocks
+    looked_up = []
+    arrange_it = manager._arrange
+
+    def look(request):
+        looked_up[:] = [request]
+        return arrange_it(request)
+
+    def add(request_id, *args, **kwargs):
+        (request,) = looked_up
+        assert request.request_id == request_id
+        now = request.num_output_tokens, request_id in manager.taking
+        found.setdefault(tuple(manager.asked[request].prompt), []).append(now)
+        return stock(request_id, *args, **kwargs)
+
+    manager._arrange, manager.add_local_computed_blocks = look, add
+    return found
+
+
+def crowded(prompts):
+    """Chunks in each order, with something behind them, and the chunks."""
+    a, b, c, *asks = prompts(96, 64, 70, 1, 1, 2, 3, 9, 26)
+    asked = [
+        ([*chain(*parts, more)], named(*map(len, parts)))
+        for parts, more in zip(permutations((a, b, c)), asks, strict=True)
+    ]
+    return asked, (a, b, c)
+
+
+SMALL = {"num_gpu_blocks_override": 29, "max_num_batched_tokens": 128, "max_model_len": 400}
+
+
+def check_crowd(blending, plain, asked):
+    """Requests that preempt one another answer as they lay, each time that they were admitted."""
+    free = blending.free_blocks
+    found, seen = admissions(blending), preemptions(blending)
+    said = ask(blending, *asked, tokens=60)
+    assert len(seen) >= 2, "the pool was meant to be too small"
+    for (prompt, spans), (answer, _) in zip(asked, said, strict=True):
+        times = [*found[tuple(prompt)], (60, None)]
+        for (begin, arranged), (end, _) in pairwise(times):
+            wanted = plain.said(prompt, answer, spans if arranged else ())
+            assert answer[begin:end] == wanted[begin:end], (times, begin)
+    assert any(arranged for times in found.values() for _, arranged in times)
+    assert blending.free_blocks == free
+    return found
+
+
+@pytest.mark.both
+def test_preempted_aborted_and_evicted_requests_lie_as_they_then_can(
+    engine, random_llama, prompts
+):
+    """Without link tokens, so that a step may have one query of each request, prompts' last
+    tokens among them, which a graph replays."""
+    line = "blend(links=0)"
+    model = random_llama(layers=2)
+    asked, (a, b, c) = crowded(prompts)
+    plain = Blended(model, line, S)
+    with engine(model, {"policy": line}, **SMALL) as blending:
+        blending.poison(freed=False)
+        free = blending.free_blocks
+        read_alone(blending, a, b, c)
+        for prompt, spans in asked[:2]:
+            ((answer, cached),) = ask(blending, (prompt, spans), tokens=5)
+            assert cached == 96 + 64 + 64
+            assert plain.agrees(prompt, answer, spans) == 5
+        found = check_crowd(blending, plain, asked)
+
+        # Aborted in the step that takes: what it holds returns, and what it took stays.
+        blending.forget()
+        read_alone(blending, a, b, c)
+        llm = blending.llm.llm_engine
+        for steps in range(3):
+            llm.add_request(
+                f"gone {steps}", {"prompt_token_ids": asked[2][0]}, params(asked[2][1])
+            )
+            for _ in range(steps):
+                llm.step()
+            llm.abort_request([f"gone {steps}"])
+        while llm.has_unfinished_requests():
+            llm.step()
+        assert blending.free_blocks == free
+
+        # It found its chunks while it waited for room, and they are gone when there is some.
+        found.clear()
+        llm.add_request("late", {"prompt_token_ids": asked[3][0]}, params(asked[3][1], 5))
+        hostages = blending.pool.get_new_blocks(free - 5)
+        llm.step()
+        assert not blending.scheduler.running
+        hostages += blending.pool.get_new_blocks(5)
+        blending.pool.free_blocks(hostages)
+        said = []
+        while llm.has_unfinished_requests():
+            said = llm.step() or said
+        answer = list(said[0].outputs[0].token_ids)
+        assert found == {tuple(asked[3][0]): [(0, False)]}
+        assert plain.agrees(asked[3][0], answer) == 5
+        assert blending.free_blocks == free
+
+
+@pytest.mark.cpu
+@pytest.mark.started
+def test_two_ranks_of_their_own_processes_hear_how_a_request_lies(engine, random_llama, prompts):
+    line = "blend(links=8)"
+    model = random_llama(layers=2)
+    asked, chunks = crowded(prompts)
+    ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    with engine(model, {"policy": line}, **SMALL, **ranks) as blending:
+        read_alone(blending, *chunks)
+        check_crowd(blending, Blended(model, line, S), asked)

@@ -50,7 +50,9 @@ REFUSED = [
     (
         {**PAGES, "speculative_config": NGRAM},
         KIVI,
-        ["speculative decoding beside kivi(bits=4) was never run; drop --speculative-config, or leave kivi out"],
+        [
+            "speculative decoding beside kivi(bits=4) was never run; drop --speculative-config, or leave kivi out"
+        ],
     ),
     ({**PAGES, "kv_offloading_size": 1}, KIVI, ["a KV connector beside kivi(bits=4)"]),
     (
@@ -193,6 +195,37 @@ REFUSED = [
         {"policy": "kvzip"},
         ["speculative decoding with kvzip", "never run with drafts; drop --speculative-config"],
     ),
+    (
+        {"enable_prefix_caching": False},
+        {"policy": "blend"},
+        ["finds chunks in the prefix cache; drop --no-enable-prefix-caching"],
+    ),
+    (
+        {"speculative_config": NGRAM, "kv_offloading_size": 1},
+        {"policy": "blend"},
+        [
+            "speculative decoding beside blend(links=8) was never run; drop --speculative-config",
+            "a KV connector beside blend(links=8) was never run; drop --kv-transfer-config",
+        ],
+    ),
+    (
+        {"tensor_parallel_size": 2},
+        {"policy": "blend"},
+        ["tensor parallelism beside blend(links=8) was never run; drop --tensor-parallel-size"],
+    ),
+    (
+        {"hf_overrides": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}},
+        {"policy": "blend"},
+        ["blend(links=8) moves keys: the model's rotary embedding is scaled by 'dynamic'"],
+    ),
+    (
+        {"hf_overrides": {"sliding_window": 128}},
+        {"policy": "blend"},
+        ["the model has layers that see a window, with which blend(links=8) was never run"],
+    ),
+    ({"kv_cache_dtype": "fp8"}, {"policy": "blend"}, ["a quantised cache beside blend(links=8)"]),
+    ({}, {"policy": "blend + quest"}, ["never run beside another policy", "write blend"]),
+    ({}, {"policy": "blend", "allow": ["quest"]}, ["cannot share a server with other policies"]),
     ({"pipeline_parallel_size": 2}, {"policy": "quest"}, ["pipeline parallelism"]),
     (
         {"ubatch_size": 2, "all2all_backend": "deepep_low_latency"},
