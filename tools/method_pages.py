@@ -23,10 +23,11 @@ FOLDER = Path(__file__).parents[1] / "docs/methods"
 LINES = {
     "pyramid": "pyramid(snapkv(budget=1024))",
     "chunkkv": "chunkkv(snapkv(budget=1024))",
+    "duo": 'duo(snapkv(budget=1024), heads="heads.json")',
     "local": 'local(layers="1::2")',
 }
 """For policies that cannot be written by their name alone."""
-VLLM_ALONE = {"blend", "kivi", "kvzip", "local"}
+VLLM_ALONE = {"blend", "duo", "kivi", "kvzip", "local"}
 NOT_WHEN = {
     "dense": "where memory or a step's reads are what limits the server.",
     "twilight": "for more requests at once: it holds the whole cache and 9.4 % more; contexts "
@@ -44,6 +45,8 @@ NOT_WHEN = {
     "random_prefill": "at all, but to compare with.",
     "kivi": "at two bits without having measured it: loss grows steeply below four.",
     "pyramid": "where the last layers look things up: they are given least.",
+    "duo": "with a file that was calibrated on nothing like what you serve, or where a layer has one "
+    "KV head or two: there is little to share out.",
     "kvzip": "for contexts that few ask about, or that hold what cannot be foretold: those need "
     "all of it.",
     "blend": "where chunks speak of one another: what is taken of one never saw those before it.",

@@ -221,7 +221,7 @@ REFUSED = [
     (
         {"hf_overrides": {"sliding_window": 128}},
         {"policy": "blend"},
-        ["the model has layers that see a window, with which blend(links=8) was never run"],
+        ["the model has layers that see a window, beside which blend(links=8) was never run"],
     ),
     ({"kv_cache_dtype": "fp8"}, {"policy": "blend"}, ["a quantised cache beside blend(links=8)"]),
     ({}, {"policy": "blend + quest"}, ["never run beside another policy", "write blend"]),
