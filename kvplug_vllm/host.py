@@ -39,7 +39,7 @@ from kvplug_vllm.host_settings import FORMAT, HEADS, PLAIN, SPEC, format_of
 from kvplug_vllm.settings import Engine
 
 SCRATCH = 1 << 24
-"""Bytes of plain keys and values on their way at once, or those of one page where they are more."""
+"""Bytes of plain keys and values on their way at once, or of one page where that has more."""
 
 
 class Pages(ABC):

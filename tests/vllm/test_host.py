@@ -7,6 +7,7 @@ along cannot go unnoticed.
 from __future__ import annotations
 
 import pydoc_data.topics
+
 import pytest
 import torch
 import twin
