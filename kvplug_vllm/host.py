@@ -237,6 +237,7 @@ class HostPages(CPUOffloadingSpec):
 
     def __init__(self, config: OffloadingConfig) -> None:
         super().__init__(config)
+        self._host: HostWorker | None = None
         self.format = format_of(self.extra_config)
         row = config.worker_kv_bytes_per_block
         self.layouts: list[PageLayout] = []
@@ -262,12 +263,12 @@ class HostPages(CPUOffloadingSpec):
             )
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> HostWorker:
-        if self._worker is None:
+        if self._host is None:
             rows = self.num_chunks * self.blocks_per_chunk
             pages = PlainPages(kv_caches) if self.format is None else self._coded()
-            self._worker = HostWorker(pages, rows, self.row_bytes, self.blocks_per_chunk)
+            self._host = HostWorker(pages, rows, self.row_bytes, self.blocks_per_chunk)
             self._announce(rows)
-        return self._worker
+        return self._host
 
     def _coded(self) -> CodedPages:
         assert Engine.current is not None

@@ -244,7 +244,7 @@ def show(run: Run, console: Console) -> None:
         "session's context took there, by the engine's own counter; host holds: sessions; cached: "
         "share of second turns' prompts, from the pool or the host; loaded: came back from the "
         "host; TTFT: of second turns, median, of a machine with the load named above; as dense: "
-        "share of an answer's words before the first that the first server's has not, mean. plain: "
-        "pages as they are, through vLLM's OffloadingConnector with a copy that runs on a CPU.",
+        "share of an answer's words before the first that the first server's has not, mean. "
+        "plain: pages as they are, through vLLM's OffloadingConnector; its own copy wants a GPU.",
         soft_wrap=True,
     )
