@@ -35,6 +35,7 @@ def _configured(vllm_config: Any) -> None:
     """vLLM has made a configuration: refuse what would be wrong before anything loads."""
     from vllm.logger import init_logger
 
+    from kvplug_vllm import host_settings
     from kvplug_vllm.settings import Engine, resolve, selected, without_effect
 
     if Engine.serves(vllm_config):
@@ -42,6 +43,12 @@ def _configured(vllm_config: Any) -> None:
     log = init_logger("vllm.kvplug")
     for line in without_effect(vllm_config):
         log.warning_once("kvplug: without effect: %s", line)
+    if host_settings.chosen(vllm_config) is not None and not selected(vllm_config):
+        raise ValueError(
+            f"{host_settings.SPEC} writes pages through kvplug's layers; add --attention-backend "
+            "kvplug (the policy 'dense' leaves attention as it is), or use vLLM's "
+            "CPUOffloadingSpec"
+        )
     if selected(vllm_config):
         from kvplug_vllm.admission import judge_requests, judge_sessions_and_beams
         from kvplug_vllm.refusals import refuse
@@ -49,6 +56,7 @@ def _configured(vllm_config: Any) -> None:
 
         refuse(vllm_config)
         resolve(vllm_config)
+        host_settings.tell(vllm_config)
         follow_drafts()
         judge_requests()
         judge_sessions_and_beams()

@@ -19,6 +19,9 @@ NUMBERS = {
 }
 """Of each ``--kv-cache-dtype`` of eight bits whose pages hold keys and values and nothing else."""
 
+PLAIN = ("auto", "float16", "bfloat16", "float32")
+"""Those whose pages hold what a model may compute in."""
+
 
 def numbers(cache_dtype: str) -> torch.dtype | None:
     """What lies in the cache's bytes; None where it holds what a model computes in."""

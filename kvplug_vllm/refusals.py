@@ -25,7 +25,8 @@ from kvplug import (
     policy_class,
     sharing,
 )
-from kvplug_vllm.eight_bits import numbers
+from kvplug_vllm import host_settings
+from kvplug_vllm.eight_bits import PLAIN, numbers
 from kvplug_vllm.settings import offer_of
 
 
@@ -50,6 +51,7 @@ def refusals(vllm_config: Any) -> Iterator[str]:
             "the model uses multi-head latent attention (MLA), whose cache has no keys to score; "
             "serve it without --attention-backend kvplug (the engine has its own sparse paths)"
         )
+    yield from host_settings.refusals(vllm_config)
     if policy.is_dense and not offer.mixed:
         return
     if policy.scored is not None and policy.scored.compiles:
@@ -249,7 +251,6 @@ def _of_planned_layers(vllm_config: Any) -> Iterator[str]:
         yield "prompt embeddings hide the prompt's length; drop --enable-prompt-embeds"
 
 
-PLAIN = ("auto", "float16", "bfloat16", "float32")
 PAGES = (
     ("per_token_head", "keeps a scale beside each token of a head"),
     ("nvfp4", "packs two numbers into a byte and keeps scales of their blocks"),

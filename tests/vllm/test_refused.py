@@ -50,9 +50,7 @@ REFUSED = [
     (
         {**PAGES, "speculative_config": NGRAM},
         KIVI,
-        [
-            "speculative decoding beside kivi(bits=4) was never run; drop --speculative-config, or leave kivi out"
-        ],
+        ["beside kivi(bits=4) was never run; drop --speculative-config, or leave kivi out"],
     ),
     ({**PAGES, "kv_offloading_size": 1}, KIVI, ["a KV connector beside kivi(bits=4)"]),
     (
@@ -268,6 +266,51 @@ REFUSED = [
 ]
 
 
+def on_host(**extra):
+    named = {"spec_name": "HostPages", "spec_module_path": "kvplug_vllm.host"}
+    config = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
+    extra = {**named, "cpu_bytes_to_use": 1 << 30, **extra}
+    return {"kv_transfer_config": {**config, "kv_connector_extra_config": extra}}
+
+
+# (arguments, kvplug's settings, what the error must say)
+REFUSED_ON_HOST = [
+    (on_host(format="kivi(bits=3)"), "dense", ["bits must be 2, 4 or 8", '"plain" for pages as']),
+    (on_host(format="quest"), "dense", ["the format of a page, got 'quest'", '"kivi(bits=8)"']),
+    (on_host(format="kivi + quest"), "dense", ["the format of a page, got 'kivi + quest'"]),
+    (on_host(format=8), "dense", ["a policy must be a line of text, got 8"]),
+    (on_host(fromat="kivi"), "dense", ["no option 'fromat'; did you mean 'format'?"]),
+    (
+        on_host(canonical_layout=True),
+        "dense",
+        ["no option 'canonical_layout'; write, for example"],
+    ),
+    (on_host(cpu_bytes_to_use=None), "dense", ["must be a number of bytes, got None; write"]),
+    (on_host(spec_name="HostPage"), "dense", ["the specification HostPages of", "'HostPage' of"]),
+    (on_host(), {"policy": "dense", "allow": ["quest"]}, ["one's answer to another of another"]),
+    (on_host(), "snapkv", ["leaves holes among them or packs them"]),
+    (on_host(), "kivi(bits=4)", ["a KV connector beside kivi(bits=4) was never run"]),
+    ({**on_host(), "block_size": 128}, "dense", ["pages of 32 or 64 tokens", '"format": "plain"']),
+    ({**on_host(), "kv_cache_dtype": "fp8"}, "dense", ["never run beside a KV cache fp8; write"]),
+    (
+        {**on_host(), "speculative_config": NGRAM},
+        "dense",
+        ["never run beside speculative decoding"],
+    ),
+    (
+        {**on_host(), "hf_overrides": {"num_kv_shared_layers": 1}},
+        "dense",
+        ["never run beside layers that share a cache"],
+    ),
+    ({**on_host(), "tensor_parallel_size": 2}, "dense", ["never run on several ranks; use one"]),
+    (
+        {**on_host(), "attention_backend": None},
+        "dense",
+        ["HostPages writes pages through kvplug's layers; add --attention-backend kvplug"],
+    ),
+]
+
+
 def configure(model, kvplug, **arguments):
     """What every vLLM front end does before it starts anything."""
     from vllm.engine.arg_utils import EngineArgs
@@ -290,6 +333,24 @@ def test_refused_with_what_to_do_instead(random_llama, arguments, kvplug, parts)
         configure(random_llama(), kvplug, **arguments)
     for part in parts:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arguments, kvplug, parts", REFUSED_ON_HOST, ids=lambda value: str(value)[-60:]
+)
+def test_host_memory_is_refused_with_what_to_do_instead(random_llama, arguments, kvplug, parts):
+    settings = {"policy": kvplug} if isinstance(kvplug, str) else kvplug
+    with pytest.raises(ValueError, match="kvplug") as caught:
+        configure(random_llama(), settings, **arguments)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_host_memory_is_served_plain_where_a_format_was_never_run(random_llama):
+    for options in ({"block_size": 128}, {"kv_cache_dtype": "fp8"}):
+        configure(random_llama(), {"policy": "dense"}, **on_host(format="plain"), **options)
+    config = configure(random_llama(), {"policy": "quest"}, **on_host())
+    assert config.kv_transfer_config.kv_connector_extra_config["kvplug_heads"] == [2, 64]
 
 
 def test_a_file_of_another_model_s_heads_is_refused(random_llama, tmp_path):

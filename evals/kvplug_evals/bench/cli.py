@@ -267,6 +267,77 @@ def serve(
         raise typer.Exit(1) from None
 
 
+@app.command()
+def idle(
+    case: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A policy, or 'POLICY on HOST' with a format of pages in host memory, plain, or "
+            "stock for vLLM's own on a GPU; beside dense without any; repeatable. Six if none."
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Model folder. A recall model with an 8B Llama's heads if none."),
+    ] = None,
+    sessions: Annotated[int, typer.Option(help="That lie idle in turn.", min=2)] = 8,
+    tokens: Annotated[int, typer.Option(help="Of each context.", min=256)] = 2048,
+    output: Annotated[int, typer.Option(help="Tokens of an answer.", min=4)] = 16,
+    fit: Annotated[
+        float, typer.Option(help="Dense sessions that the pool of every server holds.", min=1)
+    ] = 2,
+    host_fit: Annotated[
+        float, typer.Option(help="Plain sessions that host memory holds, where there is any.")
+    ] = 4,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    threads: Annotated[int, typer.Option(help="Of each server.", min=1)] = 2,
+    enforce_eager: Annotated[
+        bool | None,
+        typer.Option(help="vLLM starts sooner, as here; --no-enforce-eager compiles."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="JSON file; table and logs beside it.")] = Path(
+        "results/bench/idle-cpu.json"
+    ),
+) -> None:
+    """Sessions that lie idle in vLLM: what is kept of each, and its next turn. Minutes."""
+    try:
+        from kvplug_evals.bench import idle as bench_idle
+        from kvplug_evals.bench.prompts import recall_8b
+        from kvplug_evals.bench.provenance import WIDTH
+        from kvplug_evals.engines.interface import EngineError
+        from kvplug_evals.served.choose import check_model, configure
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"this needs {error.name}; install it with: pip install 'kvplug[cli,plot,evals]'"
+        ) from None
+
+    interrupts = Interrupts()
+    failed = Console(stderr=True, highlight=False)
+    try:
+        chosen = {"dtype": dtype, "threads": threads, "enforce_eager": enforce_eager}
+        served = configure("vllm", model or recall_8b(Path(".models")), chosen)
+        check_model(served.model)
+        options = bench_idle.Options(
+            cases=bench_idle.cases(case or bench_idle.CASES),
+            sessions=sessions,
+            tokens=tokens,
+            output=output,
+            fit=fit,
+            host_fit=host_fit,
+            out=out,
+            command=shlex.join(["kvplug", "bench", "idle", *given("idle")]),
+        )
+        console = Console(highlight=False)
+        done = bench_idle.run(options, served, console, bench_idle.save)
+        bench_idle.show(done, Console(highlight=False, width=max(console.width, WIDTH)))
+    except (KeyboardInterrupt, EngineError, ValueError, OSError) as error:
+        if interrupts.came:
+            failed.print("stopped; no server is left running")
+            raise typer.Exit(130) from None
+        failed.print(f"[bold red]kvplug bench idle:[/] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
 def given(command: str) -> list[str]:
     """The options as they were typed."""
     return sys.argv[sys.argv.index(command) + 1 :] if command in sys.argv else []

@@ -126,24 +126,28 @@ def agreement(reply: str, wanted: str) -> float:
     return same / max(len(words), len(expected), 1)
 
 
-def sized(engine: Engine, options: Options) -> Engine:
-    """With a pool that holds ``fit`` dense requests, and the greatest length of a request."""
-    length = options.length
+def sized(engine: Engine, length: int, fit: float, at_once: int) -> Engine:
+    """With a pool that holds ``fit`` dense requests of so many tokens, their greatest length."""
     blocks = -(-length // engine.block_size)
-    dtype = served_dtype(engine.model, engine.dtype)
-    block = engine.block_size * token_bytes(engine.model, dtype)
     return replace(
         engine,
-        kv_cache_mib=-(-(int(options.fit * blocks) + 2) * block // MiB),
+        kv_cache_mib=-(-(int(fit * blocks) + 2) * block_bytes(engine) // MiB),
         # vLLM refuses texts by their characters, of which words between spaces have more.
         max_model_len=length + length // 4,
-        max_num_seqs=max(options.batch, options.requests),
+        max_num_seqs=at_once,
     )
+
+
+def block_bytes(engine: Engine) -> int:
+    """Of all layers, without digests."""
+    dtype = served_dtype(engine.model, engine.dtype)
+    return engine.block_size * token_bytes(engine.model, dtype)
 
 
 def run(options: Options, engine: Engine, console: Console, save: Callable[[Run], None]) -> Run:
     """Raises EngineError. ``save`` is called after every policy."""
-    done = Run(options=options, engine=sized(engine, options))
+    at_once = max(options.batch, options.requests)
+    done = Run(options=options, engine=sized(engine, options.length, options.fit, at_once))
     for place, line in enumerate(options.policies):
         console.print(f"[bold cyan]{escape(line)}[/]")
         done.cells += _measure(line, place, done, console)

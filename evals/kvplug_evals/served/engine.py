@@ -43,6 +43,10 @@ class EngineState:
     """As ``read``, of all layers, digests included."""
     preempted: int
     """Requests that the engine took out of the batch for want of blocks."""
+    stored: float = 0.0
+    """Bytes that went to host memory."""
+    loaded: float = 0.0
+    """Bytes that came back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,8 @@ class Engine(ABC):
     """What ``state`` needs of the engine's own."""
     preemptions: ClassVar[str]
     """The engine's counter of them; it may be absent as long as there was none."""
+    moves: ClassVar[Sequence[str]] = ()
+    """The engine's counters of bytes to and from host memory, where it has such."""
 
     model: Path
     block_size: int = 32
@@ -99,7 +105,7 @@ class Engine(ABC):
 
     def state(self, text: str) -> EngineState:
         """Read ``/metrics``. Raises ValueError that names what this server does not tell."""
-        wanted = (*self.metrics, self.preemptions, "kvplug_")
+        wanted = (*self.metrics, self.preemptions, *self.moves, "kvplug_")
         lines = [line for line in text.splitlines() if line.startswith(wanted)]
         found = {
             sample.name: sample
@@ -121,6 +127,8 @@ class Engine(ABC):
         values = [counter.value if counter else 0.0 for counter in counters]
         queries, cached, read, cached_bytes, read_bytes = values
         preempted = found.get(self.preemptions)
+        moved = [found[name].value if name in found else 0.0 for name in self.moves]
+        stored, loaded = moved or (0.0, 0.0)
         return EngineState(
             policy=counters[0].labels["policy"] if counters[0] else None,
             queries=queries,
@@ -129,6 +137,8 @@ class Engine(ABC):
             cached_bytes=cached_bytes,
             read_bytes=read_bytes,
             preempted=int(preempted.value) if preempted else 0,
+            stored=stored,
+            loaded=loaded,
             **self.read(found),  # type: ignore[arg-type]
         )
 

@@ -11,6 +11,9 @@ from typing import ClassVar
 from prometheus_client.samples import Sample
 
 from kvplug_evals.served.engine import NAME, Engine, MiB
+from kvplug_vllm.host_settings import CONNECTOR, FORMAT, MODULE, SPEC
+
+STOCK = "stock"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +29,17 @@ class VLLM(Engine):
     )
 
     preemptions: ClassVar[str] = "vllm:num_preemptions_total"
+    moves: ClassVar[tuple[str, ...]] = (
+        "vllm:kv_offload_store_bytes_total",
+        "vllm:kv_offload_load_bytes_total",
+    )
 
     enforce_eager: bool = True
     """torch.compile would cost more at start than it saves in a run this short."""
+    host: str | None = None
+    """How pages lie in host memory under the prefix cache: a format of ``kvplug_vllm.host``, or
+    stock for vLLM's own, which wants a GPU. None: there is none."""
+    host_mib: int = 0
 
     def command(self, policy: str, port: int) -> list[str]:
         settings = json.dumps({"kvplug": {"policy": policy}})
@@ -42,8 +53,18 @@ class VLLM(Engine):
             *("--max-num-seqs", str(self.max_num_seqs)),
             *("--kv-cache-memory-bytes", str(self.kv_cache_mib * MiB)),
             *(["--enforce-eager"] if self.enforce_eager else []),
+            *([] if self.host is None else ["--kv-transfer-config", json.dumps(self.connector)]),
             "--enable-prompt-tokens-details",
         ]
+
+    @property
+    def connector(self) -> dict[str, object]:
+        extra: dict[str, object] = {"cpu_bytes_to_use": self.host_mib * MiB}
+        if self.host != STOCK:
+            extra |= {"spec_name": SPEC, "spec_module_path": MODULE, FORMAT: self.host}
+        return {
+            "kv_connector": CONNECTOR, "kv_role": "kv_both", "kv_connector_extra_config": extra,
+        }  # fmt: skip
 
     def settings(self) -> dict[str, str]:
         # Left to itself vLLM keeps a core free, which is half of a machine of two.
