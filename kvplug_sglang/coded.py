@@ -3,21 +3,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvplug import Segments, coded
-from kvplug.coded import CodedReads, Gathered, OpenPages, Writes
+from kvplug.coded import CodedReads, Gathered, OpenPages, Singles, Writes
 from kvplug_kernels.coded_decode import coded_decode
 from kvplug_kernels.page_layout import PageLayout
 from kvplug_sglang import compat
 from kvplug_sglang.attention import PlannedAttention
 from kvplug_sglang.coded_pool import CodedPool, open_pages
 from kvplug_sglang.compression import Packing
-from kvplug_sglang.step import Batch, Selected, StepPlan, StepPlanner
+from kvplug_sglang.step import Batch, Phase, Selected, StepPlan, StepPlanner
 
 
 @dataclass
@@ -43,6 +45,17 @@ class CodedPlanner(StepPlanner):
             return Writes.of_singles(batch.slots, batch.computed, self.page_size)
         return Writes.of(batch.slots, batch.computed, batch.total, self.page_size, self._tensor)
 
+    def plan_singles(self, phases: Sequence[Phase], rows: Tensor, slots: Tensor) -> StepPlan:
+        writes = Writes.of_singles(slots, np.zeros(len(rows), np.int64), self.page_size)
+        return CodedPlan(phases, writes=writes, rows=rows[:, None])
+
+    def whole_singles(self, table: Tensor, lengths: Tensor) -> Any:
+        opened = self.open_singles(len(lengths))
+        return CodedReads(Singles(None, opened, table, lengths), [])
+
+    def open_singles(self, count: int) -> Tensor:
+        return torch.arange(count, dtype=torch.int32, device=self.req_to_token.device)
+
     def _whole(self, batch: Batch, segments: Segments) -> Any:
         opened = self.writes.opened(segments)
         return CodedReads.of(segments, opened, self._table(batch, segments), self._tensor)
@@ -61,8 +74,9 @@ class CodedAttention(PlannedAttention):
 
     def __init__(self, runner: Any) -> None:
         super().__init__(runner)
-        pool = self.token_to_kv_pool
+        pool, format = self.token_to_kv_pool, self.engine.offer.format
         assert isinstance(pool, CodedPool)
+        assert format is not None
         self.open = open_pages(pool, len(self.req_to_token_pool.req_to_token))
         for layer in compat.attending(runner):
             for what, has in (
@@ -72,8 +86,8 @@ class CodedAttention(PlannedAttention):
             ):
                 if has:
                     raise ValueError(
-                        f"kvplug: the model has {what}, beside which {self.engine.offer.format} "
-                        f"was never run; leave {self.engine.offer.format.name} out"
+                        f"kvplug: the model has {what}, beside which {format} was never run; "
+                        f"leave {format.name} out"
                     )
 
     def codes(self, layer: Any) -> tuple[Tensor, PageLayout]:

@@ -29,13 +29,14 @@ class CodedPool(MHATokenToKVPool):
                 f"kvplug: {format} allocates its pages at once, and SGLang would back the pool's "
                 "memory after it captured graphs; set SGLANG_ENABLE_POST_CAPTURE_KV_SIZING=0"
             )
-        self.layout = format.layout(self.page_size, self.head_dim, self.dtype)
+        self.layout = format.layout(self.page_size, self.head_dim, self.store_dtype)
         shape = (self.layer_num, self.size // self.page_size + 1, self.head_num)
         with self.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE):
             self.codes = torch.zeros(
                 *shape, self.layout.page_bytes, dtype=torch.uint8, device=self.device
             )
-        self.k_buffer, self.v_buffer = [], []
+        self.k_buffer: list[Tensor] = []
+        self.v_buffer: list[Tensor] = []
         self.dtype = torch.uint8  # SGLang fuses writes into RoPE for a pool of bfloat16
 
     def _clear_buffers(self) -> None:

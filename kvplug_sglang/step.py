@@ -362,6 +362,26 @@ class StepPlanner:
             total=len(tokens),
         )
 
+    def plan_singles(self, phases: Sequence[Phase], rows: Tensor, slots: Tensor) -> StepPlan:
+        """Of a step with a query for each row, in shapes that follow from their number, as the
+        next two: so that a graph may hold it."""
+        return StepPlan(phases)
+
+    def whole_singles(self, table: Tensor, lengths: Tensor) -> Whole:
+        return Whole(
+            tokens=None,
+            page_table=table,
+            page_size=self.page_size,
+            lengths=lengths,
+            queries=torch.ones_like(lengths),
+            longest_run=1,
+            total=len(lengths),
+        )
+
+    def open_singles(self, count: int) -> Tensor | None:
+        """Their newest pages, where those are kept apart."""
+        return None
+
     def _selected(self, batch: Batch, segments: Segments) -> Selected:
         """segments: of one choice, single queries that decode or blocks of prompts."""
         planner, decodes = self.planner(int(segments.choice[0])), bool(segments.decodes[0])
