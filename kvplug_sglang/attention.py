@@ -32,6 +32,7 @@ class PlannedAttention:
     """Before a stock AttentionBackend in the bases, which brings ``attend``."""
 
     needs_cpu_seq_lens = True  # plans are made from lengths, on the host
+    planner: ClassVar[type[StepPlanner]] = StepPlanner
     reads_eight_bits: ClassVar[bool] = False
     """Whether all that its kernel reads, it reads from the cache: then a cache of fp8 is the same
     to it in a step of ours."""
@@ -60,7 +61,7 @@ class PlannedAttention:
         planned = max(len(self.layers), 1)  # dense serves a model that has none
         table = self.req_to_token_pool.req_to_token
         self.steps = [
-            StepPlanner(self.engine, planners, table, layers, len(layers) / planned)
+            self.planner(self.engine, planners, table, layers, len(layers) / planned)
             for planners, layers in self.engine.serve(self.layers, len(table), table.device)
         ]
         widest = max(self.windows.values(), default=0)
@@ -114,7 +115,8 @@ class PlannedAttention:
         assert mode.is_decode() or len(tenants) in (0, len(total)), "requests without an id"
         prompts = (computed if mode.is_decode() else total)[len(tenants) :]
         tenants += [Tenant(OWN, prompt) for prompt in prompts.tolist()]
-        return Batch(forward_batch.req_pool_indices.long(), computed, total, tenants)
+        rows, slots = forward_batch.req_pool_indices.long(), forward_batch.out_cache_loc
+        return Batch(rows, computed, total, tenants, slots)
 
     def forward_decode(
         self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any,
@@ -152,11 +154,8 @@ class PlannedAttention:
             return output
         sinks = more.pop("sinks", None)
         _refuse_extras(more)
-        if owns and save:
-            where = KVWriteLoc.for_batch(forward_batch)
-            self.token_to_kv_pool.set_kv_buffer(layer, where, k, v, layer.k_scale, layer.v_scale)
         if owns:
-            self._written(layer, forward_batch.out_cache_loc)
+            self._write(layer, forward_batch, k, v, save, plan)
             self._observe(layer, query, plan)
         output = query.new_empty(*query.shape[:2], layer.v_head_dim)
         for phase in plan.phases:
@@ -173,6 +172,15 @@ class PlannedAttention:
     @property
     def _kv(self) -> Callable[[int], tuple[Tensor, Tensor]]:
         return self.token_to_kv_pool.get_kv_buffer
+
+    def _write(
+        self, layer: Any, forward_batch: Any, k: Tensor, v: Tensor, save: bool, plan: StepPlan
+    ) -> None:
+        """The step's keys and values, unless they stand there already."""
+        if save:
+            where = KVWriteLoc.for_batch(forward_batch)
+            self.token_to_kv_pool.set_kv_buffer(layer, where, k, v, layer.k_scale, layer.v_scale)
+        self._written(layer, forward_batch.out_cache_loc)
 
     def _written(self, layer: Any, slots: Tensor) -> None:
         """Keys stand at ``slots``, whoever wrote them: by the backend or fused into RoPE."""
@@ -197,15 +205,28 @@ class PlannedAttention:
         if packing.scored.needs_queries:
             window = packing.tenant.window.pop((layer.layer_id, packing.era))
         keys, values = packing.kept(
-            *self._kv(layer.layer_id),
+            *self._prompt(layer, packing),
             window,
             scale=compat.logit_scale(layer),
             first_head=compat.first_kv_head(layer),
             page_size=self.engine.page_size,
         )
+        self._store(layer, packing, keys, values)
+
+    def _prompt(self, layer: Any, packing: Packing) -> tuple[Tensor, Tensor]:
+        """What is packed, of all KV heads. [T, H, D] twice"""
+        keys, values = self._kv(layer.layer_id)
+        return keys[packing.slots], values[packing.slots]
+
+    def _store(self, layer: Any, packing: Packing, keys: Tensor, values: Tensor) -> None:
+        """What stays of it, [n, H, D]."""
         where = KVWriteLoc(packing.targets)
         self.token_to_kv_pool.set_kv_buffer(layer, where, keys, values)
         self._written(layer, packing.targets)
+
+    def _digest(self, layer: Any) -> Tensor | None:
+        """What its pages say of their keys."""
+        return None if self.digests is None else self.digests.of_layer(layer.layer_id)
 
     def _keep_window(self, layer: Any) -> None:
         """The private slots will stand in the request's row, which a windowed layer reads as it
@@ -231,10 +252,10 @@ class PlannedAttention:
         sinks: Tensor | None,
     ) -> None:  # fmt: skip
         selector = step.selector
-        assert self.digests is not None or selector.digest is None
+        digest = self._digest(layer)
+        assert digest is not None or selector.digest is None
         mine = query if step.tokens is None else query[step.tokens]
         picked = mine.view(len(mine), layer.tp_k_head_num, -1, layer.qk_head_dim)  # [Q, H, G, D]
-        digest = None if self.digests is None else self.digests.of_layer(layer.layer_id)
         if isinstance(selector, BlockSelector):
             assert sinks is None, "they belong to query heads, and blocks read by KV head"
             every = query.view(len(query), *picked.shape[1:])

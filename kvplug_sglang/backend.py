@@ -8,13 +8,15 @@ import torch
 
 from kvplug_kernels.dispatch import interpreted
 from kvplug_sglang import compat
+from kvplug_sglang.settings import Engine
 
 TRITON, FLASH, NATIVE = "triton", "fa3", "torch_native"
 """SGLang's names for what kvplug can wrap."""
 
 
 def build(runner: Any) -> Any:
-    """The stock backend that serves this device, planned."""
+    """The stock backend that serves this device, planned; where pages are kept in a format, its
+    kernels read none of them."""
     wrapped = stock(runner.server_args, torch.device(runner.device).type)
     if wrapped == NATIVE:
         from kvplug_sglang.cpu import KVPlugBackend
@@ -22,7 +24,11 @@ def build(runner: Any) -> Any:
         from kvplug_sglang.cuda_flash import KVPlugBackend  # type: ignore[assignment]
     else:
         from kvplug_sglang.cuda_triton import KVPlugBackend  # type: ignore[assignment]
-    return KVPlugBackend(runner)
+    if Engine.of(runner).offer.format is None:
+        return KVPlugBackend(runner)
+    from kvplug_sglang.coded import CodedAttention
+
+    return type("CodedBackend", (CodedAttention, KVPlugBackend), {})(runner)
 
 
 def stock(server_args: Any, device: str) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvplug import Offer, digest_bytes
 from kvplug_sglang import compat
+from kvplug_sglang.coded_pool import CodedPool, coded_bytes
 from kvplug_sglang.settings import Engine
 
 
@@ -50,20 +51,30 @@ def page_bytes(pool: Any, digests: Digests | None, page_size: int) -> int:
     """What the pool allocates for a page on this rank: all layers' keys and values, and what
     stands beside them for as long as the page is somebody's."""
     layers = compat.pool_layers(pool)
-    token = sum(each[0].nbytes for layer in layers for each in pool.get_kv_buffer(layer))
-    return page_size * token + (0 if digests is None else digests.rows[:, 0].nbytes)
+    token = sum(slot_bytes(pool, layer) for layer in layers)
+    return round(page_size * token) + (0 if digests is None else digests.rows[:, 0].nbytes)
+
+
+def slot_bytes(pool: Any, layer: int) -> float:
+    """Of a token in one layer on this rank."""
+    if isinstance(pool, CodedPool):
+        return pool.slot_bytes
+    return float(sum(each[0].nbytes for each in pool.get_kv_buffer(layer)))
 
 
 def layer_bytes(pool: Any, digests: Digests | None, page_size: int) -> tuple[float, float]:
     """Of a token in a layer on this rank, and of its share of its page's digest."""
-    token = sum(each[0].nbytes for each in pool.get_kv_buffer(compat.pool_layers(pool)[0]))
+    token = slot_bytes(pool, compat.pool_layers(pool)[0])
     return token, 0.0 if digests is None else digests.rows[0, 0].nbytes / page_size
 
 
 def token_bytes(original: Any, self: Any, kvc: Any, num_layers: int) -> int:
-    """Around ``DefaultPoolConfigurator._compute_cell_size``: a token's share of its digests."""
-    size: int = original(self, kvc, num_layers)
+    """Around ``DefaultPoolConfigurator._compute_cell_size``: a token's share of its digests, or
+    of its page of codes."""
     engine = Engine.current
+    if engine is not None and engine.offer.format is not None:
+        return coded_bytes(kvc, num_layers)
+    size: int = original(self, kvc, num_layers)
     if engine is None or engine.offer.digest is None or kvc.is_draft_worker:
         return size
     from sglang.srt.runtime_context import get_parallel

@@ -86,6 +86,11 @@ def settle(result: None, server_args: Any) -> None:
         decisions = refuse(server_args, given())
         if "page_size" in decisions:
             log.info("kvplug: --page-size %d, as the policy selects pages", decisions["page_size"])
+        if "max_running_requests" in decisions:
+            log.info(
+                "kvplug: --max-running-requests %d, as each fills a page in full precision",
+                decisions["max_running_requests"],
+            )
         compat.declare(server_args, decisions)
     elif (line := stand_in()) is not None:
         _say_without_effect(line)

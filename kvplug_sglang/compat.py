@@ -456,6 +456,13 @@ def shares_caches(model: Any) -> bool:
     return bool(getattr(model.hf_text_config, "num_kv_shared_layers", 0))
 
 
+def recurrent(model: Any) -> bool:
+    """Whether some layers keep a state of a request."""
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+
+    return mambaish_config(model) is not None
+
+
 def unknown_recurrence(model: Any) -> bool:
     """Whether some layers keep a state of a request, and not as Mamba-2 or a gated delta net."""
     from sglang.srt.configs.hybrid_arch import hybrid_gdn_config, mambaish_config

@@ -33,6 +33,8 @@ class Packing:
     """Where those that stay go, in order. [n] int64"""
     era: int = 0
     """Of the event."""
+    row: int = 0
+    """Of the batch."""
     phase: int = 0
     """Of the step (``kvplug.schedule``)."""
 
@@ -47,12 +49,12 @@ class Packing:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """What each KV head of a layer keeps, in the order of ``targets``.
 
-        keys, values [slots, H, D] of the pool, window [W, Hq, D]: the queries of the last tokens
-        -> [n, H, D] twice, copied. Nothing synchronises.
+        keys, values [T, H, D], window [W, Hq, D]: the queries of the last tokens -> [n, H, D]
+        twice, copied. Nothing synchronises.
         """
         prompt = PromptKV(
-            keys=keys[self.slots][None],
-            values=values[self.slots][None],
+            keys=keys[None],
+            values=values[None],
             queries=None if window is None else window.unflatten(1, (keys.shape[1], -1))[None],
             lengths=self.slots.new_full((1,), len(self.slots)),
             scale=scale,
@@ -96,7 +98,8 @@ def packing_bytes(offer: Offer, model: Any, ranks: int, page_size: int, dtype: t
             windows = layers * window.nbytes
         with Taken() as taken:
             try:
-                packing.kept(cache, cache, window, scale=1.0, first_head=0, page_size=page_size)
+                prompt = cache[packing.slots], cache[packing.slots]
+                packing.kept(*prompt, window, scale=1.0, first_head=0, page_size=page_size)
             except RuntimeError as error:
                 raise ValueError(
                     f"what {scored.name}.score takes of memory could not be found out on "

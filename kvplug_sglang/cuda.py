@@ -39,7 +39,8 @@ class ReplayedAttention(PlannedAttention):
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         super().init_forward_metadata_in_graph(forward_batch)  # type: ignore[misc]
         rows = forward_batch.req_pool_indices.long()
-        self.plans = [each.plan(rows) for each in self.replays] or [None] * len(self.steps)
+        slots = forward_batch.out_cache_loc
+        self.plans = [each.plan(rows, slots) for each in self.replays] or [None] * len(self.steps)
 
 
 def with_sinks(out: Tensor, weights: Tensor, sinks: Tensor) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvplug import BatchPlanner, Offer, TokenSelector, block_bytes, read_offer
+from kvplug import BatchPlanner, Offer, PageFormat, TokenSelector, block_bytes, read_offer
+from kvplug.coded import step_bytes
 from kvplug_sglang import compat
 from kvplug_sglang.backend import TRITON, stock
 from kvplug_sglang.compression import packing_bytes
-from kvplug_sglang.refusals import default_page, unsupported
+from kvplug_sglang.refusals import REQUESTS, default_page, unsupported
 from kvplug_sglang.settings import given
 
 MIB = 1 << 20
@@ -29,8 +30,8 @@ def decide(server_args: Any) -> None:
 
 
 def reserve(server_args: Any) -> float:
-    """MiB beside what SGLang reckons for its own graphs: what ours hold, and what packing a
-    prompt, or choosing what its queries read, takes."""
+    """MiB beside what SGLang reckons for its own graphs: what ours hold, what packing a prompt, or
+    choosing what its queries read, takes, and what a step does where pages are codes."""
     offer = _sparse()
     if offer is None:
         return 0.0
@@ -44,7 +45,8 @@ def reserve(server_args: Any) -> float:
     packing = packing_bytes(offer, model, view.tp_size, size, dtype)
     queries = compat.prefill_tokens(view, model)
     choosing = choosing_bytes(offer, model, view.tp_size, size, queries, bool(lists))
-    return (held + max(packing, choosing)) / MIB
+    decoded = 0 if offer.format is None else decoded_bytes(offer.format, view, model, size)
+    return (held + max(packing, choosing) + decoded) / MIB
 
 
 def _sparse() -> Offer | None:
@@ -56,6 +58,17 @@ def _sparse() -> Offer | None:
     if list(unsupported(offer)):
         return None  # as is this
     return None if offer.settings.policy.is_dense and not offer.mixed else offer
+
+
+def decoded_bytes(format: PageFormat, view: Any, model: Any, page_size: int) -> int:
+    """On one rank, of a step in a layer."""
+    try:
+        layout = format.layout(page_size, model.head_dim, model.dtype)
+    except ValueError:
+        return 0  # refused a little later
+    rows, queries = view.max_running_requests or REQUESTS, compat.prefill_tokens(view, model)
+    heads = model.get_num_kv_heads(view.tp_size)
+    return step_bytes(layout, heads, queries + rows, rows, model.context_len)
 
 
 def choosing_bytes(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvplug_sglang import admission, cache, compat, packing, replay, streaming
+from kvplug_sglang import admission, cache, coded_pool, compat, packing, replay, streaming
 from kvplug_sglang.settings import Engine
 
 HOOKS = (
@@ -17,6 +17,18 @@ HOOKS = (
         "around",
         cache.token_bytes,
         ("self", "kvc", "num_layers"),
+    ),
+    compat.Hook(
+        "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator.calculate_pool_sizes",
+        "around",
+        coded_pool.less_open_pages,
+        ("self", "available_bytes", "page_size"),
+    ),
+    compat.Hook(
+        "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._resolve_kv_pool_class",
+        "around",
+        coded_pool.pool_class,
+        ("self", "kind", "default"),
     ),
 )
 

@@ -28,6 +28,15 @@ from kvplug_sglang.settings import NAME
 PAGE_SIZE = 32
 """With a digest of two keys a page, 1/32 of the pool."""
 
+CODED = (32, 64)
+"""Tokens of pages that formats code."""
+
+REQUESTS = 256
+"""That run at once unless the user says, where each fills a page of its own in full precision."""
+
+KNOWN = SparsePrefill, PositionalEviction, ScoredEviction, LayerBudgets, Selector, PageFormat
+"""Kinds of policies that this adapter carries out."""
+
 FEATURES = {
     "speculative_algorithm": (
         "speculative decoding was never run: on a CPU SGLang verifies drafts by compiled kernels "
@@ -87,12 +96,14 @@ def refuse(server_args: Any, given: object) -> dict[str, Any]:
     decisions = {} if dense else compat.graphs(view)
     if view.page_size is None and (size := default_page(offer)) is not None:
         decisions["page_size"] = size
+    if offer.format is not None and view.max_running_requests is None:
+        decisions["max_running_requests"] = REQUESTS
     return decisions
 
 
 def default_page(offer: Offer) -> int | None:
     """Tokens of a page where a policy speaks of pages; None for SGLang's own."""
-    speaks = offer.digest is not None or offer.block_selectors
+    speaks = offer.digest is not None or offer.block_selectors or offer.format is not None
     return PAGE_SIZE if speaks else None
 
 
@@ -140,6 +151,8 @@ def refusals(view: Any, model: Any, given: object, wrapped: str) -> Iterator[str
             offer.digest_rows(view.page_size or PAGE_SIZE, 2)
         except ValueError as error:
             yield f"pages of --page-size cannot carry what the policy reads: {error}"
+    if offer.format is not None:
+        yield from with_format(offer.format, offer, view, model, page)
     yield from offer.settings.policy.misfits(model.hf_text_config)
     for name, reason in FEATURES.items():
         if getattr(view, name):
@@ -226,6 +239,42 @@ def with_quantised_cache(dtype: str, wrapped: str) -> Iterator[str]:
         )
 
 
+def with_format(
+    format: PageFormat, offer: Offer, view: Any, model: Any, page_size: int
+) -> Iterator[str]:
+    """What writes or reads pages past the layers that code them, or was never run with them."""
+    without = f"leave {format.name} out"
+    if view.kv_cache_dtype != "auto":
+        yield f"{format} codes plain pages, got --kv-cache-dtype {view.kv_cache_dtype}; drop it"
+    if page_size not in CODED:
+        yield (
+            f"{format} codes pages of 32 or 64 tokens, got --page-size {page_size}; write "
+            f"--page-size {PAGE_SIZE}"
+        )
+    else:
+        try:
+            format.layout(page_size, model.head_dim, model.dtype)
+        except ValueError as error:
+            yield f"{format}: {error}; {without}"
+    for what, has in (
+        ("recurrent layers", compat.recurrent(model)),
+        ("layers that see a window", compat.windows_apart(model) or compat.declared_window(model)),
+        ("layers that share a cache", compat.shares_caches(model)),
+        ("attention sinks", compat.attention_sinks(model)),
+        ("values of another size than its keys", model.v_head_dim != model.head_dim),
+    ):
+        if has:
+            yield f"the model has {what}, beside which {format} was never run; {without}"
+    for what, has in (
+        ("tensor parallelism", view.tp_size > 1),
+        ("a server that only prefills", view.prefill_only_disable_kv_cache),
+        ("layers of different budgets", not offer.settings.policy.uniform),
+        ("sparse prefill", offer.generates),
+    ):
+        if has:
+            yield f"{what} beside {format} was never run; drop it, or {without}"
+
+
 def beside_recurrent(view: Any, offer: Offer) -> Iterator[str]:
     """Where the prefix cache keeps recurrent states."""
     alone = compat.caches_last_states_alone(view)
@@ -259,11 +308,6 @@ def unsupported(offer: Offer) -> Iterator[str]:
                 "slots, by the windows of a model's configuration alone; serve it in vLLM, or use "
                 "streaming_llm, whose window is every layer's"
             )
-        elif isinstance(part, PageFormat):
-            yield (
-                f"{part} keeps pages as codes, and SGLang's pools hold keys and values as they "
-                "are; serve it in vLLM, or use --kv-cache-dtype fp8_e4m3"
-            )
         elif isinstance(part, ScoredEviction) and part.appends:
             instead = f"write a budget in tokens, such as {part.name}(budget=1024, chunk="
             instead = "serve it in vLLM" if part.compiles else f"{instead}{part.chunk})"
@@ -272,7 +316,15 @@ def unsupported(offer: Offer) -> Iterator[str]:
                 f"slot a token; {instead}"
             )
         elif not isinstance(
-            part, (SparsePrefill, PositionalEviction, ScoredEviction, LayerBudgets, Selector)
+            part,
+            (
+                SparsePrefill,
+                PositionalEviction,
+                ScoredEviction,
+                LayerBudgets,
+                Selector,
+                PageFormat,
+            ),
         ):
             yield (
                 f"{part.name} is a policy of the stage {part.stage.value!r} that the SGLang "

@@ -44,8 +44,9 @@ class Replayed:
             self.own.scored is not None
             or self.own.eviction is not None
             or steps.engine.offer.mixed
+            or not steps.stock_serves
         )
-        """Whether requests may see less than their row of the pool."""
+        """Whether requests may see less than their row of the pool, or not as it is."""
 
     def load(self, batch: Batch, count: bool) -> None:
         """On the host, before the graph is captured or replayed."""
@@ -64,9 +65,9 @@ class Replayed:
             host = host.pin_memory()  # of PyTorch's own cache: not reused before it is copied
         self.fields[:, : values.shape[1]].copy_(host, non_blocking=True)
 
-    def plan(self, rows: Tensor) -> StepPlan:
-        """In the graph. rows [B] of the pool"""
-        steps, size = self.steps, self.steps.page_size
+    def plan(self, rows: Tensor, slots: Tensor) -> StepPlan:
+        """In the graph. rows [B] of the pool, slots [B] of the step's tokens"""
+        steps = self.steps
         kept, first, packed, visible, *keep = self.fields[:, : len(rows)]
         table = steps.table(rows, kept, first, packed, self.held, self.column)
         whole = selected = None
@@ -81,17 +82,10 @@ class Replayed:
                 page=self.own.page,
                 unit=self.own.unit,
                 width=self.width,
+                open=steps.open_singles(len(rows)),
             )
         if self.rewrites:
-            whole = Whole(
-                tokens=None,
-                page_table=table,
-                page_size=size,
-                lengths=visible.int(),
-                queries=torch.ones_like(visible, dtype=torch.int32),
-                longest_run=1,
-                total=len(rows),
-            )
+            whole = steps.whole_singles(table, visible.int())
         layers: dict[int, LayerReads[Whole, Selected] | None] = {}
         for layer in steps.layers:
             budget = self.own.layer_budget(layer)
@@ -99,7 +93,7 @@ class Replayed:
                 layers[layer] = LayerReads(selected=[(selected, budget)])
             else:
                 layers[layer] = None if whole is None else LayerReads(whole)
-        return StepPlan([Phase((), layers)])
+        return steps.plan_singles([Phase((), layers)], rows, slots)
 
     def serves(self, choices: list[int]) -> bool:
         """Whether the graph that was captured holds for requests of these choices."""

@@ -64,6 +64,8 @@ class Engine:
         """Of a page on this rank, in all layers, where a policy may return some."""
         self.layer_bytes = 0.0, 0.0
         """Of a token in a layer on this rank, and of its share of its page's digest."""
+        self.open_bytes = 0
+        """Of the pages that requests are filling on this rank, where full ones are coded."""
         self.kv_heads = 0
         """Of a layer on this rank."""
         self.router = Router()

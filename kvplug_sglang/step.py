@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -177,6 +177,8 @@ class Selected:
     """Units."""
     blocks: Blocks | None = None
     """None for single queries."""
+    open: Tensor | None = None
+    """Where pages are kept in a format, the newest of each among the plain ones."""
     longest_run: int = 1
     """Queries of the longest block."""
 
@@ -206,6 +208,8 @@ class Batch:
     computed: Numbers  # [B]
     total: Numbers  # [B]
     tenants: list[Tenant]
+    slots: Tensor
+    """Where the step's tokens go. [T] int64"""
 
     @cached_property
     def prompt(self) -> Numbers:
@@ -228,6 +232,9 @@ class Batch:
 class StepPlanner:
     """Turns batches into plans, for the layers of an engine that keep as much."""
 
+    stock_serves: ClassVar[bool] = True
+    """Whether the engine's own path reads what the pool holds."""
+
     def __init__(
         self, engine: Engine, planners: BatchPlanner, req_to_token: Tensor,
         layers: Sequence[int], share: float,
@@ -246,7 +253,8 @@ class StepPlanner:
         self.count(segments)
         observations = self._observations(batch)
         packings = [self._packing(batch, event) for event in self.events(batch)]
-        stock = segments.untouched and self.engine.offer.settings.shortcut
+        shortcut = self.stock_serves and self.engine.offer.settings.shortcut
+        stock = segments.untouched and shortcut
         if stock and not packings and not observations:
             return None
         if stock:
@@ -336,6 +344,7 @@ class StepPlanner:
             slots=torch.cat([private[: event.private * size], rows.long()]),
             targets=private[: event.kept * size],
             era=event.era,
+            row=event.row,
             phase=event.phase,
         )
 
@@ -352,6 +361,26 @@ class StepPlanner:
             longest_run=int(segments.queries.max()),
             total=len(tokens),
         )
+
+    def plan_singles(self, phases: Sequence[Phase], rows: Tensor, slots: Tensor) -> StepPlan:
+        """Of a step with a query for each row, in shapes that follow from their number, as the
+        next two: so that a graph may hold it."""
+        return StepPlan(phases)
+
+    def whole_singles(self, table: Tensor, lengths: Tensor) -> Whole:
+        return Whole(
+            tokens=None,
+            page_table=table,
+            page_size=self.page_size,
+            lengths=lengths,
+            queries=torch.ones_like(lengths),
+            longest_run=1,
+            total=len(lengths),
+        )
+
+    def open_singles(self, count: int) -> Tensor | None:
+        """Their newest pages, where those are kept apart."""
+        return None
 
     def _selected(self, batch: Batch, segments: Segments) -> Selected:
         """segments: of one choice, single queries that decode or blocks of prompts."""

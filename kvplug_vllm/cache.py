@@ -16,7 +16,7 @@ from kvplug_vllm.announce import say
 from kvplug_vllm.appending import AppendingSpec
 from kvplug_vllm.blending import BlendingSpec
 from kvplug_vllm.compiling import CompilingSpec
-from kvplug_vllm.open_pages import add_open_layers, state_bytes
+from kvplug_vllm.open_pages import add_open_layers
 from kvplug_vllm.packing import PackingSpec
 from kvplug_vllm.settings import Engine, EvictionSettings
 from kvplug_vllm.streaming import EvictingSpec
@@ -57,7 +57,7 @@ def customize_spec(spec: Any, layer_class: int | None = 0) -> Any:
     digest = 0
     if offer.format is not None:
         layout = offer.format.layout(spec.block_size, spec.head_size, spec.dtype)
-        spec = replace(spec, dtype=torch.uint8, state_content_bytes=state_bytes(layout))
+        spec = replace(spec, dtype=torch.uint8, state_content_bytes=layout.token_bytes)
     if offer.digest is not None:
         item = spec.dtype.itemsize
         pages, rows = offer.digest_rows(spec.block_size, item)

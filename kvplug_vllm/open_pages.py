@@ -30,21 +30,6 @@ from kvplug_vllm import compat
 from kvplug_vllm.settings import NAME, Engine
 
 
-def state_bytes(layout: PageLayout) -> int:
-    """Of a KV head's page, as vLLM counts them: a token's share, rounded up."""
-    return -(-layout.page_bytes // layout.page_size)
-
-
-def tokens_of_block(layout: PageLayout) -> int:
-    """Plain tokens that the bytes of a coded block hold."""
-    return state_bytes(layout) * layout.page_size * layout.page_size // layout.plain_bytes
-
-
-def blocks_of_page(layout: PageLayout) -> int:
-    """Coded blocks that a plain page takes."""
-    return -(-layout.page_size // tokens_of_block(layout))
-
-
 @dataclass(frozen=True, kw_only=True)
 class OpenSpec(CircularBufferSpec):
     """So many blocks of a request, from its first step to its last."""
@@ -148,8 +133,8 @@ class OpenLayer(torch.nn.Module, AttentionLayerBase):
             num_kv_heads=self.heads,
             head_size=self.head_size,
             dtype=torch.uint8,
-            state_content_bytes=state_bytes(self.layout),
-            blocks=blocks_of_page(self.layout),
+            state_content_bytes=self.layout.token_bytes,
+            blocks=self.layout.plain_pages,
         )
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
@@ -160,7 +145,7 @@ class OpenLayer(torch.nn.Module, AttentionLayerBase):
         """Plain tokens in its cache's blocks, keys before values. [N, n, 2, H, D]"""
         cache = self.kv_cache
         if self._viewed is None or self._viewed[0] is not cache:
-            tokens, dtype = tokens_of_block(self.layout), self.dtype
+            tokens, dtype = self.layout.plain_tokens, self.dtype
             each = 2 * self.heads * self.head_size
             stride = cache.stride(0)
             assert cache[0].is_contiguous(), f"blocks in pieces: {cache.stride()}"
@@ -168,15 +153,6 @@ class OpenLayer(torch.nn.Module, AttentionLayerBase):
             shape = (tokens, 2, self.heads, self.head_size)
             self._viewed = cache, used.view(dtype).unflatten(1, shape)
         return self._viewed[1]
-
-    def blocks_at(self, table: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-        """Where tokens of open pages lie: block and place in ``numbers``. table [n, at least
-        ``OpenSpec.blocks``], offset [n] or [1, S]: of a page"""
-        each = tokens_of_block(self.layout)
-        column = (offset // each).expand(len(table), -1) if offset.ndim == 2 else offset // each
-        at = column if column.ndim == 2 else column[:, None]
-        blocks = table.long().gather(1, at)
-        return (blocks if offset.ndim == 2 else blocks[:, 0]), offset % each
 
 
 def open_layer(layer_name: str, vllm_config: Any) -> OpenLayer:

@@ -34,7 +34,7 @@ number: refused at start, with the reason below. `snapkv` stands for what scores
 queries, `keydiff` by keys and values (`knorm`, `random`, `vase`, `lagkv`, `cur` too), *chunk* and
 *share* for `keydiff` with a `chunk`, of which it keeps a number of tokens or a share, `a_shape`
 and `xattention` for what reads prompts by position and by an estimate, *compiled* for `kvzip`,
-`kivi` for pages in a format (with `--block-size 32`), *chosen* for a server whose requests choose
+`kivi` for pages in a format (in vLLM with `--block-size 32`), *chosen* for a server whose requests choose
 (`allow`). Of beam search a number is the answer to the request that asks for it.
 Nothing here has run on a GPU unless `kvplug doctor` says so. Written by `tools/support.py`.
 """
@@ -231,6 +231,7 @@ SGLANG = {
             "sglang/test_prefill.py::test_a_prompt_by_position_is_a_plain_llama_s": "a_shape",
             "sglang/test_prefill.py::test_blocks_read_what_vllm_s_do": "xattention",
             "sglang/test_requests.py::test_mixed_requests_answer_as_alone": "chosen",
+            "sglang/test_coded.py::test_ragged_chunks_found_again": "kivi",
         }),
         Row("windows between (Gemma 2 and 3)", "gemma3", tests={
             "sglang/test_windows.py::test_the_long_way_round_with_full_budget_equals_stock":
@@ -267,6 +268,7 @@ SGLANG = {
         Row("prefix cache", tests={
             "sglang/test_eviction.py::"
             "test_the_next_turn_hits_the_whole_prompt_and_answers_as_if_fresh": "snapkv keydiff",
+            "sglang/test_coded.py::test_ragged_chunks_found_again": "kivi",
         }),
         Row("retraction", tests={
             "sglang/test_eviction.py::"
@@ -274,10 +276,11 @@ SGLANG = {
             "snapkv keydiff quest",
             "sglang/test_chunks.py::"
             "test_requests_retracted_and_chosen_apart_are_packed_as_before": "chunk",
+            "sglang/test_coded.py::test_retracted_and_aborted": "kivi",
         }),
         Row("CUDA graphs (recorded on a CPU)", tests={
             "sglang/test_replay.py::test_replayed_steps_answer_as_eager_ones":
-            "quest twilight snapkv streaming_llm xattention",
+            "quest twilight snapkv streaming_llm xattention kivi",
         }),
         Row("tensor parallelism", options={"tp_size": 2}, tests={
             "sglang/test_full_budget.py::test_two_ranks_equal_stock": "quest snapkv",

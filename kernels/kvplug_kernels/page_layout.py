@@ -105,6 +105,21 @@ class PageLayout:
         """Of the same page in dtype."""
         return 2 * self.page_size * self.head_size * self.dtype.itemsize
 
+    @property
+    def token_bytes(self) -> int:
+        """Of a token's share of a KV head's page, rounded up."""
+        return -(-self.page_bytes // self.page_size)
+
+    @property
+    def plain_tokens(self) -> int:
+        """Tokens in dtype that as many bytes hold as a page of codes, in whole bytes a token."""
+        return self.token_bytes * self.page_size * self.page_size // self.plain_bytes
+
+    @property
+    def plain_pages(self) -> int:
+        """Pages of codes whose bytes hold the page before it is coded."""
+        return -(-self.page_size // self.plain_tokens)
+
     def constants(self) -> dict[str, int]:
         """As Triton's kernels name them."""
         return {

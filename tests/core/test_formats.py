@@ -132,3 +132,14 @@ def test_quest_over_codes_bounds_every_key_as_it_is_read(bits):
     best = torch.einsum("hgd,pshd->hpsg", query[0], read).amax((2, 3))
     assert (scores[:, :-1] >= best[:, :-1] - 1e-5).all()
     assert scores[:, -1].isneginf().all(), "the newest page has no codes"
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("head", [64, 96, 128])
+def test_blocks_of_codes_that_hold_a_plain_page(bits, head):
+    layout = parse(f"kivi(bits={bits})").format.layout(32, head, torch.bfloat16)
+    block, token = layout.token_bytes * 32, layout.plain_bytes // 32
+    assert block >= layout.page_bytes > block - 32
+    assert layout.plain_tokens * token <= block < (layout.plain_tokens + 1) * token
+    assert (layout.plain_pages - 1) * layout.plain_tokens < 32
+    assert layout.plain_pages * layout.plain_tokens >= 32

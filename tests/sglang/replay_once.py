@@ -2,7 +2,7 @@
 
 A case: ["triton" or "flash" for SGLang's attention of that name, whether kvplug's kernels are
 interpreted or their references stand for them, server's settings, requests' own policies or null
-for each prompt].
+for each prompt, page size].
 """
 
 import importlib
@@ -50,10 +50,10 @@ def main(model: str, prompts: str, tokens: str, cases: list[str]) -> None:
         "context_length": 512,
         "triton_attention_num_kv_splits": 2,  # each is a program, which the interpreter is slow at
     }
-    for stock, interpreted, settings, chosen in map(json.loads, cases):
+    for stock, interpreted, settings, chosen, page_size in map(json.loads, cases):
         backend.stock = stocks[stock]
         os.environ["TRITON_INTERPRET"] = str(int(interpreted))
-        with start(Path(model), settings, **options) as engine:
+        with start(Path(model), settings, **options, page_size=page_size) as engine:
             graphs = capture(engine.scheduler.tp_worker.model_runner)
             waves = []
             for _ in range(2):  # rows, slots and lengths of the second are others

@@ -28,6 +28,8 @@ POLICIES = [
     "snapkv(budget=256, window=40) + quest(budget=96, dense_layers=0)",
     "streaming_llm(window=300) + quest(budget=96, dense_layers=1)",
     "pyramid(snapkv(budget=128), beta=20) + quest(budget=96, dense_layers=0)",
+    "kivi(bits=4)",
+    "kivi(bits=8) + snapkv(budget=256, window=40) + twilight(budget=0.2, bits=8, dense_layers=0)",
 ]
 
 

@@ -324,9 +324,58 @@ def test_policies_narrower_than_a_window(resolve, tmp_path, policy, message):
         resolve(served, model=tmp_path / "gemma3")
 
 
-def test_pages_are_kept_as_the_engine_keeps_them(resolve):
-    with pytest.raises(ValueError, match=r"kivi\(bits=4\) keeps pages as codes.*serve it in vLLM"):
-        resolve("kivi + snapkv")
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"page_size": 16}, "pages of 32 or 64 tokens, got --page-size 16; write --page-size 32"),
+        ({"page_size": 1}, "write --page-size 32"),
+        ({"tp_size": 2}, "tensor parallelism beside kivi(bits=4) was never run"),
+        ({"kv_cache_dtype": "fp8_e4m3"}, "codes plain pages, got --kv-cache-dtype fp8_e4m3"),
+        ({"kv_cache_dtype": "bfloat16"}, "codes plain pages, got --kv-cache-dtype bfloat16"),
+        ({"enable_hierarchical_cache": True}, "drop --enable-hierarchical-cache"),
+        ({"disaggregation_mode": "prefill"}, "drop --disaggregation-mode"),
+        ({"line": "kivi + a_shape"}, "sparse prefill beside kivi(bits=4) was never run"),
+        ({"line": "kivi + pyramid(snapkv)"}, "layers of different budgets beside kivi(bits=4)"),
+        ({"line": "kivi", "model": "gemma3"}, "the model has layers that see a window"),
+        ({"line": "kivi", "model": "hybrid"}, "the model has recurrent layers"),
+        (
+            {"line": "kivi(bits=2)", "model": "narrow"},
+            "kivi(bits=2): head_size must be a multiple",
+        ),
+    ],
+    ids=str,
+)
+def test_what_never_ran_beside_pages_of_codes(resolve, tmp_path, options, message):
+    line, model = options.pop("line", "kivi"), options.pop("model", None)
+    with pytest.raises(ValueError, match="kvplug cannot serve this configuration") as refused:
+        resolve(line, None if model is None else unfit(model, tmp_path), **options)
+    assert message in str(refused.value)
+
+
+def unfit(name, folder):
+    import transformers
+    from kvplug_evals.models import random_hybrid, random_llama
+
+    if name == "narrow":
+        transformers.LlamaConfig(
+            hidden_size=36, num_attention_heads=4, num_key_value_heads=2, head_dim=9,
+            num_hidden_layers=2, vocab_size=512, architectures=["LlamaForCausalLM"],
+        ).save_pretrained(folder)  # fmt: skip
+    else:
+        build = {"gemma3": random_llama.build_random_gemma3,
+                 "hybrid": random_hybrid.build_random_granite4}[name]  # fmt: skip
+        build(folder)
+    return folder
+
+
+def test_pages_of_codes_have_a_size_and_requests_a_number(resolve):
+    found = resolve("kivi + snapkv")
+    from kvplug_sglang import compat, refusals
+
+    assert compat.view(found).page_size == 32
+    assert compat.view(found).max_running_requests == refusals.REQUESTS
+    given = compat.view(resolve("kivi", page_size=64, max_running_requests=12))
+    assert (given.page_size, given.max_running_requests) == (64, 12)
 
 
 def test_layers_are_local_by_the_configuration_alone(resolve):

@@ -39,6 +39,12 @@ CASES = {
         ALONE,
     ),
     "of their own": (MIXED, ["snapkv(budget=48, window=16)", None, "knorm(budget=96)"]),
+    "in codes": ("kivi(bits=4)", ALONE),
+    "in codes, packed and selecting": (
+        "snapkv(budget=64, window=16) + kivi(bits=8) + "
+        "twilight(budget=40, bits=8, dense_layers=1)",
+        ALONE,
+    ),
     "as the server selects": (
         SELECTING, ["snapkv(budget=64, window=16) + quest(budget=48, dense_layers=1)", None, None]
     ),
@@ -49,9 +55,14 @@ OTHERWISE = {
 }
 
 
+PAGES = {name: 32 if name.startswith("in codes") else 16 for name in {**CASES, **OTHERWISE}}
+
 IN_TRITON = ("by mass", "by tokens", "both", "of their own", "in another way")
 """What its kernels are called with: the rest is the same over FlashAttention 3, in less time."""
-INTERPRETED = {("triton", name) for name in IN_TRITON} | {("flash", "blocks")}
+INTERPRETED = {("triton", name) for name in IN_TRITON} | {
+    ("flash", "blocks"),
+    ("flash", "in codes, packed and selecting"),
+}
 """With kvplug's own kernels, each of which is in one of these; with their references elsewhere."""
 SERVED = [("triton", name) for name in IN_TRITON]
 SERVED += [("flash", name) for name in {**CASES, **OTHERWISE}]
@@ -62,7 +73,7 @@ def replayed(eager):
     """One process for all, of SERVED: (stock, case) -> what it did."""
     model, batch, _ = eager
     cases = [
-        [stock, (stock, name) in INTERPRETED, *{**CASES, **OTHERWISE}[name]]
+        [stock, (stock, name) in INTERPRETED, *{**CASES, **OTHERWISE}[name], PAGES[name]]
         for stock, name in SERVED
     ]
     done = subprocess.run(
@@ -81,7 +92,8 @@ def eager(engine, random_llama, prompts):
     model, batch = random_llama(), prompts(150, 97, 1, seed=21)
     answers = {}
     for name, (settings, chosen) in {**CASES, **OTHERWISE}.items():
-        with engine(model, settings, chunked_prefill_size=64) as eager:
+        options = {"chunked_prefill_size": 64, "page_size": PAGES[name]}
+        with engine(model, settings, **options) as eager:
             rids = [eager.send(p, NEW, policy) for p, policy in zip(batch, chosen, strict=True)]
             eager.drain()
             answers[name] = [eager.output(rid) for rid in rids]

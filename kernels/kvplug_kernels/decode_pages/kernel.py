@@ -24,8 +24,9 @@ def decode_pages_kernel(
     t = tl.program_id(2) * BT + tl.arange(0, BT)
     d = tl.arange(0, BD)
     page = tl.load(pages + i).to(tl.int64)
-    valid = (t < S) & (page >= 0)
-    each = tl.zeros([BT], tl.int64) + tl.maximum(page, 0)
+    each = tl.zeros([BT], tl.int64) + page
+    valid = (t < S) & (each >= 0)  # Triton 3.9's interpreter widens a number's comparison
+    each = tl.maximum(each, 0)
     element: tl.constexpr = codes.dtype.element_ty
     k = coded_keys(
         codes + h * codes_h, spread + h * spread_h, each, t, valid, codes_n, spread_n, element, D,
