@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from kvplug import parse
+from kvplug.shown import progress
 from kvplug_evals.bench.load import Load, Sent, send
 from kvplug_evals.bench.prompts import MARGIN, prompts
 from kvplug_evals.bench.provenance import provenance
@@ -143,11 +144,13 @@ def sized(engine: Engine, options: Options) -> Engine:
 def run(options: Options, engine: Engine, console: Console, save: Callable[[Run], None]) -> Run:
     """Raises EngineError. ``save`` is called after every policy."""
     done = Run(options=options, engine=sized(engine, options))
-    for place, line in enumerate(options.policies):
-        console.print(f"[bold cyan]{escape(line)}[/]")
-        done.cells += _measure(line, place, done, console)
-        done.provenance["load_at_end"] = os.getloadavg()[0]
-        save(done)
+    with progress(console, len(options.policies)) as bar:
+        for place, line in enumerate(options.policies):
+            console.print(f"[bold cyan]{escape(line)}[/]")
+            done.cells += _measure(line, place, done, console)
+            done.provenance["load_at_end"] = os.getloadavg()[0]
+            save(done)
+            bar.advance()
     return done
 
 

@@ -3,6 +3,7 @@ than a bound; either on one's own text, into a file."""
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from datetime import UTC, datetime
@@ -17,9 +18,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvplug.heads import Heads
+from kvplug.shown import Json, progress, screen, write_json
 from kvplug_evals.calibration import measure
 from kvplug_evals.interrupts import Interrupts
-from kvplug_evals.progress import progress
 
 if TYPE_CHECKING:
     from kvplug_evals.calibration.quality import Found
@@ -80,6 +81,7 @@ def calibrate(
         str | None, typer.Option(help="Of weights and cache: auto, float32, bfloat16, float16.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Of the engine: 1.")] = None,
+    to: Json = None,
 ) -> None:
     """Measure a model on your own text, and write a file.
 
@@ -97,25 +99,28 @@ def calibrate(
     target.parent.resolve(strict=True)  # now, and not when all is measured
     sizes = {n: given[n] for n in ("contexts", "context", *HEADS, *QUALITY) if n in given}
     source = measure.TEXT if text is None else text.name
-    if quality is None:
-        named = {name: value for name, value in sizes.items() if name != "device"}
-        _heads(model, text, source, measure.Setting(**named), device or "cpu", target)
-        return
-    for name in ("held_out", "engine"):
-        sizes.pop(name, None)
-    if "budget" in sizes:
-        sizes["shares"] = tuple(sizes.pop("budget"))
-    if policy is None:
+    if quality is not None and policy is None:
         raise ValueError(
             "--quality finds the budget of a line; write --policy 'snapkv(budget={budget})'"
         )
-    sizes["line"] = sizes.pop("policy")
-    _quality(model, text, source, held_out, {**sizes, "quality": quality}, engine, target)
+    with screen(to) as console:
+        if quality is None:
+            named = {name: value for name, value in sizes.items() if name != "device"}
+            setting = measure.Setting(**named)
+            _heads(model, text, source, setting, device or "cpu", target, console)
+        else:
+            named = {n: x for n, x in sizes.items() if n not in ("held_out", "engine", "policy")}
+            if "budget" in named:
+                named["shares"] = tuple(named.pop("budget"))
+            told = {**named, "line": policy, "quality": quality}
+            _quality(model, text, source, held_out, told, engine or "vllm", target, console)
+    write_json(json.loads(target.read_text()), to)
 
 
 def _heads(
-    model: str, text: Path | None, source: str, setting: measure.Setting, device: str, out: Path
-) -> None:
+    model: str, text: Path | None, source: str, setting: measure.Setting, device: str, out: Path,
+    console: Console,
+) -> None:  # fmt: skip
     began = perf_counter()
     with progress(Console(stderr=True)) as bar:
         bar.say("layers of contexts")
@@ -124,17 +129,19 @@ def _heads(
             source=source, tell=bar.reach,
         )  # fmt: skip
     found.save(out)
-    _show_heads(found, setting, out, perf_counter() - began)
+    _show_heads(found, setting, out, perf_counter() - began, console)
 
 
-def _show_heads(found: Heads, setting: measure.Setting, out: Path, seconds: float) -> None:
+def _show_heads(
+    found: Heads, setting: measure.Setting, out: Path, seconds: float, console: Console
+) -> None:
     group = found.shape.heads // found.shape.kv_heads
     chosen = [
         pattern
         for layer in sorted(found.layers)
         for pattern in found.patterns(layer * found.shape.kv_heads, found.shape.kv_heads, group)
     ]
-    print(f"{found.model}: {found.shape}")
+    console.print(f"{found.model}: {found.shape}", soft_wrap=True)
     table = Table(box=box.SIMPLE)
     for column in ("pattern", "best for KV heads", "recall, mean", "least"):
         table.add_column(column, justify="left" if column == "pattern" else "right")
@@ -142,12 +149,13 @@ def _show_heads(found: Heads, setting: measure.Setting, out: Path, seconds: floa
         each = [share for layer in found.layers.values() for share in layer.recall[pattern]]
         mean, least = sum(each) / len(each), min(each)
         table.add_row(pattern, str(chosen.count(pattern)), f"{mean:.3f}", f"{least:.3f}")
-    Console().print(table)
+    console.print(table)
     far = sorted(share for layer in found.layers.values() for share in layer.outside)
-    print(
+    console.print(
         f"attention outside the first {setting.sinks} and the last {setting.window} tokens: "
         f"{far[0]:.1%} to {far[-1]:.1%} of a KV head's, {far[len(far) // 2]:.1%} in the middle\n"
-        f"{out}: {len(chosen)} KV heads ({seconds:.0f} s)"
+        f"{out}: {len(chosen)} KV heads ({seconds:.0f} s)",
+        soft_wrap=True,
     )
 
 
@@ -157,8 +165,9 @@ def _quality(
     source: str,
     held_out: Path | None,
     given: dict[str, object],
-    engine: str | None,
+    engine: str,
     out: Path,
+    console: Console,
 ) -> None:
     try:
         from kvplug_evals.calibration import quality
@@ -176,7 +185,7 @@ def _quality(
     apart = None
     if held_out is not None:
         apart = quality.read_text(held_out.read_text(), held_out.name, model, setting)
-    console, failed = Console(highlight=False), Console(stderr=True, highlight=False)
+    failed = Console(stderr=True, highlight=False)
     lines = 1 + len(setting.lines) + 2 * (apart is not None)
     try:
         with progress(failed, lines * setting.contexts) as bar:
@@ -186,7 +195,7 @@ def _quality(
                 bar.advance()
 
             found = quality.find(
-                engine or "vllm", model, setting, reading, apart,
+                engine, model, setting, reading, apart,
                 lambda what: bar.say(escape(what)), answered,
             )  # fmt: skip
     except (KeyboardInterrupt, EngineError) as error:
