@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +11,6 @@ from time import perf_counter
 from typing import Annotated
 
 from kvplug import __version__
-from kvplug.advice.cli import plan
 from kvplug.compiling import Server
 from kvplug.doctor import Check
 from kvplug.new_method import write as write_method
@@ -25,6 +21,9 @@ try:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+
+    from kvplug.advice.cli import plan
+    from kvplug.shown import STDOUT, Json, printing_to_stderr, progress, write_json
 except ModuleNotFoundError as error:
     raise SystemExit(
         f"the command kvplug needs {error.name}; install it with: pip install 'kvplug[cli]'"
@@ -42,12 +41,10 @@ app.command()(plan)
 
 
 @app.command()
-def policies(
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for a script.")] = False,
-) -> None:
+def policies(to: Json = None) -> None:
     """List the installed policies and what each does to the cache."""
-    if as_json:
-        print(json.dumps([_described(name) for name in policy_names()], indent=1))
+    write_json([_described(name) for name in policy_names()], to)
+    if to == STDOUT:
         return
     table = Table(
         title="policies",
@@ -98,7 +95,7 @@ def doctor(
     policy: Annotated[
         str | None, typer.Option(help="Policy line to check with the model; the default if none.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for a script.")] = False,
+    to: Json = None,
 ) -> None:
     """Check versions, hooks (by using them) and, with a model, what would be refused."""
     checks: Callable[[str | None, str | None], Iterable[Check]]
@@ -113,9 +110,8 @@ def doctor(
 
     with printing_to_stderr():
         found = list(checks(model, policy))
-    if as_json:
-        print(json.dumps([asdict(check) for check in found], indent=1))
-    else:
+    write_json([asdict(check) for check in found], to)
+    if to != STDOUT:
         table = Table(title="kvplug doctor", show_header=False)
         table.add_column(no_wrap=True)
         table.add_column(no_wrap=True)
@@ -154,41 +150,28 @@ def compile_context(
             "prompt of plain completions."
         ),
     ] = None,
+    to: Json = None,
 ) -> None:
     """Let a server read a context once for everyone: what its policy keeps serves later requests
     that begin with it, for as long as its prefix cache has room."""
     began = perf_counter()
-
-    def tell(done: int, chunks: int) -> None:
-        print(f"\r{done} of {chunks} chunks", end="", file=sys.stderr, flush=True)
-
-    found = Server(url).compile(file.read_text(), role, tell)
-    print(file=sys.stderr)
+    with progress(Console(stderr=True)) as bar:
+        bar.say("chunks")
+        found = Server(url).compile(file.read_text(), role, bar.reach)
+    seconds = perf_counter() - began
+    write_json({**vars(found), "seconds": seconds}, to)
     compiled = found.chunks * found.chunk
     print(
         f"{found.policy}: {found.tokens:,} tokens, of which {compiled:,} were compiled in "
         f"{found.chunks:,} chunks of {found.chunk:,}: {found.blocks:,} blocks before, "
-        f"{found.kept:,} now ({perf_counter() - began:.1f} s)"
+        f"{found.kept:,} now ({seconds:.1f} s)",
+        file=sys.stderr if to == STDOUT else None,
     )
     if not found.chunks:
         raise ValueError(
             f"a context of {found.tokens:,} tokens has no whole chunk of {found.chunk:,}; serve a "
             "policy of smaller chunks"
         )
-
-
-@contextmanager
-def printing_to_stderr() -> Iterator[None]:
-    """What engines print, and processes that they start, is no part of a command's output."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 def main() -> None:

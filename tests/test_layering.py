@@ -41,6 +41,7 @@ AT_IMPORT = {
     "kernels/kvplug_kernels/gpu_suite.py": {"triton"},
     "kvplug/cli.py": {"typer", "rich"},
     "kvplug/*/cli.py": {"typer", "rich"},
+    "kvplug/shown.py": {"typer", "rich"},
     "kvplug_sglang/cuda_triton.py": {"triton"},  # as SGLang's own backend that it wraps
 }
 IN_FUNCTIONS = {

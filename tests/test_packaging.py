@@ -115,7 +115,7 @@ def told(app, *words):
 
 assert "twilight" in told(app, "policies")
 Path("config.json").write_text(sys.argv[2])
-plan = json.loads(told(app, "plan", "config.json", "--gpu", "h100", "--json"))
+plan = json.loads(told(app, "plan", "config.json", "--gpu", "h100", "--json", "-"))
 assert plan["best"] == "twilight(budget=0.0625)"
 told(app, "new-method", "my_method")
 assert Path("my_method/my_method.py").is_file()

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from kvplug.shown import Json, screen
 from kvplug_evals.bench.cli import app as bench
 from kvplug_evals.calibration.cli import calibrate
 from kvplug_evals.interrupts import Interrupts
@@ -41,6 +42,7 @@ def demo(
         bool | None,
         typer.Option(help="vLLM starts sooner, as here; --no-enforce-eager compiles."),
     ] = None,
+    to: Json = None,
 ) -> None:
     """Serve one long conversation under several policies and compare them. Takes minutes."""
     try:
@@ -53,12 +55,12 @@ def demo(
             f"the demo needs {error.name}; install it with: pip install 'kvplug[cli,plot,evals]'"
         ) from None
 
-    console, failed = Console(highlight=False), Console(stderr=True, highlight=False)
-    interrupts = Interrupts()
+    failed, interrupts = Console(stderr=True, highlight=False), Interrupts()
     try:
         options = {"kv_cache_mib": kv_cache_mib, "enforce_eager": enforce_eager}
         chosen = configure(engine, model, options)
-        run_demo(policy or [], chosen, out, console, interrupts.check)
+        with screen(to) as console:
+            run_demo(policy or [], chosen, out, console, interrupts.check, to=to)
     except (KeyboardInterrupt, EngineError, NothingSaved, ValueError, OSError) as error:
         if interrupts.came:
             failed.print("stopped; no server is left running")

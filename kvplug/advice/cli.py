@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from itertools import pairwise
 from typing import Annotated, Any
@@ -19,6 +18,7 @@ from kvplug.advice.model import Model, read_model
 from kvplug.advice.published import CLASSES, ENGINE_FP8
 from kvplug.advice.ranking import WORTH, Advice, Line, advise, commands
 from kvplug.registry import did_you_mean
+from kvplug.shown import STDOUT, Json, write_json
 
 GiB = 1 << 30
 
@@ -54,7 +54,7 @@ def plan(
     chunk: Annotated[
         int, typer.Option(min=1, help="--max-num-batched-tokens of the server.")
     ] = 8192,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for a script.")] = False,
+    to: Json = None,
 ) -> None:
     """Say whether kvplug helps, by arithmetic: no engine is started, nothing is fetched.
 
@@ -69,9 +69,8 @@ def plan(
     pool = amount(cache, "cache", "40GiB") if cache else pool_bytes(shape, card)
     setup = Setup(card=card, pool=pool, block_size=block_size, chunk=chunk)
     found = advise(shape, setup, comes, quality, policy or ())
-    if as_json:
-        print(json.dumps(as_data(shape, setup, comes, quality, found, ranks), indent=1))
-    else:
+    write_json(as_data(shape, setup, comes, quality, found, ranks), to)
+    if to != STDOUT:
         show(Console(width=max(Console().width, 118), highlight=False), shape, setup, comes,
              quality, found, ranks)  # fmt: skip
 

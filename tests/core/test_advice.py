@@ -295,7 +295,7 @@ def test_the_command_prints_a_table_or_json(tmp_path):
     assert shown.exit_code == 0, shown.output
     assert "vllm serve" in shown.output
     assert "sglang.launch_server" in shown.output
-    found = json.loads(testing.CliRunner().invoke(app, [*asked, "--json"]).output)
+    found = json.loads(testing.CliRunner().invoke(app, [*asked, "--json", "-"]).output)
     assert found["best"] == "twilight(budget=0.0625)"
     assert found["model"]["kv_bytes_per_token"] == 131072
     assert "quest(budget=0.3)" in [line["policy"] for line in found["lines"]]

@@ -135,7 +135,9 @@ def test_the_list_of_policies_can_be_had_as_json():
     from kvplug.cli import app
 
     run = testing.CliRunner().invoke
-    found = {each["policy"]: each for each in json.loads(run(app, ["policies", "--json"]).output)}
+    found = {
+        each["policy"]: each for each in json.loads(run(app, ["policies", "--json", "-"]).output)
+    }
     assert found["quest"]["paper"] == "https://arxiv.org/abs/2406.10774"
     assert found["quest"]["query_agnostic"] is False
     shown = run(app, ["policies"]).output

@@ -30,7 +30,7 @@ from kvplug_evals.demo.plot import draw  # noqa: E402
 from kvplug_evals.demo.report import (  # noqa: E402
     NothingSaved,
     Result,
-    as_json,
+    as_data,
     check_savings,
     say_result,
 )
@@ -307,7 +307,7 @@ def test_the_report_is_whole_on_a_narrow_terminal(result):
 
 
 def test_the_results_are_json(result):
-    found = json.loads(as_json(result))
+    found = json.loads(json.dumps(as_data(result)))
     assert [found["policies"][i]["blocks_held_peak"] for i in range(4)] == [157, 48, 157, 190]
     assert [found["policies"][i]["documents_at_once"] for i in range(4)] == [4, 8, 4, 7]
     assert found["settings"]["model"] == "models/tiny"

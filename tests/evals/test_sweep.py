@@ -24,7 +24,7 @@ from kvplug_evals.engines.interface import EngineError, EngineOptions, Reply, Wa
 from kvplug_evals.engines.start import start_engine
 from kvplug_evals.interrupts import Interrupts
 from kvplug_evals.models.recall import build_recall_model
-from kvplug_evals.sweep.compare import compare
+from kvplug_evals.sweep.compare import as_table, compare
 from kvplug_evals.sweep.journal import Journal
 from kvplug_evals.sweep.plot import draw, family
 from kvplug_evals.sweep.report import report, tables, write_report
@@ -456,7 +456,10 @@ def test_reports_are_written_anew_and_directories_packed_and_nothing_is_run(out)
         assert done.exit_code == 0, done.output
         return "".join(done.output.split())
 
-    kvplug("--report", str(out))
+    kvplug("--report", str(out), "--json", str(out.parent / "figures.json"))
+    figures = json.loads((out.parent / "figures.json").read_text())
+    assert {"dense", "snapkv(budget=512)"} <= {line["policy"] for line in figures}
+    assert all(line["tokens"] == 2048 and "fixed" in line["means"] for line in figures)
     text = (out / "report.md").read_text()
     assert text.startswith("# mine")
     (out / "mine-kvplug_recall-2048.png").unlink()
@@ -597,6 +600,7 @@ def test_families_of_compositions():
     assert family("quest(budget=3, top_p=0.9, dense_layers=0)") == "quest top_p"
 
 
+@pytest.mark.usefixtures("handlers")
 def test_two_directories_are_compared_where_they_meet(out, tmp_path):
     finish(tmp_path / "b", "snapkv(budget=512)", rows([1.0, 1.0], held_bytes=1e6))
     finish(tmp_path / "b", "keydiff", rows([1.0, 1.0]))
@@ -604,7 +608,7 @@ def test_two_directories_are_compared_where_they_meet(out, tmp_path):
     def shown():
         with (tmp_path / "shown").open("w") as file:
             console = Console(width=160, record=True, file=file)
-            console.print(compare(out, tmp_path / "b"))
+            console.print(as_table(out, tmp_path / "b", compare(out, tmp_path / "b")))
         return console.export_text()
 
     text = shown()
@@ -614,6 +618,12 @@ def test_two_directories_are_compared_where_they_meet(out, tmp_path):
     assert "keydiff" not in text
     finish(out, "snapkv(budget=512)", rows([0.0, 0.0]), seed=1)
     assert shown() == text, "of two seeds the same one"
+    done = CliRunner().invoke(
+        app, ["eval", "--compare", str(out), str(tmp_path / "b"), "--json", "-"]
+    )
+    (row,) = json.loads(done.stdout)
+    assert (row["policy"], row["after"] - row["before"]) == ("snapkv(budget=512)", 0.25)
+    assert row["difference"]["low"] == 0.25
     (tmp_path / "c").mkdir()
     finish(tmp_path / "c", "expected", rows([1.0]))
     with pytest.raises(ValueError, match="no setting in common"):

@@ -354,6 +354,7 @@ def test_what_never_ran_beside_pages_of_codes(resolve, tmp_path, options, messag
 
 def unfit(name, folder):
     import transformers
+
     from kvplug_evals.models import random_hybrid, random_llama
 
     if name == "narrow":

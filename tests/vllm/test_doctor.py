@@ -15,7 +15,7 @@ KVPLUG = [sys.executable, "-c", "from kvplug.cli import main; main()"]
 
 def doctor(*options: str) -> tuple[int, dict[str, dict[str, object]]]:
     """Its status and what it found, by name."""
-    command = [*KVPLUG, "doctor", "--json", *options]
+    command = [*KVPLUG, "doctor", "--json", "-", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=580)
     assert done.stdout.startswith("["), done.stderr
     return done.returncode, {check["name"]: check for check in json.loads(done.stdout)}

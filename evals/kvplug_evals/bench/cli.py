@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from kvplug.shown import Json, screen, write_json
 from kvplug_evals.bench import compression as bench_compression
 from kvplug_evals.bench.options import Clock, Dtype, Options, Pages, Policy, read_heads
 from kvplug_evals.interrupts import Interrupts
@@ -69,6 +73,7 @@ def attention(
     out: Annotated[Path, typer.Option(help="JSON file; the table goes beside it.")] = Path(
         "results/bench/attention-cpu.json"
     ),
+    to: Json = None,
 ) -> None:
     """One decode step of one layer: vLLM's stock CPU_ATTN against a policy. Takes minutes."""
     if find_spec("vllm") is None:
@@ -93,8 +98,7 @@ def attention(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     # OpenMP reads its environment when torch is loaded, and here it is already.
-    command = [sys.executable, "-m", "kvplug_evals.bench.run", options.as_json()]
-    raise typer.Exit(subprocess.run(command, env=os.environ | environment(threads)).returncode)
+    _measure("run", options.as_json(), threads, out, to)
 
 
 @app.command()
@@ -122,6 +126,7 @@ def prefill(
     out: Annotated[Path, typer.Option(help="JSON file; the table goes beside it.")] = Path(
         "results/bench/prefill-cpu.json"
     ),
+    to: Json = None,
 ) -> None:
     """A chunk of a prompt in one layer: vLLM's stock CPU_ATTN against policies. Takes minutes."""
     if find_spec("vllm") is None:
@@ -144,8 +149,7 @@ def prefill(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    command = [sys.executable, "-m", "kvplug_evals.bench.prefill", options.as_json()]
-    raise typer.Exit(subprocess.run(command, env=os.environ | environment(threads)).returncode)
+    _measure("prefill", options.as_json(), threads, out, to)
 
 
 @app.command()
@@ -166,6 +170,7 @@ def compression(
     out: Annotated[Path, typer.Option(help="JSON file; the table goes beside it.")] = Path(
         "results/bench/compression-cpu.json"
     ),
+    to: Json = None,
 ) -> None:
     """A whole engine: what compressing a prompt costs of its time to first token. Minutes."""
     if find_spec("vllm") is None:
@@ -185,9 +190,11 @@ def compression(
             out=out,
             command=shlex.join(["kvplug", "bench", "compression", *given("compression")]),
         )
-        bench_compression.run(options, Console(highlight=False))
+        with screen(to) as console:
+            bench_compression.run(options, console)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    _copy(out, to)
 
 
 @app.command()
@@ -224,6 +231,7 @@ def serve(
     out: Annotated[Path, typer.Option(help="JSON file; table, plot and logs beside it.")] = Path(
         "results/bench/serve-cpu.json"
     ),
+    to: Json = None,
 ) -> None:
     """Whole servers under the engine's own load generator: dense against policies. Minutes."""
     try:
@@ -231,16 +239,13 @@ def serve(
         from kvplug_evals.bench.prompts import recall_8b
         from kvplug_evals.bench.provenance import WIDTH
         from kvplug_evals.bench.serve_report import save, show
-        from kvplug_evals.engines.interface import EngineError
         from kvplug_evals.served.choose import check_model, configure, policies
     except ModuleNotFoundError as error:
         raise SystemExit(
             f"this needs {error.name}; install it with: pip install 'kvplug[cli,plot,evals]'"
         ) from None
 
-    interrupts = Interrupts()
-    failed = Console(stderr=True, highlight=False)
-    try:
+    with _servers("serve"):
         chosen = {"dtype": dtype, "threads": threads, "enforce_eager": enforce_eager}
         served = configure(engine, model or recall_8b(Path(".models")), chosen)
         check_model(served.model)
@@ -256,15 +261,11 @@ def serve(
             out=out,
             command=shlex.join(["kvplug", "bench", "serve", *given("serve")]),
         )
-        console = Console(highlight=False)
-        done = bench_serve.run(options, served, console, save)
-        show(done, Console(highlight=False, width=max(console.width, WIDTH)))
-    except (KeyboardInterrupt, EngineError, ValueError, OSError) as error:
-        if interrupts.came:
-            failed.print("stopped; no server is left running")
-            raise typer.Exit(130) from None
-        failed.print(f"[bold red]kvplug bench serve:[/] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(1) from None
+        with screen(to) as console:
+            done = bench_serve.run(options, served, console, save)
+            console.width = max(console.width, WIDTH)
+            show(done, console)
+        _copy(out, to)
 
 
 @app.command()
@@ -298,22 +299,20 @@ def idle(
     out: Annotated[Path, typer.Option(help="JSON file; table and logs beside it.")] = Path(
         "results/bench/idle-cpu.json"
     ),
+    to: Json = None,
 ) -> None:
     """Sessions that lie idle in vLLM: what is kept of each, and its next turn. Minutes."""
     try:
         from kvplug_evals.bench import idle as bench_idle
         from kvplug_evals.bench.prompts import recall_8b
         from kvplug_evals.bench.provenance import WIDTH
-        from kvplug_evals.engines.interface import EngineError
         from kvplug_evals.served.choose import check_model, configure
     except ModuleNotFoundError as error:
         raise SystemExit(
             f"this needs {error.name}; install it with: pip install 'kvplug[cli,plot,evals]'"
         ) from None
 
-    interrupts = Interrupts()
-    failed = Console(stderr=True, highlight=False)
-    try:
+    with _servers("idle"):
         chosen = {"dtype": dtype, "threads": threads, "enforce_eager": enforce_eager}
         served = configure("vllm", model or recall_8b(Path(".models")), chosen)
         check_model(served.model)
@@ -327,15 +326,43 @@ def idle(
             out=out,
             command=shlex.join(["kvplug", "bench", "idle", *given("idle")]),
         )
-        console = Console(highlight=False)
-        done = bench_idle.run(options, served, console, bench_idle.save)
-        bench_idle.show(done, Console(highlight=False, width=max(console.width, WIDTH)))
+        with screen(to) as console:
+            done = bench_idle.run(options, served, console, bench_idle.save)
+            console.width = max(console.width, WIDTH)
+            bench_idle.show(done, console)
+        _copy(out, to)
+
+
+@contextmanager
+def _servers(command: str) -> Iterator[None]:
+    """While they run: what stops them is said, and leaves none behind."""
+    from kvplug_evals.engines.interface import EngineError
+
+    interrupts = Interrupts()
+    failed = Console(stderr=True, highlight=False)
+    try:
+        yield
     except (KeyboardInterrupt, EngineError, ValueError, OSError) as error:
         if interrupts.came:
             failed.print("stopped; no server is left running")
             raise typer.Exit(130) from None
-        failed.print(f"[bold red]kvplug bench idle:[/] {escape(str(error))}", soft_wrap=True)
+        failed.print(f"[bold red]kvplug bench {command}:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from None
+
+
+def _measure(part: str, options: str, threads: int, out: Path, to: Path | None) -> None:
+    """A process that measures, with its threads set."""
+    command = [sys.executable, "-m", f"kvplug_evals.bench.{part}", options]
+    with screen(to):
+        done = subprocess.run(command, env=os.environ | environment(threads))
+    if not done.returncode:
+        _copy(out, to)
+    raise typer.Exit(done.returncode)
+
+
+def _copy(out: Path, to: Path | None) -> None:
+    """What a benchmark saved, where --json says."""
+    write_json(json.loads(out.read_text()), to)
 
 
 def given(command: str) -> list[str]:

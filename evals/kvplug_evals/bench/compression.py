@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from kvplug import parse
+from kvplug.shown import progress
 from kvplug_evals.bench.options import Clock
 from kvplug_evals.bench.provenance import WIDTH, provenance, table
 from kvplug_evals.models.folder import BUILD_MODELS
@@ -195,14 +196,16 @@ def measure(options: Options, console: Console) -> list[Result]:
     """Raises ValueError where a prompt was not compressed, RuntimeError where an engine ended."""
     results, source = [], random.Random(0)
     vocabulary = json.loads((options.model / "config.json").read_text())["vocab_size"]
-    with engine(DENSE, options) as dense:
+    pairs_in_all = len(options.policies) * (1 + options.repeats)
+    with engine(DENSE, options) as dense, progress(console, pairs_in_all) as bar:
         for line in options.policies:
-            console.print(f"[dim]{escape(line)}[/]")
+            bar.say(escape(line))
             with engine(line, options) as ours:
                 pairs = []
                 for _ in range(1 + options.repeats):
                     prompt = [source.randrange(vocabulary) for _ in range(options.tokens)]
                     pairs.append((dense.ask(prompt), ours.ask(prompt)))
+                    bar.advance()
             if not all(steps.packed for _, steps in pairs) or any(s.packed for s, _ in pairs):
                 raise ValueError(f"{line} did not compress every prompt")
             results.append(Result(policy=line, pairs=pairs[1:]))
@@ -257,7 +260,8 @@ def run(options: Options, console: Console) -> list[Result]:
         "policies": [result.as_json() for result in results],
     }
     options.out.write_text(json.dumps(data, indent=1) + "\n")
-    show(results, source, options, Console(highlight=False, width=max(console.width, WIDTH)))
+    console.width = max(console.width, WIDTH)
+    show(results, source, options, console)
     with options.out.with_suffix(".txt").open("w") as file:
         show(results, source, options, Console(file=file, width=WIDTH, highlight=False))
     return results

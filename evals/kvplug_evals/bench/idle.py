@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from kvplug import parse
+from kvplug.shown import progress
 from kvplug_evals.bench.prompts import MARGIN, prompts
 from kvplug_evals.bench.provenance import WIDTH, provenance, table
 from kvplug_evals.bench.serve import agreement, block_bytes, sized, state
@@ -152,11 +153,13 @@ def run(options: Options, engine: Engine, console: Console, save: Callable[[Run]
     blocks = -(-options.length // engine.block_size)
     host_mib = -(-int(options.host_fit * blocks) * block_bytes(engine) // MiB)
     done = Run(options=options, engine=sized_, host_mib=host_mib)
-    for place, case in enumerate(options.cases):
-        console.print(f"[bold cyan]{escape(str(case))}[/]")
-        done.turns.append(_measure(case, place, done))
-        done.provenance["load_at_end"] = os.getloadavg()[0]
-        save(done)
+    with progress(console, len(options.cases)) as bar:
+        for place, case in enumerate(options.cases):
+            console.print(f"[bold cyan]{escape(str(case))}[/]")
+            done.turns.append(_measure(case, place, done))
+            done.provenance["load_at_end"] = os.getloadavg()[0]
+            save(done)
+            bar.advance()
     return done
 
 

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median
 from time import perf_counter, thread_time
@@ -27,6 +28,7 @@ from rich.console import Console
 from torch import Tensor
 
 from kvplug import choose_pages, parse, step_reads
+from kvplug.shown import progress
 from kvplug_evals.bench.attention import Stopwatch
 from kvplug_evals.bench.layer import Layer, Shape, fill, page_table
 from kvplug_evals.bench.options import Clock, Heads
@@ -239,12 +241,13 @@ def run(options: Options, console: Console) -> list[Result]:
     """Measures, shows, and keeps JSON and text."""
     torch.set_num_threads(options.threads)
     source, results = provenance(options.command, "vllm"), []
-    for heads in options.heads:
-        for context in options.context:
-            for line in options.policies:
-                console.print(f"[dim]{heads.name}, {context:,} tokens, {line}[/]")
-                results.append(Chunk(options, heads, context, line).measure())
-                gc.collect()
+    cells = list(product(options.heads, options.context, options.policies))
+    with progress(console, len(cells)) as bar:
+        for heads, context, line in cells:
+            console.print(f"[dim]{heads.name}, {context:,} tokens, {line}[/]")
+            results.append(Chunk(options, heads, context, line).measure())
+            gc.collect()
+            bar.advance()
     source["load_at_end"] = os.getloadavg()[0]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     data = {

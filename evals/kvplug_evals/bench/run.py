@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Iterator
+from itertools import product
 from time import monotonic, perf_counter, thread_time
 
 import torch
 from rich.console import Console
 from rich.markup import escape
 
+from kvplug.shown import progress
 from kvplug_evals.bench import report
 from kvplug_evals.bench.attention import Cell, Result, WrongOutput, describe
 from kvplug_evals.bench.layer import Shape, available_bytes
-from kvplug_evals.bench.options import Clock, Options, Pages
+from kvplug_evals.bench.options import Clock, Heads, Options, Pages
 from kvplug_kernels.warm_up import warm_up
 
 
@@ -38,22 +41,27 @@ def run_bench(options: Options, console: Console) -> None:
     if torch.cpu._is_amx_tile_supported():
         torch.cpu._init_amx()  # an engine's first linear layer does; stock attention relies on it
     run = report.Run(options)
-    began = monotonic()
-    for heads in options.heads:
-        for dtype in options.dtype:
-            for context in options.context:
-                for batch in options.batch:
-                    shape = Shape(
-                        B=batch, T=context, Hq=heads.Hq, H=heads.H, D=heads.D,
-                        S=options.block_size, dtype=getattr(torch, dtype),
-                    )  # fmt: skip
-                    console.print(f"[dim]{monotonic() - began:4.0f} s  {describe(shape)}[/]")
-                    try:
-                        run.add(heads.name, measure_cell(options, shape))
-                    except MemoryError as error:
-                        run.leave_out(heads.name, shape, str(error))
-                    run.save()
+    began, cells = monotonic(), list(shapes(options))
+    with progress(console, len(cells)) as bar:
+        for heads, shape in cells:
+            console.print(f"[dim]{monotonic() - began:4.0f} s  {describe(shape)}[/]")
+            try:
+                run.add(heads.name, measure_cell(options, shape))
+            except MemoryError as error:
+                run.leave_out(heads.name, shape, str(error))
+            run.save()
+            bar.advance()
     run.finish()
+
+
+def shapes(options: Options) -> Iterator[tuple[Heads, Shape]]:
+    for heads, dtype, context, batch in product(
+        options.heads, options.dtype, options.context, options.batch
+    ):
+        yield heads, Shape(
+            B=batch, T=context, Hq=heads.Hq, H=heads.H, D=heads.D, S=options.block_size,
+            dtype=getattr(torch, dtype),
+        )  # fmt: skip
 
 
 def measure_cell(options: Options, shape: Shape) -> Result:

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from kvplug import parse
+from kvplug.shown import progress
 from kvplug_evals.bench.load import Load, Sent, send
 from kvplug_evals.bench.prompts import MARGIN, prompts
 from kvplug_evals.bench.provenance import provenance
@@ -148,11 +149,13 @@ def run(options: Options, engine: Engine, console: Console, save: Callable[[Run]
     """Raises EngineError. ``save`` is called after every policy."""
     at_once = max(options.batch, options.requests)
     done = Run(options=options, engine=sized(engine, options.length, options.fit, at_once))
-    for place, line in enumerate(options.policies):
-        console.print(f"[bold cyan]{escape(line)}[/]")
-        done.cells += _measure(line, place, done, console)
-        done.provenance["load_at_end"] = os.getloadavg()[0]
-        save(done)
+    with progress(console, len(options.policies)) as bar:
+        for place, line in enumerate(options.policies):
+            console.print(f"[bold cyan]{escape(line)}[/]")
+            done.cells += _measure(line, place, done, console)
+            done.provenance["load_at_end"] = os.getloadavg()[0]
+            save(done)
+            bar.advance()
     return done
 
 

@@ -14,7 +14,7 @@ means over blocks, or queries, and contexts. Layers with a window of their own a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -211,17 +211,16 @@ def _asking(most: int, blocks: int, tokens: int, device: torch.device) -> Asking
     )
 
 
-def contexts(tokens: Sequence[int], setting: Setting) -> Iterator[Sequence[int]]:
+def contexts(tokens: Sequence[int], count: int, length: int) -> list[list[int]]:
     """Evenly spread over a text. Raises ValueError where it is too short for them."""
-    if len(tokens) < setting.contexts * setting.context:
+    if len(tokens) < count * length:
         raise ValueError(
-            f"the text has {len(tokens):,} tokens of this model, and {setting.contexts} contexts "
-            f"of {setting.context:,} need {setting.contexts * setting.context:,}; give --text a "
-            "longer file, or write fewer --contexts or a shorter --context"
+            f"the text has {len(tokens):,} tokens of this model, and {count} contexts of "
+            f"{length:,} need {count * length:,}; give --text a longer file, or write fewer "
+            "--contexts or a shorter --context"
         )
-    apart = len(tokens) // setting.contexts
-    for number in range(setting.contexts):
-        yield tokens[number * apart :][: setting.context]
+    apart = len(tokens) // count
+    return [list(tokens[number * apart :][:length]) for number in range(count)]
 
 
 def calibrate(
@@ -257,7 +256,7 @@ def calibrate(
     setting = setting or Setting()
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids = tokenizer(default_text() if text is None else text).input_ids
-    cut = list(contexts(ids, setting))
+    cut = contexts(ids, setting.contexts, setting.context)
     done, total = 0, 0
 
     def count() -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import mean, median
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -269,7 +269,7 @@ def short(policy: str) -> str:
     return policy if len(policy) <= 20 else f"{name}\n{bracket}{options.replace(' + ', chr(10))}"
 
 
-def as_json(result: Result) -> str:
+def as_data(result: Result) -> dict[str, Any]:
     rows = [
         {
             **asdict(row),
@@ -283,7 +283,7 @@ def as_json(result: Result) -> str:
         }
         for row in result.rows
     ]
-    whole = {
+    return {
         "machine": result.machine,
         "settings": {
             **result.engine.as_json(),
@@ -293,4 +293,3 @@ def as_json(result: Result) -> str:
         "seconds": result.seconds,
         "policies": rows,
     }
-    return json.dumps(whole, indent=1) + "\n"

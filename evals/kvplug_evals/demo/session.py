@@ -6,16 +6,15 @@ import asyncio
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from kvplug import parse
+from kvplug.shown import Bar, progress, write_json
 from kvplug_evals.demo import report
 from kvplug_evals.demo.conversation import (
     CLIENTS,
@@ -57,10 +56,11 @@ def run_demo(
     console: Console,
     check: Callable[[], object] = lambda: None,
     sizes: Sizes | None = None,
+    to: Path | None = None,
 ) -> None:
     """Raises EngineError, report.NothingSaved, ValueError and OSError; no server is left.
 
-    ``sizes`` are the engine's of ``SIZES`` if None.
+    ``sizes`` are the engine's of ``SIZES`` if None. ``to``: where the figures are written besides.
 
     ``check()`` is called again and again, and may raise to stop.
     """
@@ -71,11 +71,11 @@ def run_demo(
     report.say_plan(console, talk, engine, len(compared))
     began = monotonic()
     rows = []
-    with _progress(console, len(compared) * (2 + TURNS)) as progress:
+    with progress(console, len(compared) * (2 + TURNS)) as bar:
         for place, line in enumerate(compared, start=1):
             console.print(f"[bold]{place}/{len(compared)} [cyan]{escape(line)}[/]")
             log = out / f"server-{place}.log"
-            rows.append(_converse(line, talk, engine, log, console, progress, check))
+            rows.append(_converse(line, talk, engine, log, console, bar, check))
     result = report.Result(
         rows=rows,
         engine=engine,
@@ -86,7 +86,8 @@ def run_demo(
     report.say_result(console, result)
     plot, data = out / "demo.png", out / "demo.json"
     draw(result, plot)
-    data.write_text(report.as_json(result))
+    write_json(report.as_data(result), data)
+    write_json(report.as_data(result), to)
     console.print(f"\n[bold]saved[/]  {plot}  {data}  {out}/server-*.log", soft_wrap=True)
     report.check_savings(rows)
 
@@ -97,49 +98,28 @@ def _converse(
     engine: Engine,
     log: Path,
     console: Console,
-    progress: Progress,
+    bar: Bar,
     check: Callable[[], object],
 ) -> Row:
-    task = progress.task_ids[0]
-
-    def show(what: str) -> None:
-        progress.update(task, description=what)
-
-    show(f"starting {engine.title}, log in {log}")
+    bar.say(f"starting {engine.title}, log in {log}")
     with serve(engine, str(parse(line)), log, check) as server:
-        progress.advance(task)
+        bar.advance()
         row = Row(policy=line, is_dense=parse(line).is_dense, start_seconds=server.start_seconds)
         console.print(f"    server ready in {row.start_seconds:.0f} s")
 
         def sampled(held: int) -> None:
             check()
             turn = min(len(row.turns) + 1, TURNS)
-            show(f"turn {turn} of {TURNS}, {CLIENTS} clients, {held} blocks held")
+            bar.say(f"turn {turn} of {TURNS}, {CLIENTS} clients, {held} blocks held")
 
         def turned() -> None:
             check()
-            progress.advance(task)
+            bar.advance()
             (report.say_documents if row.batch else report.say_turn)(console, row)
 
         asyncio.run(hold(engine, server.url, talk, documents(talk.sizes), row, sampled, turned))
-        show("stopping the server")
+        bar.say("stopping the server")
     return row
-
-
-@contextmanager
-def _progress(console: Console, steps: int) -> Iterator[Progress]:
-    progress = Progress(
-        SpinnerColumn(),
-        BarColumn(bar_width=20),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    progress.add_task("", total=steps)
-    with progress:
-        yield progress
 
 
 def machine(*packages: str) -> dict[str, str]:

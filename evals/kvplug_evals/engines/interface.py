@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from kvplug_evals.models.folder import AUTO
 
@@ -32,6 +32,9 @@ class Request:
     """Texts that end the free part; they are not returned."""
     scored: int = 0
     """How many of the last forced tokens to return the model's log-probability for."""
+    policy: str | None = None
+    """Its own choice, of what ``EngineOptions.allow`` lets requests choose; None for the
+    server's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +89,19 @@ class EngineOptions:
     """Of weights and cache; see `served_dtype`."""
     multiprocess: bool = True
     """An engine in processes of its own, where kvplug's compiled CPU code serves."""
+    allow: tuple[str, ...] = ()
+    """Policies that requests may choose, by name."""
+    max_budget: int | None = None
+    """The most tokens that such a request may keep."""
+
+    def offer(self, policy: str) -> dict[str, Any]:
+        """kvplug's configuration of a server of that policy."""
+        given: dict[str, Any] = {"policy": policy}
+        if self.allow:
+            given["allow"] = list(self.allow)
+        if self.max_budget is not None:
+            given["max_budget"] = self.max_budget
+        return given
 
 
 class Engine(Protocol):

@@ -154,6 +154,8 @@ class SGLangEngine:
         }
         if request.forced:
             parameters["custom_params"] = {FORCED: list(request.forced), SCORED: request.scored}
+        if request.policy is not None:
+            parameters.setdefault("custom_params", {})["kvplug"] = request.policy
         return parameters
 
     def _see(self, state: Running, event: dict[str, Any], now: float) -> None:
@@ -356,10 +358,11 @@ def command(policy: str, options: EngineOptions) -> list[str]:
     model, size = Path(options.model), options.block_size
     dtype = served_dtype(model, options.dtype)
     tokens = options.kv_cache_mib * MiB // token_bytes(model, dtype) // size * size
+    line = json.dumps(options.offer(policy)) if options.allow else policy
     eager = ("--disable-decode-cuda-graph", "--disable-prefill-cuda-graph")
     return [
         *(sys.executable, "-m", "sglang.launch_server", "--model-path", options.model),
-        *("--attention-backend", "kvplug", "--kvplug-policy", policy),
+        *("--attention-backend", "kvplug", "--kvplug-policy", line),
         *("--dtype", dtype, "--random-seed", "0"),
         *("--page-size", str(size), "--max-total-tokens", str(tokens)),
         *("--context-length", str(options.max_model_len)),

@@ -35,7 +35,7 @@ from kvplug_evals.engines.running import (
 from kvplug_evals.engines.stock import Stock, is_stock, parse_stock
 from kvplug_evals.models.folder import served_dtype
 
-FORCED = "kvplug_forced"
+FORCED, REQUEST_FIELD = "kvplug_forced", "kvplug"
 READS = 20
 
 
@@ -98,7 +98,7 @@ class VLLMEngine:
         arguments = EngineArgs(
             model=options.model,
             dtype=served_dtype(Path(options.model), options.dtype),
-            **(self.stock.arguments if self.stock else served_by_kvplug(policy)),
+            **(self.stock.arguments if self.stock else served_by_kvplug(policy, options)),
             block_size=options.block_size,
             max_model_len=options.max_model_len,
             max_num_seqs=options.max_num_seqs,
@@ -186,7 +186,7 @@ class VLLMEngine:
                 self.compiled.add(known)
                 self.requests += 1
                 own = SamplingParams(
-                    max_tokens=1, extra_args={"kvplug": REQUEST}, detokenize=False
+                    max_tokens=1, extra_args={REQUEST_FIELD: REQUEST}, detokenize=False
                 )
                 self.engine.add_request(str(self.requests), {"prompt_token_ids": prompt}, own)
         while self.engine.has_unfinished_requests():
@@ -211,11 +211,12 @@ class VLLMEngine:
         from vllm import SamplingParams
 
         self.requests += 1
+        chosen = {} if request.policy is None else {REQUEST_FIELD: request.policy}
         parameters = SamplingParams(
             temperature=0,
             max_tokens=len(request.forced) + request.new_tokens + stay,
             ignore_eos=True,
-            extra_args={FORCED: list(request.forced)},
+            extra_args={FORCED: list(request.forced), **chosen},
             logprobs=0 if request.scored else None,
             detokenize=False,
         )
@@ -282,10 +283,10 @@ def chunk_of(policy: str, block_size: int) -> int:
     return Planner(Settings(policy=composed), block_size).chunk * block_size
 
 
-def served_by_kvplug(policy: str) -> dict[str, Any]:
+def served_by_kvplug(policy: str, options: EngineOptions) -> dict[str, Any]:
     return {
         "attention_backend": "kvplug",
-        "additional_config": {"kvplug": {"policy": policy}},
+        "additional_config": {"kvplug": options.offer(policy)},
     }
 
 

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from kvplug.shown import Json, screen, write_json
 from kvplug_evals.interrupts import Interrupts
 
 
@@ -97,6 +98,7 @@ def evaluate(
             "nothing. Reports, comparisons and sweeps that go on read it too."
         ),
     ] = None,
+    to: Json = None,
 ) -> None:
     """What a policy costs in answers, through the engine that serves. Resumes what it began."""
     if os.environ.get("OMP_NUM_THREADS") != str(threads) and in_process:
@@ -105,9 +107,10 @@ def evaluate(
         os.execv(sys.executable, [sys.executable, *sys.argv])
     try:
         from kvplug_evals.engines.interface import EngineError
+        from kvplug_evals.sweep.compare import as_data, as_table
         from kvplug_evals.sweep.compare import compare as compared
         from kvplug_evals.sweep.plot import draw
-        from kvplug_evals.sweep.report import write_report
+        from kvplug_evals.sweep.report import figures, write_report
         from kvplug_evals.sweep.results import finished, results
         from kvplug_evals.sweep.results import pack as packed
         from kvplug_evals.sweep.session import Run, run_sweep
@@ -118,23 +121,29 @@ def evaluate(
             "pip install 'kvplug[cli,plot,evals]'"
         ) from None
 
-    console, failed = Console(highlight=False), Console(stderr=True, highlight=False)
-    interrupts = Interrupts()
+    failed, interrupts = Console(stderr=True, highlight=False), Interrupts()
     command = shlex.join(["kvplug", *sys.argv[1:]])
 
-    def write(directory: Path) -> None:
+    def write(directory: Path, console: Console) -> None:
         file = write_report(directory, draw(results(directory), directory))
         console.print(f"[bold]saved[/]  {file}", soft_wrap=True)
 
     try:
         if compare is not None:
-            console.print(compared(*compare))
+            rows = compared(*compare)
+            with screen(to) as console:
+                console.print(as_table(*compare, rows))
+            write_json(as_data(rows), to)
             return
         if report is not None:
-            write(report)
+            with screen(to) as console:
+                write(report, console)
+            write_json(figures(report), to)
             return
         if pack is not None:
-            console.print(f"[bold]saved[/]  {packed(pack)}", soft_wrap=True)
+            with screen(to) as console:
+                console.print(f"[bold]saved[/]  {packed(pack)}", soft_wrap=True)
+            write_json(figures(pack), to)
             return
         chosen = changed(
             read_suite(suite),
@@ -161,13 +170,15 @@ def evaluate(
             multiprocess=not in_process,
             check=interrupts.check,
         )
-        build_models(chosen)
-        console.print(f"{len(settings)} settings, results in {directory}")
-        try:
-            run_sweep(settings, run, console)
-        finally:
-            if finished(directory) & {setting.name for setting in settings}:
-                write(directory)
+        with screen(to) as console:
+            build_models(chosen)
+            console.print(f"{len(settings)} settings, results in {directory}")
+            try:
+                run_sweep(settings, run, console)
+            finally:
+                if finished(directory) & {setting.name for setting in settings}:
+                    write(directory, console)
+        write_json(figures(directory), to)
     except (KeyboardInterrupt, EngineError, ValueError, OSError) as error:
         if interrupts.came:
             failed.print(f"stopped; {escape(command)} goes on from here", soft_wrap=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,28 @@ def tables(found: Sequence[Result]) -> Iterator[tuple[str, list[Line]]]:
             made = lines(peers, task)
             if made:
                 yield task, made
+
+
+def figures(out: Path) -> list[dict[str, Any]]:
+    """The tables of a directory as data. Raises ValueError if there is none."""
+    return [_figures(line) for _, made in tables(results(out)) for line in made]
+
+
+def _figures(line: Line) -> dict[str, Any]:
+    suite, tokens, mode, question = line.result.place
+    differences = {
+        name: None if value is None else asdict(value)
+        for name, value in (
+            ("accuracy", line.accuracy), ("loss", line.loss),
+            ("loss_beyond_random", line.beyond_random),
+        )
+    }  # fmt: skip
+    return {
+        "policy": line.result.policy, "task": line.task, "source": line.source, "suite": suite,
+        "tokens": tokens, "mode": mode, "question": question, "engine": line.result.engine,
+        "model": line.result.config["model"], "means": line.means, "of_dense": differences,
+        "held_of_dense": line.held, "read_of_dense": line.read, "verdict": line.verdict,
+    }  # fmt: skip
 
 
 def _order(result: Result) -> tuple[Any, ...]:

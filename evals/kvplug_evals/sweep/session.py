@@ -15,15 +15,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
+from kvplug.shown import Bar, progress
 from kvplug_evals.demo.session import machine
 from kvplug_evals.engines.interface import Engine, EngineError, EngineOptions, MiB
 from kvplug_evals.engines.start import start_engine
@@ -61,26 +54,25 @@ def run_sweep(settings: Sequence[Setting], run: Run, console: Console) -> None:
     count = len(settings) - len(waiting)
     if count:
         console.print(f"{count} of {len(settings)} settings are finished already")
-    with _silent("lm_eval"), _progress(console, settings, count) as progress:
+    with _silent("lm_eval"), progress(console, sum(map(questions, waiting))) as bar:
         for setting in waiting:
-            _make_data(setting, run, progress)
+            _make_data(setting, run, bar)
         for _, group in groupby(waiting, key=lambda s: (s.engine_policy, s.tokens)):
-            _serve(list(group), run, console, progress)
+            _serve(list(group), run, console, bar)
 
 
-def _make_data(setting: Setting, run: Run, progress: Progress) -> None:
+def _make_data(setting: Setting, run: Run, bar: Bar) -> None:
     """All of it before the first engine: what is wrong with it, or the model, is said at once."""
     options_of(setting, run)
     for name, options in setting.suite.tasks.items():
         run.check()
-        progress.update(progress.task_ids[0], description=f"making the data of {escape(name)}")
+        bar.say(f"making the data of {escape(name)}")
         load(name, setting, options)
 
 
-def _serve(settings: Sequence[Setting], run: Run, console: Console, progress: Progress) -> None:
-    task = progress.task_ids[0]
+def _serve(settings: Sequence[Setting], run: Run, console: Console, bar: Bar) -> None:
     policy, started = settings[0].engine_policy, time.monotonic()
-    progress.update(task, description=f"starting {settings[0].engine}: {escape(policy)}")
+    bar.say(f"starting {settings[0].engine}: {escape(policy)}")
     try:
         engine = start_engine(settings[0].engine, policy, options_of(settings[0], run))
     except EngineError as error:
@@ -98,7 +90,7 @@ def _serve(settings: Sequence[Setting], run: Run, console: Console, progress: Pr
             if setting.mode == "multi-turn":
                 engine.forget()
             began = time.monotonic()
-            rows = _run_setting(setting, run, engine, progress)
+            rows = _run_setting(setting, run, engine, bar)
             scores = [row["fixed"] for row in rows]
             console.print(
                 f"    {setting.mode}, {setting.question}: {sum(scores) / len(scores):.2f} of "
@@ -160,25 +152,20 @@ def options_of(setting: Setting, run: Run) -> EngineOptions:
     )
 
 
-def _run_setting(
-    setting: Setting, run: Run, engine: Engine, progress: Progress
-) -> list[dict[str, Any]]:
+def _run_setting(setting: Setting, run: Run, engine: Engine, bar: Bar) -> list[dict[str, Any]]:
     directory, suite = run.out / setting.name, setting.suite
     directory.mkdir(exist_ok=True)
     (directory / REFUSED).unlink(missing_ok=True)
     _write(directory / "config.json", config_of(setting, run))
-    task = progress.task_ids[0]
-    progress.update(
-        task, description=f"{escape(setting.policy)}, {setting.mode}, {setting.question}"
-    )
+    bar.say(f"{escape(setting.policy)}, {setting.mode}, {setting.question}")
 
     def answered() -> None:
-        progress.advance(task)
+        bar.advance()
         run.check()
 
     run.check()
     journal = Journal(directory / "journal.jsonl")
-    progress.advance(task, len(journal.replies))
+    bar.advance(len(journal.replies))
     lm = MODELS[setting.engine](
         pretrained=setting.model,
         question=setting.question,
@@ -309,22 +296,3 @@ def _silent(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-
-
-@contextmanager
-def _progress(console: Console, settings: Sequence[Setting], done: int) -> Iterator[Progress]:
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    left = sum(questions(s) for s in settings) - done * questions(settings[0])
-    progress.add_task("", total=left)
-    with progress:
-        yield progress

@@ -61,8 +61,8 @@ class Suite:
     answers: str = ANSWERS[0]
     losses: bool = True
     policies: tuple[str, ...] = ()
-    """May hold {budget}, {window} (a budget without streaming_llm's sinks) and {half}; and
-    ``engine(...)``, the engine's own options without kvplug."""
+    """May hold {budget}, {window} (a budget without streaming_llm's sinks), {half} and {share}, of
+    the context; and ``engine(...)``, the engine's own options without kvplug."""
     budgets: tuple[float, ...] = ()
     """Shares of a context's tokens."""
     data: str = "generated"
@@ -243,10 +243,15 @@ def filled(template: str, tokens: int, budgets: Iterable[float], page: int) -> l
     for share in budgets:
         budget = max(2 * page, round(tokens * share / page) * page)
         try:
-            lines.append(template.format(budget=budget, window=budget - SINKS, half=budget // 2))
+            lines.append(
+                template.format(
+                    budget=budget, window=budget - SINKS, half=budget // 2, share=share
+                )
+            )
         except (LookupError, ValueError):
             raise ValueError(
-                f"{template!r} may hold {{budget}}, {{window}} and {{half}}, and no other braces"
+                f"{template!r} may hold {{budget}}, {{window}}, {{half}} and {{share}}, and no "
+                "other braces"
             ) from None
     return lines
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from time import perf_counter
 from typing import Annotated
 
 import typer
+from rich.console import Console
+
+from kvplug.shown import STDOUT, Json, progress, write_json
 
 
 def xray(
@@ -18,6 +19,7 @@ def xray(
     steps: Annotated[int, typer.Option(min=1, help="Tokens of the answer to look at.")] = 8,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens of a page.")] = 32,
     longest: Annotated[int, typer.Option(min=1, help="Tokens that the text is cut to.")] = 4000,
+    to: Json = None,
 ) -> None:
     """Show a text by what each layer and KV head keeps and reads of it as an answer is decoded.
 
@@ -32,25 +34,24 @@ def xray(
             f"kvplug xray needs {error.name}; install it with: pip install 'kvplug[cli,evals]'"
         ) from None
 
-    began = perf_counter()
-
-    def tell(done: int, steps: int) -> None:
-        # A prompt is computed twice, and takes most of the time.
-        half, left = steps // 2, "dense first"
-        if done > half:
-            left = f"about {(perf_counter() - began) / done * (steps - done):.0f} s left"
-        print(f"\r{done} of {steps} steps, {left}   ", end="", file=sys.stderr, flush=True)
-
-    print("computing the prompt …", end="", file=sys.stderr, flush=True)
-
-    looks = take(model, text.read_text(), policy, steps, block_size, longest, tell)
-    print(file=sys.stderr)
+    with progress(Console(stderr=True)) as bar:
+        # The prompt is most of the work, and what is left is known once it was read twice.
+        bar.say("computing the prompt, dense and as kept")
+        looks = take(model, text.read_text(), policy, steps, block_size, longest, bar.reach)
     page = render(looks, line=policy, model=model.name, layers=looks.layers)
     out.write_text(page)
     read = (looks.seen & 32 > 0).sum() / (looks.seen.shape[0] * looks.seen.shape[1])
     same = sum(a == b for a, b in zip(looks.answer, looks.said, strict=True))
-    print(
-        f"{out}: {len(page) / 1e6:.1f} MB, {looks.prompt:,} tokens and {len(looks.answer)} steps; "
-        f"{read / looks.seen.shape[2]:,.0f} tokens read in the mean, {looks.lost.mean():.1%} of "
-        f"dense attention lost, {same} of {len(looks.answer)} tokens as dense"
-    )
+    figures = {
+        "page": str(out), "bytes": len(page), "tokens": looks.prompt, "steps": len(looks.answer),
+        "read_per_step": float(read / looks.seen.shape[2]), "lost": float(looks.lost.mean()),
+        "as_dense": same,
+    }  # fmt: skip
+    write_json(figures, to)
+    if to != STDOUT:
+        print(
+            f"{out}: {len(page) / 1e6:.1f} MB, {looks.prompt:,} tokens and {len(looks.answer)} "
+            f"steps; {figures['read_per_step']:,.0f} tokens read in the mean, "
+            f"{looks.lost.mean():.1%} of dense attention lost, {same} of {len(looks.answer)} "
+            "tokens as dense"
+        )
