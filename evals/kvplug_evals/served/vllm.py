@@ -11,9 +11,11 @@ from typing import ClassVar
 from prometheus_client.samples import Sample
 
 from kvplug_evals.served.engine import NAME, Engine, MiB
-from kvplug_vllm.host_settings import CONNECTOR, FORMAT, MODULE, SPEC
 
 STOCK = "stock"
+
+HOST = {"spec_name": "HostPages", "spec_module_path": "kvplug_vllm.host"}
+"""As a user names kvplug's pages on the host."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +63,9 @@ class VLLM(Engine):
     def connector(self) -> dict[str, object]:
         extra: dict[str, object] = {"cpu_bytes_to_use": self.host_mib * MiB}
         if self.host != STOCK:
-            extra |= {"spec_name": SPEC, "spec_module_path": MODULE, FORMAT: self.host}
+            extra |= {**HOST, "format": self.host}
         return {
-            "kv_connector": CONNECTOR, "kv_role": "kv_both", "kv_connector_extra_config": extra,
+            "kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra,
         }  # fmt: skip
 
     def settings(self) -> dict[str, str]:
