@@ -82,7 +82,12 @@ def test_a_table_stands_beside_the_numbers(tmp_path, monkeypatch):
         held_mib=0, host_mib=0, room=0, cached=0.01, loaded_mib=0, ttft_ms=2000, replies=["a b"]
     )
     kept = Turns(
-        held_mib=0, host_mib=1.25, room=6.4, cached=0.97, loaded_mib=5, ttft_ms=100,
+        held_mib=0,
+        host_mib=1.25,
+        room=6.4,
+        cached=0.97,
+        loaded_mib=5,
+        ttft_ms=100,
         replies=["a c"],
     )
     run.turns = [dense, kept]
