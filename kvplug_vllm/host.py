@@ -258,7 +258,7 @@ class HostPages(CPUOffloadingSpec):
         self.num_chunks = room // self.kv_bytes_per_chunk if row else 0
         if row and not self.num_chunks:
             raise ValueError(
-                f"kvplug: {SPEC}: cpu_bytes_to_use must hold one page of all layers, "
+                f"kvplug: {SPEC}: cpu_bytes_to_use must hold a chunk of all layers' pages, "
                 f"{self.kv_bytes_per_chunk:,} bytes, got {room:,}"
             )
 

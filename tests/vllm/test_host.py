@@ -12,6 +12,7 @@ import pytest
 import torch
 import twin
 
+from kvplug_evals.models.random_llama import build_random_gemma3
 from kvplug_vllm import host
 from tests.vllm.test_offloading import chosen  # noqa: F401
 
@@ -125,6 +126,54 @@ def coded_in_place(engine, pages, read, stored, bits) -> None:
             keys = layer.impl.read_pages(layer, layer.kv_cache, blocks[:, None])[0]
             tail = layer.impl.views(layer, layer.kv_cache).tail[blocks]
             assert torch.equal(tail, torch.stack([keys.amin(1), keys.amax(1)], 2))
+
+
+def test_pages_of_windowed_layers_come_back_as_theirs(engine, tmp_path, prompts, worker):
+    """Two cache groups, whose blocks are of one pool and whose pages share the host's rows."""
+    build_random_gemma3(tmp_path / "gemma3")
+    asked, options = prompts(*LENGTHS), {**SMALL, "num_gpu_blocks_override": 70}
+    with engine(
+        tmp_path / "gemma3", {"policy": "quest(budget=96, dense_layers=0)"},
+        kv_transfer_config=connector(format="kivi(bits=8)"), **options,
+    ) as ours:  # fmt: skip
+        ours.poison(freed=False)
+        pages, held, checked = worker[0].pages, {}, []
+
+        def numbers(group: int, block: int) -> list[torch.Tensor]:
+            at = torch.tensor([[block]])
+            return [
+                torch.stack(layer.impl.read_pages(layer, layer.kv_cache, at))
+                for layer in pages.layers[group]
+            ]
+
+        def store(job, pool, rows):
+            for group, block, row in places(worker[0], pool, rows):
+                held[row] = numbers(group, block)
+            return stored(job, pool, rows)
+
+        def load(job, rows, pool):
+            done = loaded(job, rows, pool)
+            for group, block, row in places(worker[0], pool, rows):
+                for new, old in zip(numbers(group, block), held[row], strict=True):
+                    assert (new - old).abs().max() < 0.01 * (old.amax() - old.amin())
+                checked.append(group)
+            return done
+
+        stored, loaded = worker[0].submit_store, worker[0].submit_load
+        worker[0].submit_store, worker[0].submit_load = store, load
+        one_by_one(ours, asked)
+        _, cached = one_by_one(ours, asked)
+        assert min(cached) > 0
+        assert set(checked) == {0, 1}
+
+
+def places(worker, pool, rows) -> list[tuple[int, int, int]]:
+    """Group, block and row of each page that a job moves."""
+    return [
+        (group, block, row)
+        for group, blocks, of in worker._some(pool, rows)
+        for block, row in zip(blocks.tolist(), of.tolist(), strict=True)
+    ]
 
 
 TEXTS = [topic for _, topic in sorted(pydoc_data.topics.topics.items()) if len(topic) > 4000][:3]
