@@ -45,8 +45,8 @@ NOT_WHEN = {
     "random_prefill": "at all, but to compare with.",
     "kivi": "at two bits without having measured it: loss grows steeply below four.",
     "pyramid": "where the last layers look things up: they are given least.",
-    "duo": "with a file that was calibrated on nothing like what you serve, or where a layer has one "
-    "KV head or two: there is little to share out.",
+    "duo": "with a file that was calibrated on nothing like what you serve, or where a layer has "
+    "one KV head or two: there is little to share out.",
     "kvzip": "for contexts that few ask about, or that hold what cannot be foretold: those need "
     "all of it.",
     "a_shape": "where a prompt's middle is asked about far from its end.",

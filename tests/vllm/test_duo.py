@@ -14,7 +14,7 @@ from tests.vllm.test_lifecycle import ROOMY, leave, preemptions, solo, with_room
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 S, LAYERS, HEADS, KV_HEADS = 32, 4, 8, 4
-FAR = {
+LOST = {
     0: [0.1, 0.9, 0.1, 0.1],  # two layers alike, one of another kind, one of one kind alone
     1: [0.9, 0.2, 0.8, 0.1],
     2: [0.2, 0.9, 0.2, 0.2],
@@ -37,8 +37,8 @@ def duo(model, tmp_path_factory):
         vocabulary=config["vocab_size"],
     )  # fmt: skip
     layers = {
-        n: Layer(recall={p: [0.5] * HEADS for p in PATTERNS}, outside=far)
-        for n, far in FAR.items()
+        n: Layer(recall={p: [0.5] * HEADS for p in PATTERNS}, outside=[0.5] * len(lost), lost=lost)
+        for n, lost in LOST.items()
     }
     file = tmp_path_factory.mktemp("heads") / "heads.json"
     Heads(model="tiny", shape=shape, settings={}, layers=layers).save(file)

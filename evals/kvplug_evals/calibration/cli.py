@@ -62,9 +62,12 @@ def calibrate(
         mean, least = sum(each) / len(each), min(each)
         table.add_row(pattern, str(chosen.count(pattern)), f"{mean:.3f}", f"{least:.3f}")
     Console().print(table)
+    lost = sorted(share for layer in found.layers.values() for share in layer.lost)
     far = sorted(share for layer in found.layers.values() for share in layer.outside)
     print(
         f"attention outside the first {sinks} and the last {window} tokens: {far[0]:.1%} to "
         f"{far[-1]:.1%} of a KV head's, {far[len(far) // 2]:.1%} in the middle\n"
+        f"output that changes without it: {lost[0]:.1%} to {lost[-1]:.1%}, "
+        f"{lost[len(lost) // 2]:.1%} in the middle\n"
         f"{out}: {len(chosen)} KV heads ({perf_counter() - began:.0f} s)"
     )
