@@ -105,8 +105,9 @@ def test_preempted_requests_answer_as_alone(engine, model, duo, prompts, base, c
         planned.pool.free_blocks(hostages)
         assert planned.free_blocks == free
         if caching:
-            (again,) = planned.run(batch[3:4], 160)
-            assert list(again.outputs[0].token_ids) == expected[3]
+            for tokens in (1, 160):
+                (again,) = planned.run(batch[3:4], tokens)
+                assert list(again.outputs[0].token_ids) == expected[3][:tokens]
             assert again.num_cached_tokens == (256 - 1) // S * S
 
 
