@@ -16,7 +16,7 @@ from typing import Any
 
 VERTICAL_SLASH, A_SHAPE, BLOCK_SPARSE = PATTERNS = ("vertical_slash", "a_shape", "block_sparse")
 """What a head of a prompt may read (``kvplug.policies.minference``)."""
-OUTSIDE = "outside"
+OUTSIDE, LOST = "outside", "lost"
 VERSION = 1
 FORMAT = "kvplug heads"
 
@@ -67,7 +67,10 @@ class Layer:
     """Of each pattern: the share of its attention that each query head finds again. [Hq]"""
     outside: Sequence[float]
     """Of each KV head: the share of its group's attention that goes neither to the first tokens
-    nor to the window behind each query. A head that retrieves has much, one that streams none. [H]
+    nor to the window behind each query; a head that looks everywhere alike has much, too. [H]"""
+    lost: Sequence[float]
+    """Of each KV head: the share of its group's output, squared, that changes where queries see
+    only those. A head that retrieves loses much, one that streams or says nothing loses none. [H]
     """
 
 
@@ -89,10 +92,11 @@ class Heads:
             "shape": asdict(self.shape), "settings": dict(self.settings),
         }  # fmt: skip
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
-        layers = [
-            f'"{n}": {json.dumps({**_rounded(each.recall), **_rounded({OUTSIDE: each.outside})})}'
-            for n, each in sorted(self.layers.items())
-        ]
+        each = {
+            n: _rounded({**one.recall, OUTSIDE: one.outside, LOST: one.lost})
+            for n, one in sorted(self.layers.items())
+        }
+        layers = [f'"{n}": {json.dumps(shares)}' for n, shares in each.items()]
         body = ",\n  ".join(layers)
         file.write_text("{\n" + ",\n".join(lines) + f',\n"layers": {{\n  {body}\n}}\n}}\n')
 
@@ -166,7 +170,8 @@ def _layer(number: str, given: Mapping[str, Any], shape: Shape) -> Layer:
         return tuple(map(float, values))
 
     recall = {pattern: shares(pattern, shape.heads) for pattern in PATTERNS}
-    return Layer(recall=recall, outside=shares(OUTSIDE, shape.kv_heads))
+    outside, lost = (shares(name, shape.kv_heads) for name in (OUTSIDE, LOST))
+    return Layer(recall=recall, outside=outside, lost=lost)
 
 
 def _is_share(value: object) -> bool:

@@ -25,6 +25,7 @@ def made(best: dict[int, Sequence[str]], shape: Shape = LLAMA) -> Heads:
         n: Layer(
             recall={p: [0.9 if p == each else 0.25 for each in row] for p in PATTERNS},
             outside=[0.5] * shape.kv_heads,
+            lost=[0.5] * shape.kv_heads,
         )
         for n, row in best.items()
     }

@@ -7,16 +7,16 @@ of each layer's H ``budget`` tokens, ``budget`` being the mean: with r retrieval
 
     (H budget - (H - r) (sink + recent)) / r
 
-each. Which heads retrieve is read from a file that ``kvplug calibrate`` made: those of the
-``retrieval`` share of the model's KV heads whose attention goes farthest, to neither the first
-tokens nor the newest. A layer whose heads are all of one kind keeps what the wrapped policy does.
+each. Which heads retrieve is read from a file that ``kvplug calibrate`` made: the ``retrieval``
+share of the model's KV heads whose output changes most where they see the first tokens and the
+newest alone. A layer whose heads are all of one kind keeps what the wrapped policy does.
 
 Xiao et al., "DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming
 Heads", ICLR 2025, https://arxiv.org/abs/2410.10819
 
 Differs from the paper: retrieval heads are compressed too, by any score (the paper's keep all), so
-that a request's memory is bounded, and known before its prompt is; heads are told apart by the
-share of their attention on text, where the paper trains gates on passkeys; a prompt's queries see
+that a request's memory is bounded, and known before its prompt is; heads are told apart by what
+each loses on text, where the paper trains gates on passkeys; a prompt's queries see
 all, streaming heads' too, and the answer stays whole in every head. Shares are fixed before any
 prompt: where a retrieval head's is more than a prompt has, the streaming heads of its layer keep
 more of what is newest.
@@ -113,10 +113,10 @@ class Duo(HeadBudgets):
 
 @lru_cache(maxsize=16)
 def _retrieving(file: str, share: float) -> dict[int, tuple[bool, ...]]:
-    """Which KV heads retrieve, of layers that have some and others. At equal shares of attention
-    the first ones do. Raises ValueError as ``read_heads``."""
+    """Which KV heads retrieve, of layers that have some and others. Where as much is lost, the
+    first ones do. Raises ValueError as ``read_heads``."""
     heads = read_heads(file)
-    each = [(-far, n, h) for n, one in heads.layers.items() for h, far in enumerate(one.outside)]
+    each = [(-lost, n, h) for n, one in heads.layers.items() for h, lost in enumerate(one.lost)]
     chosen = {(n, h) for _, n, h in sorted(each)[: round(share * len(each))]}
     kinds = {n: tuple((n, h) in chosen for h in range(heads.shape.kv_heads)) for n in heads.layers}
     return {n: one for n, one in kinds.items() if len(set(one)) > 1}

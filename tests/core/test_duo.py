@@ -18,13 +18,15 @@ from kvplug.policies.duo import Duo
 from kvplug.policies.keydiff import KeyDiff
 
 SHAPE = Shape(type="llama", layers=3, heads=8, kv_heads=4, head_dim=16, vocabulary=99)
-FAR = {0: [0.9, 0.1, 0.8, 0.2], 1: [0.7, 0.75, 0.6, 0.65], 2: [0.0, 0.1, 0.2, 0.3]}
+LOST = {0: [0.9, 0.1, 0.8, 0.2], 1: [0.7, 0.75, 0.6, 0.65], 2: [0.0, 0.1, 0.2, 0.3]}
 
 
-def saved(folder, far=FAR, shape=SHAPE):
+def saved(folder, lost=LOST, shape=SHAPE):
     layers = {
-        n: Layer(recall={p: [0.5] * shape.heads for p in PATTERNS}, outside=each)
-        for n, each in far.items()
+        n: Layer(
+            recall={p: [0.5] * shape.heads for p in PATTERNS}, outside=[0.5] * len(each), lost=each
+        )
+        for n, each in lost.items()
     }
     file = folder / "heads.json"
     Heads(model="tiny", shape=shape, settings={}, layers=layers).save(file)
@@ -36,7 +38,7 @@ def file(tmp_path):
     return saved(tmp_path)
 
 
-def test_the_heads_whose_attention_goes_farthest_in_the_model_retrieve(file):
+def test_the_heads_that_lose_most_without_what_is_far_retrieve(file):
     policy = parse(f"duo(keydiff(budget=1024), heads={file!r})").scored
     assert [policy.kinds(layer) for layer in range(4)] == [
         (True, False, True, False),  # .9 and .8 of six
@@ -52,7 +54,7 @@ def test_the_heads_whose_attention_goes_farthest_in_the_model_retrieve(file):
     assert replace(policy, retrieval=0.01).kinds(0) is None, "no head of twelve"
 
 
-def test_at_equal_attention_the_first_heads_retrieve(tmp_path):
+def test_at_equal_losses_the_first_heads_retrieve(tmp_path):
     file = saved(tmp_path, {0: [0.5, 0.5, 0.5, 0.5], 2: [0.5, 0.5, 0.5, 0.5]})
     policy = Duo(base=KeyDiff(budget=1024), heads=file, retrieval=0.75)
     assert policy.kinds(0) is None

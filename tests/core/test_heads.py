@@ -65,6 +65,17 @@ def test_what_is_measured_is_the_definition(softcap, sinks):
     outside = torch.stack(far).mean(0).view(H, G).mean(1)
     torch.testing.assert_close(torch.tensor(found.outside), outside, atol=1e-5, rtol=1e-4)
 
+    near = torch.ones(T, T, dtype=torch.bool).triu(-39).tril()
+    near[:, :16] = visible(T)[:, :16]
+    near = logits.masked_fill(~near, -torch.inf)
+    near = torch.cat([near, column], -1).softmax(-1)[..., :-1] if sinks else near.softmax(-1)
+    whole = out[0].transpose(0, 1)
+    changed, squared = (
+        each[:, 56:].square().reshape(H, -1).sum(1) for each in (near @ values - whole, whole)
+    )
+    lost = torch.tensor(found.lost)
+    torch.testing.assert_close(lost, (changed / squared).clamp(max=1), atol=1e-4, rtol=1e-3)
+
     # Nearness needs no estimate: the first page, a block's own, and the 12 - 1 - 4 before it.
     recall = []
     for start in range(0, T, B_):
@@ -241,6 +252,7 @@ def _without(*keys):
         (lambda given: {**given, "version": 2}, r"it is 'kvplug heads', version 2"),
         (_without("shape", "kv_heads"), r"it has no 'kv_heads'"),
         (_without("layers", "0", "outside"), r"it has no 'outside'"),
+        (_without("layers", "0", "lost"), r"it has no 'lost'"),
         (lambda given: {**given, "layers": {}}, r"its layers are \[\], of 3"),
         (lambda given: {**given, "layers": {"3": given["layers"]["0"]}}, r"its layers are \[3\]"),
         (lambda given: {**given, "layers": {"x": given["layers"]["0"]}}, r"invalid literal"),

@@ -150,10 +150,13 @@ def _show_heads(
         mean, least = sum(each) / len(each), min(each)
         table.add_row(pattern, str(chosen.count(pattern)), f"{mean:.3f}", f"{least:.3f}")
     console.print(table)
+    lost = sorted(share for layer in found.layers.values() for share in layer.lost)
     far = sorted(share for layer in found.layers.values() for share in layer.outside)
     console.print(
         f"attention outside the first {setting.sinks} and the last {setting.window} tokens: "
         f"{far[0]:.1%} to {far[-1]:.1%} of a KV head's, {far[len(far) // 2]:.1%} in the middle\n"
+        f"output that changes without it: {lost[0]:.1%} to {lost[-1]:.1%}, "
+        f"{lost[len(lost) // 2]:.1%} in the middle\n"
         f"{out}: {len(chosen)} KV heads ({seconds:.0f} s)",
         soft_wrap=True,
     )

@@ -8,6 +8,8 @@ bounds the memory; attention is computed by blocks of queries, and so is what is
               in blocks that see more
     outside   the attention that a group's queries give neither to the first ``sinks`` tokens nor
               to their last ``window``, as a share, over the queries that see more
+    lost      sum |o - o'|^2 / sum |o|^2 of those queries' outputs o, and o' where they see only
+              the first ``sinks`` tokens and their last ``window``
 
 means over blocks, or queries, and contexts. Layers with a window of their own are left out.
 """
@@ -93,6 +95,7 @@ class Measured:
     def __init__(self, query_heads: int, heads: int) -> None:
         self.recall = {pattern: torch.zeros(query_heads) for pattern in PATTERNS}
         self.outside = torch.zeros(heads)
+        self.changed, self.squared = torch.zeros(heads), torch.zeros(heads)
         self.contexts = 0
 
     def mean(self) -> Layer:
@@ -100,7 +103,12 @@ class Measured:
             return [min(max(value, 0.0), 1.0) for value in (each / self.contexts).tolist()]
 
         recall = {pattern: shares(each) for pattern, each in self.recall.items()}
-        return Layer(recall=recall, outside=shares(self.outside))
+        lost = self.changed / self.squared.clamp(min=torch.finfo(torch.float32).tiny)
+        return Layer(
+            recall=recall,
+            outside=shares(self.outside),
+            lost=shares(lost * self.contexts),  # a ratio of sums, not of a context
+        )
 
 
 class Calibration:
@@ -124,7 +132,7 @@ class Calibration:
         scale = dim**-0.5 if scaling is None else scaling
         grouped = query[0].view(groups, heads // groups, tokens, dim)
         out, pages = [], []
-        outside = query.new_zeros(groups)
+        outside, changed, squared = query.new_zeros(3, groups)
         for start in range(0, tokens, self.setting.block):
             rows = slice(start, start + self.setting.block)
             logits = grouped[:, :, rows] @ key[0, :, None].mT * scale  # [H, G, b, T]
@@ -136,22 +144,31 @@ class Calibration:
             else:
                 sinks = s_aux.float().view(groups, -1, 1, 1).expand(*logits.shape[:3], 1)
                 shares = torch.cat([logits, sinks], -1).softmax(-1)[..., :-1]
-            out.append((shares @ value[0, :, None]).flatten(0, 1))
+            answer = shares @ value[0, :, None]  # [H, G, b, D]
+            out.append(answer.flatten(0, 1))
             if layer is not None:
+                far, more = self._far(shares, start)
+                without = (shares * ~far) @ value[0, :, None]
+                without /= (1 - (shares * far).sum(-1, keepdim=True)).clamp(min=1e-9)
+                changed += (answer - without).square().mul(more).sum((1, 2, 3))
+                squared += answer.square().mul(more).sum((1, 2, 3))
                 shares = shares / shares.sum(-1, keepdim=True).clamp(min=1e-9)
                 pages.append(shares.unflatten(-1, (-1, self.setting.page)).sum(-1).mean(2))
-                outside += self._outside(shares, start)
+                outside += (shares * far).sum((2, 3)).mean(1)
         if layer is not None:
             self._measure(layer, grouped, key[0], torch.stack(pages), outside, scale)
+            self.layers[layer].changed += changed.cpu()
+            self.layers[layer].squared += squared.cpu()
         self.tell()
         return torch.cat(out, 1).transpose(0, 1)[None].contiguous(), None
 
-    def _outside(self, shares: Tensor, start: int) -> Tensor:
-        """Sum over a block's queries of their group's mean. [H, G, b, T] -> [H]"""
+    def _far(self, shares: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Which tokens are neither first nor in a block's queries' windows, and which queries see
+        any. [H, G, b, T] -> [b, T], [b, 1] bool"""
         at = torch.arange(shares.shape[-1], device=shares.device)
         last = at[start : start + shares.shape[2], None] - self.setting.window
         far = (at >= self.setting.sinks) & (at <= last)
-        return (shares * far).sum((2, 3)).mean(1)
+        return far, far.any(1, keepdim=True)
 
     def _measure(
         self, layer: int, query: Tensor, key: Tensor, mass: Tensor, outside: Tensor, scale: float

@@ -13,7 +13,6 @@ from prometheus_client.samples import Sample
 from kvplug_evals.served.engine import NAME, Engine, MiB
 
 STOCK = "stock"
-
 HOST = {"spec_name": "HostPages", "spec_module_path": "kvplug_vllm.host"}
 """As a user names kvplug's pages on the host."""
 
@@ -65,8 +64,10 @@ class VLLM(Engine):
         if self.host != STOCK:
             extra |= {**HOST, "format": self.host}
         return {
-            "kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra,
-        }  # fmt: skip
+            "kv_connector": "OffloadingConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": extra,
+        }
 
     def settings(self) -> dict[str, str]:
         # Left to itself vLLM keeps a core free, which is half of a machine of two.
