@@ -32,6 +32,9 @@ class Request:
     """Texts that end the free part; they are not returned."""
     scored: int = 0
     """How many of the last forced tokens to return the model's log-probability for."""
+    chunks: Sequence[tuple[int, int]] = ()
+    """Spans [first, last) of the prompt that a policy of the stage reuse may take from elsewhere:
+    under one, each was read alone before."""
 
 
 @dataclass(frozen=True, kw_only=True)
