@@ -270,17 +270,17 @@ def crowded(prompts):
     return asked, (a, b, c)
 
 
-SMALL = {"num_gpu_blocks_override": 29, "max_num_batched_tokens": 128, "max_model_len": 400}
+SMALL = {"num_gpu_blocks_override": 34, "max_num_batched_tokens": 128, "max_model_len": 400}
 
 
 def check_crowd(blending, plain, asked):
     """Requests that preempt one another answer as they lay, each time that they were admitted."""
     free = blending.free_blocks
     found, seen = admissions(blending), preemptions(blending)
-    said = ask(blending, *asked, tokens=60)
+    said = ask(blending, *asked, tokens=120)
     assert len(seen) >= 2, "the pool was meant to be too small"
     for (prompt, spans), (answer, _) in zip(asked, said, strict=True):
-        times = [*found[tuple(prompt)], (60, None)]
+        times = [*found[tuple(prompt)], (120, None)]
         for (begin, arranged), (end, _) in pairwise(times):
             wanted = plain.said(prompt, answer, spans if arranged else ())
             assert answer[begin:end] == wanted[begin:end], (times, begin)
