@@ -18,6 +18,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import count
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -64,6 +65,12 @@ class Asked:
     """Of the pages of each chunk, as a prompt of its own, in the prefix cache."""
     moved: bool = False
     """Whether the request lies as arranged."""
+    named: dict[bool, list[bytes]] = field(default_factory=dict)
+    """What its blocks were called when it last lay so."""
+
+    @cached_property
+    def rearranged(self) -> list[int]:
+        return rearranged(self.prompt, self.arrangement)
 
     @property
     def prefix(self) -> list[bytes]:
@@ -151,7 +158,7 @@ class BlendingManager(FullAttentionManager):
         return taking
 
     def _read(self, request: Any, settings: Settings) -> Asked:
-        prompt = list(request.prompt_token_ids)
+        prompt = list(request.prompt_token_ids)  # the list that came is the user's
         reuse = settings.policy.reuse
         assert reuse is not None
         return Asked(
@@ -168,13 +175,17 @@ class BlendingManager(FullAttentionManager):
         names."""
         if asked.moved == moved:
             return
-        asked.moved = moved
-        tokens = rearranged(asked.prompt, asked.arrangement) if moved else asked.prompt
-        prefix, own = [], b""
-        if moved:
-            prefix, own = asked.prefix, asked.own(self.kv_cache_spec.settings.policy)
-        behind = hashlib.sha256(prefix[-1] + own).digest() if prefix else None
-        compat.reorder(request, tokens, prefix, behind, own.hex() if moved else asked.salt)
+        asked.named[asked.moved] = request.block_hashes
+        asked.moved, known = moved, asked.named.get(moved)
+        if not moved:
+            assert known is not None
+            compat.reorder(request, asked.prompt, asked.salt, known)
+            return
+        own, prefix = asked.own(self.kv_cache_spec.settings.policy), asked.prefix
+        behind = [hashlib.sha256(prefix[-1] + own).digest()] if prefix else []
+        names = [*prefix[:-1], *behind] if known is None else known
+        compat.reorder(request, asked.rearranged, own.hex(), names)
+        request.block_hashes[: len(prefix)] = prefix
 
     def _found(self, request: Any) -> int:
         """Pages that a request finds under the names that it has now."""

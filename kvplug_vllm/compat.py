@@ -248,22 +248,16 @@ def names_alone(request: Any, tokens: Sequence[int]) -> list[bytes]:
     return list(alone.block_hashes)
 
 
-def reorder(
-    request: Any, prompt: Sequence[int], prefix: Sequence[bytes], behind: bytes | None,
-    salt: str | None,
-) -> None:  # fmt: skip
-    """Let a request that no worker serves have its prompt's tokens in another order, and give its
-    blocks names to match: ``prefix`` to the first ones, and what follows from ``behind`` to those
-    after them, or from the salt where there is no prefix.
+def reorder(request: Any, prompt: list[int], salt: str | None, names: list[bytes]) -> None:
+    """Let a request that no worker serves have its prompt's tokens in another order, and its
+    blocks names that go with it: those, and behind them what follows from the last, or the salt.
 
     Until a request may name its blocks itself.
     """
-    request.prompt_token_ids = list(prompt)
+    request.prompt_token_ids = prompt
     request._all_token_ids[: len(prompt)] = prompt
-    request.cache_salt = salt
-    request.block_hashes = [*prefix[:-1], behind] if prefix else []
+    request.cache_salt, request.block_hashes = salt, names
     request.update_block_hashes()
-    request.block_hashes[: len(prefix)] = prefix
 
 
 def show_rows_beside_drafts(seen_by: Callable[..., Any]) -> None:

@@ -35,6 +35,9 @@ class Request:
     policy: str | None = None
     """Its own choice, of what ``EngineOptions.allow`` lets requests choose; None for the
     server's."""
+    chunks: Sequence[tuple[int, int]] = ()
+    """Spans [first, last) of the prompt that a policy of the stage reuse may take from elsewhere:
+    under one, each was read alone before."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,7 +82,9 @@ class VLLMEngine:
         self.ends = end_tokens(options.model)
         self.requests = 0
         self.chunk = 0 if self.stock else chunk_of(policy, options.block_size)
-        self.compiled: set[tuple[int, ...]] = set()
+        self.reuses = self.stock is None and parse(policy).reuse is not None
+        self.prepared: set[tuple[int, ...]] = set()
+        """Prompts that were sent before others were timed."""
 
     def _started(self, policy: str) -> Any:
         options = self.options
@@ -129,7 +131,13 @@ class VLLMEngine:
         """
         check_lengths(requests, self.options.max_model_len)
         if self.chunk:
-            self._compile(requests)
+            prompts = (
+                prompt for each in requests for prompt in repetitions(each.prompt, self.chunk)
+            )
+            self._prepare(prompts, {REQUEST_FIELD: REQUEST})
+        if self.reuses:
+            spans = ((each.prompt, span) for each in requests for span in each.chunks)
+            self._prepare((prompt[slice(*span)] for prompt, span in spans), None)
         before, started = self._counted(), time.monotonic()
         steps = (
             sum(len(request.prompt) for request in requests) // self.options.max_num_batched_tokens
@@ -175,25 +183,22 @@ class VLLMEngine:
             read=read,
         )
 
-    def _compile(self, requests: Sequence[Request]) -> None:
-        """What there is of each prompt in whole chunks, once."""
+    def _prepare(self, prompts: Iterable[list[int]], extra_args: dict[str, Any] | None) -> None:
+        """Let each be read, once."""
         from vllm import SamplingParams
 
-        for request in requests:
-            for prompt in repetitions(request.prompt, self.chunk):
-                if (known := tuple(prompt)) in self.compiled:
-                    continue
-                self.compiled.add(known)
-                self.requests += 1
-                own = SamplingParams(
-                    max_tokens=1, extra_args={REQUEST_FIELD: REQUEST}, detokenize=False
-                )
-                self.engine.add_request(str(self.requests), {"prompt_token_ids": prompt}, own)
+        for prompt in prompts:
+            if (known := tuple(prompt)) in self.prepared:
+                continue
+            self.prepared.add(known)
+            self.requests += 1
+            own = SamplingParams(max_tokens=1, extra_args=extra_args, detokenize=False)
+            self.engine.add_request(str(self.requests), {"prompt_token_ids": prompt}, own)
         while self.engine.has_unfinished_requests():
             self.engine.step()
 
     def forget(self) -> None:
-        self.compiled.clear()
+        self.prepared.clear()
         if not self.engine.reset_prefix_cache():
             raise EngineError("vLLM could not empty its prefix cache; no request may be running")
 
@@ -211,7 +216,9 @@ class VLLMEngine:
         from vllm import SamplingParams
 
         self.requests += 1
-        chosen = {} if request.policy is None else {REQUEST_FIELD: request.policy}
+        chosen: dict[str, Any] = {} if request.policy is None else {REQUEST_FIELD: request.policy}
+        if self.reuses and request.chunks:
+            chosen = {REQUEST_FIELD: {"chunks": [list(span) for span in request.chunks]}}
         parameters = SamplingParams(
             temperature=0,
             max_tokens=len(request.forced) + request.new_tokens + stay,
