@@ -338,7 +338,10 @@ def test_policies_narrower_than_a_window(resolve, tmp_path, policy, message):
         ({"line": "kivi + pyramid(snapkv)"}, "layers of different budgets beside kivi(bits=4)"),
         ({"line": "kivi", "model": "gemma3"}, "the model has layers that see a window"),
         ({"line": "kivi", "model": "hybrid"}, "the model has recurrent layers"),
-        ({"line": "kivi(bits=2)", "model": "narrow"}, "kivi(bits=2): head_size must be a multiple"),
+        (
+            {"line": "kivi(bits=2)", "model": "narrow"},
+            "kivi(bits=2): head_size must be a multiple",
+        ),
     ],
     ids=str,
 )
@@ -351,6 +354,7 @@ def test_what_never_ran_beside_pages_of_codes(resolve, tmp_path, options, messag
 
 def unfit(name, folder):
     import transformers
+
     from kvplug_evals.models import random_hybrid, random_llama
 
     if name == "narrow":
