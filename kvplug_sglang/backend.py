@@ -28,7 +28,8 @@ def build(runner: Any) -> Any:
         return KVPlugBackend(runner)
     from kvplug_sglang.coded import CodedAttention
 
-    return type("CodedBackend", (CodedAttention, KVPlugBackend), {})(runner)
+    said = {"__module__": KVPlugBackend.__module__}
+    return type("CodedBackend", (CodedAttention, KVPlugBackend), said)(runner)
 
 
 def stock(server_args: Any, device: str) -> str:

@@ -34,8 +34,8 @@ number: refused at start, with the reason below. `snapkv` stands for what scores
 queries, `keydiff` by keys and values (`knorm`, `random`, `vase`, `lagkv`, `cur` too), *chunk* and
 *share* for `keydiff` with a `chunk`, of which it keeps a number of tokens or a share, `a_shape`
 and `xattention` for what reads prompts by position and by an estimate, *compiled* for `kvzip`,
-`kivi` for pages in a format (in vLLM with `--block-size 32`), *chosen* for a server whose requests
-choose (`allow`). Of beam search a number is the answer to the request that asks for it.
+`kivi` for pages in a format (in vLLM with `--block-size 32`), *chosen* for a server whose
+requests choose (`allow`). Of beam search a number is the answer to the request that asks for it.
 Nothing here has run on a GPU unless `kvplug doctor` says so. Written by `tools/support.py`.
 """
 POLICIES: Mapping[str, dict[str, Any]] = {
