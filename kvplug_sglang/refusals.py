@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from kvplug import (
+    ChunkReuse,
     Composition,
     HeadBudgets,
     LayerBudgets,
@@ -315,17 +316,12 @@ def unsupported(offer: Offer) -> Iterator[str]:
                 f"{part} leaves fewer slots than tokens of a chunk, and SGLang's tree counts one "
                 f"slot a token; {instead}"
             )
-        elif not isinstance(
-            part,
-            (
-                SparsePrefill,
-                PositionalEviction,
-                ScoredEviction,
-                LayerBudgets,
-                Selector,
-                PageFormat,
-            ),
-        ):
+        elif isinstance(part, ChunkReuse):
+            yield (
+                f"{part} takes pages of chunks from wherever the prefix cache has them, and was "
+                "never brought to SGLang's; serve it in vLLM"
+            )
+        elif not isinstance(part, KNOWN):
             yield (
                 f"{part.name} is a policy of the stage {part.stage.value!r} that the SGLang "
                 "adapter cannot carry out; subclass PositionalPrefill, BlockSelector, "

@@ -141,6 +141,7 @@ def test_dense_is_served_where_a_policy_is_not(resolve):
         ('{"policy": "quest", "allow": ["snapkv"]}', "max_budget must say"),
         ('{"policy": "quest"', "a policy line or a JSON object"),
         ("kvzip", "SGLang's tree counts one slot a token; serve it in vLLM"),
+        ("blend(links=8)", "was never brought to SGLang's; serve it in vLLM"),
         ("a_shape(block=48) + quest", "a page of 32 tokens; write a_shape(block=32)"),
     ],
 )
@@ -156,6 +157,13 @@ def test_a_file_of_another_model_s_heads_is_refused(resolve, random_llama, tmp_p
     wanted = r"made for tiny \(llama, 2 layers, 4 heads of 64.* is another \(llama, 2 layers, 6 "
     with pytest.raises(ValueError, match=wanted):
         resolve(line, random_llama(heads=6))
+
+
+def test_a_slot_is_of_all_heads(resolve, tmp_path):
+    heads.made(heads.BEST).save(tmp_path / "heads.json")
+    line = f"duo(snapkv(budget=1024), heads={str(tmp_path / 'heads.json')!r})"
+    with pytest.raises(ValueError, match=r"a token of all heads.*use snapkv\(.*serve it in vLLM"):
+        resolve(line)
 
 
 def test_models_whose_cache_has_no_keys(resolve, tmp_path):
