@@ -226,10 +226,10 @@ def show(run: Run, console: Console) -> None:
     )
     made = table(
         "a second turn, after the other sessions' contexts",
-        ["policy on host memory", "pool MiB held", "host MiB each", "host holds", "cached",
-         "loaded MiB", "TTFT ms", "as dense"],
+        ["policy on host memory", "held", "host each", "host holds", "cached", "loaded", "TTFT ms",
+         "as dense"],
     )  # fmt: skip
-    made.columns[0].no_wrap = False
+    made.columns[0].no_wrap, made.columns[0].min_width = False, 24
     for case, turns in zip(options.cases, run.turns, strict=False):
         made.add_row(
             str(case).replace(ON, "\non "),
@@ -243,11 +243,12 @@ def show(run: Run, console: Console) -> None:
         )
     console.print(made)
     console.print(
-        "pool held: by idle sessions, so that no other may have it; host each: bytes that a "
-        "session's context took there, by the engine's own counter; host holds: sessions; cached: "
-        "share of second turns' prompts, from the pool or the host; loaded: came back from the "
-        "host; TTFT: of second turns, median, of a machine with the load named above; as dense: "
-        "share of an answer's words before the first that the first server's has not, mean. "
-        "plain: pages as they are, through vLLM's OffloadingConnector; its own copy wants a GPU.",
+        "held: MiB of the pool that idle sessions hold, so that no other may have it; host each: "
+        "MiB that a session's context took there, by the engine's own counter; host holds: so "
+        "many sessions; cached: share of second turns' prompts, from the pool or the host; "
+        "loaded: MiB that came back from the host; TTFT: of second turns, median, of a machine "
+        "with the load named above; as dense: share of an answer's words before the first that "
+        "the first server's has not, mean. plain: pages as they are, through vLLM's "
+        "OffloadingConnector; its own copy wants a GPU.",
         soft_wrap=True,
     )
