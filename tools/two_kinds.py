@@ -91,7 +91,7 @@ def copies(folder: Path, tokens: int) -> Iterator[Case]:
 
 def policies(file: str, budget: int, retrieval: float) -> Iterator[tuple[str, ScoredEviction]]:
     quarter = budget // 2 // 4
-    for base in ("snapkv", "keydiff", "knorm", "random"):
+    for base in ("snapkv", "keydiff", "random"):
         line = f"{base}(budget={budget})"
         duo = f"heads={file!r}, retrieval={retrieval}, sink={quarter}, recent={3 * quarter}"
         for name, written in ((base, line), (f"duo({base})", f"duo({line}, {duo})")):
