@@ -333,9 +333,9 @@ class PlannedImpl:
         )  # fmt: skip
         kinds = scored.kinds(compat.layer_index(layer.layer_name))
         if kinds is not None:
-            by_head = packing.by_head[kinds]
-            tokens = keep_tokens(scored, prompt, by_head.keep, by_head.width, event.protect)
-            self.store_heads(layer, kv_cache, by_head, prompt, tokens)
+            mine = packing.by_head[kinds]
+            tokens = keep_tokens(scored, prompt, mine.keep, mine.width, event.protect)
+            self.store_heads(layer, kv_cache, mine, prompt, tokens)
             return
         keep = packing.pages.new_full((1,), packing.width)
         tokens = keep_tokens(scored, prompt, keep, packing.width, event.protect)
@@ -388,8 +388,8 @@ class PlannedImpl:
         self, layer: Any, kv_cache: Tensor, packing: HeadPacking, prompt: PromptKV, tokens: Tensor
     ) -> None:
         """As ``store_kept``, where each head keeps its own number. tokens [1, H, width]"""
-        rows = torch.cat([prompt.keys, prompt.values], -1).view(kv_cache.dtype)
-        kv_cache[packing.block, packing.place, packing.offset] = packing.kept(rows, tokens)
+        kept = [packing.kept(each, tokens) for each in (prompt.keys, prompt.values)]
+        kv_cache[packing.block, packing.place, packing.offset] = torch.cat(kept, -1)
 
     def read_pages(self, layer: Any, kv_cache: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of whole pages. pages [J, P] -> [J, P * S, H, D] twice"""

@@ -21,7 +21,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from kvplug import TokenSelector, block_bytes, keep_tokens, logits_bytes
-from kvplug_vllm.attention import PlannedBackend, PlannedImpl
+from kvplug_vllm.attention import PlannedBackend, PlannedImpl, by_head
 from kvplug_vllm.coded import CodedBackend, CodedBuilder, CodedImpl, configured_format
 from kvplug_vllm.settings import Engine, offer_of
 from kvplug_vllm.step import PlannedBuilder
@@ -106,7 +106,8 @@ class KVPlugImpl(PlannedImpl, FlashAttentionImpl):
             prompt = self.prompt(
                 layer, keys, values, window, lengths, page_size=1, repeated=repeated
             )
-            width = min(offer.max_tokens, longest)
+            one = self.num_kv_heads if by_head(offer) else 1  # may keep what others leave
+            width = min(offer.max_tokens * one, longest)
             tokens = keep_tokens(scored, prompt, lengths.clamp(max=width), width)
             if self.numbers is None:
                 index = tokens.transpose(1, 2)[..., None].expand(-1, -1, -1, self.head_size)

@@ -6,6 +6,10 @@
         --out heads.json --context 1024 --density 0.25 --sinks 32 --window 96
     PYTHONPATH=.:kernels:evals .venvs/vllm/bin/python tools/two_kinds.py heads.json
 
+For ``--task recall --model .models/recall --tokens 2048 --retrieval 0.25`` the text is what
+``kvplug_evals.models.recall.recall_prompt(2048, 64, 24, seed)`` says, of seeds 900 to 903, and the
+heads are calibrated with ``--context 2048``.
+
 Prompts are computed once by transformers in float32, packed as an engine packs them, head by head,
 and what follows is fed behind what was kept, as ``tools/boundaries.py`` does with the same tasks;
 ``copy`` is text of which a passage comes again, half of it to find the other half by. The loss is
@@ -91,7 +95,7 @@ def copies(folder: Path, tokens: int) -> Iterator[Case]:
 
 def policies(file: str, budget: int, retrieval: float) -> Iterator[tuple[str, ScoredEviction]]:
     quarter = budget // 2 // 4
-    for base in ("snapkv", "keydiff", "knorm", "random"):
+    for base in ("snapkv", "keydiff", "random"):
         line = f"{base}(budget={budget})"
         duo = f"heads={file!r}, retrieval={retrieval}, sink={quarter}, recent={3 * quarter}"
         for name, written in ((base, line), (f"duo({base})", f"duo({line}, {duo})")):

@@ -19,7 +19,9 @@ that a request's memory is bounded, and known before its prompt is; heads are to
 each loses on text, where the paper trains gates on passkeys; a prompt's queries see
 all, streaming heads' too, and the answer stays whole in every head. Shares are fixed before any
 prompt: where a retrieval head's is more than a prompt has, the streaming heads of its layer keep
-more of what is newest.
+more of what is newest. Of exact recall, by a model half of whose heads say nothing, a quarter kept
+finds .46 with ``snapkv`` (.38 without duo), .35 with ``keydiff`` (.22) and .33 with ``random``
+(.24), of the answers to 18 questions (tools/two_kinds.py).
 """
 
 from __future__ import annotations

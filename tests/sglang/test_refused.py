@@ -72,6 +72,12 @@ def test_no_feature_is_left_out():
     assert known - tried == {"enable_deterministic_inference"}
 
 
+def test_heads_of_two_kinds(resolve, tmp_path):
+    heads.made({0: [heads.A] * 4}).save(file := tmp_path / "heads.json")
+    with pytest.raises(ValueError, match=r"use keydiff.*, or serve it in vLLM"):
+        resolve(f"duo(keydiff(budget=512), heads={str(file)!r})")
+
+
 def test_deterministic_inference(resolve):
     with pytest.raises(ValueError, match=r"supported for deterministic inference.*'kvplug'"):
         resolve("snapkv(budget=64)", enable_deterministic_inference=True)

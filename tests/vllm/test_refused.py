@@ -363,6 +363,30 @@ def test_a_file_of_another_model_s_heads_is_refused(random_llama, tmp_path):
         configure(random_llama(), {"policy": "minference(heads='none')"})
 
 
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8 beside duo was never run; drop it, or"),
+        ({"speculative_config": NGRAM}, "speculative decoding beside duo was never run"),
+        ({"tensor_parallel_size": 2}, "gives each rank some heads of a layer"),
+    ],
+    ids=str,
+)
+def test_heads_of_two_kinds_are_refused_what_they_were_never_run_with(
+    random_llama, tmp_path, arguments, reason
+):
+    heads.made({0: [heads.A] * 4}).save(file := tmp_path / "heads.json")
+    line = f"duo(keydiff(budget=512), heads={str(file)!r})"
+    configure(random_llama(), {"policy": line})
+    with pytest.raises(ValueError, match="use keydiff") as caught:
+        configure(random_llama(), {"policy": line}, **arguments)
+    assert reason in str(caught.value)
+    with pytest.raises(ValueError, match="is another"):
+        configure(random_llama(heads=6), {"policy": line})
+    with pytest.raises(ValueError, match="cannot read the file of heads 'none'"):
+        configure(random_llama(), {"policy": "duo(keydiff, heads='none')"})
+
+
 @pytest.mark.parametrize("arguments", [{"kv_cache_dtype": "fp8"}, {"enable_prompt_embeds": True}])
 def test_local_layers_alone_take_what_only_a_plan_could_not(random_llama, arguments):
     configure(random_llama(), {"policy": LOCAL}, **arguments)

@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kvplug import (
     Composition,
+    HeadBudgets,
     Offer,
     Planner,
     PromptKV,
@@ -79,6 +80,11 @@ def check_line(line: str) -> Composition:
         raise ValueError(
             f"kvplug xray computes a prompt at once, and {scored} packs it while it comes; leave "
             "chunk out, or show snapkv(budget=1024)"
+        )
+    if isinstance(scored, HeadBudgets):
+        raise ValueError(
+            f"kvplug xray shows heads that keep as many tokens, and {scored.name} gives them "
+            f"different numbers; show {scored.base}"
         )
     return policy
 
