@@ -90,6 +90,12 @@ class CodedAttention(PlannedAttention):
                         f"leave {format.name} out"
                     )
 
+    def _forward(self, *args: Any) -> Tensor:
+        try:
+            return super()._forward(*args)
+        finally:
+            self._gathered = None
+
     def codes(self, layer: Any) -> tuple[Tensor, PageLayout]:
         """Its pages' bytes, [N, H, page_bytes], and how they lie."""
         pool = self.token_to_kv_pool

@@ -268,6 +268,8 @@ def with_format(
             yield f"the model has {what}, beside which {format} was never run; {without}"
     for what, has in (
         ("tensor parallelism", view.tp_size > 1),
+        ("--enable-mixed-chunk", view.enable_mixed_chunk),
+        ("--enable-memory-saver", view.enable_memory_saver),
         ("a server that only prefills", view.prefill_only_disable_kv_cache),
         ("layers of different budgets", not offer.settings.policy.uniform),
         ("sparse prefill", offer.generates),

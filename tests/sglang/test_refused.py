@@ -345,13 +345,17 @@ def test_policies_narrower_than_a_window(resolve, tmp_path, policy, message):
         ({"page_size": 1}, "write --page-size 32"),
         ({"tp_size": 2}, "tensor parallelism beside kivi(bits=4) was never run"),
         ({"kv_cache_dtype": "fp8_e4m3"}, "codes plain pages, got --kv-cache-dtype fp8_e4m3"),
+        ({"enable_mixed_chunk": True}, "--enable-mixed-chunk beside kivi(bits=4) was never run"),
         ({"kv_cache_dtype": "bfloat16"}, "codes plain pages, got --kv-cache-dtype bfloat16"),
         ({"enable_hierarchical_cache": True}, "drop --enable-hierarchical-cache"),
         ({"disaggregation_mode": "prefill"}, "drop --disaggregation-mode"),
         ({"line": "kivi + a_shape"}, "sparse prefill beside kivi(bits=4) was never run"),
         ({"line": "kivi + pyramid(snapkv)"}, "layers of different budgets beside kivi(bits=4)"),
         ({"line": "kivi", "model": "gemma3"}, "the model has layers that see a window"),
-        ({"line": "kivi", "model": "hybrid"}, "the model has recurrent layers"),
+        (
+            {"line": "kivi", "model": "hybrid", "disable_radix_cache": True},
+            "the model has recurrent layers",
+        ),
         (
             {"line": "kivi(bits=2)", "model": "narrow"},
             "kivi(bits=2): head_size must be a multiple",
