@@ -132,25 +132,38 @@ assert (folder("tasks") / "scbench/kv.yaml").is_file()
 """
 
 
-def test_the_wheel_runs_outside_the_checkout(wheel, tmp_path):
-    """With what is installed here beside it, and nothing of this folder on the path."""
+@pytest.fixture(scope="module")
+def target(wheel, tmp_path_factory) -> Path:
+    """A folder in which the wheel is installed."""
     for name in ("typer", "transformers", "lm_eval"):
         pytest.importorskip(name)
-    target, empty = tmp_path / "installed", tmp_path / "empty"
-    empty.mkdir()
+    folder = tmp_path_factory.mktemp("installed")
+    install(wheel, folder)
+    return folder
+
+
+def install(what: Path, folder: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index",
-         "--disable-pip-version-check", "--target", target, wheel],
+         "--no-build-isolation", "--disable-pip-version-check", "--target", folder, what],
         check=True,
     )  # fmt: skip
+
+
+def outside(target: Path) -> dict[str, str]:
+    """An environment in which it is found, and nothing of this folder."""
+    return {**os.environ, "PYTHONPATH": str(target), "HF_HUB_OFFLINE": "1"}
+
+
+def test_the_wheel_runs_outside_the_checkout(target, tmp_path):
+    """With what is installed here beside it, and nothing of this folder on the path."""
     model = {
         "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32,
         "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256,
     }  # fmt: skip
     run = subprocess.run(
         [sys.executable, "-c", OUTSIDE, target, json.dumps(model)],
-        capture_output=True, text=True, cwd=empty,
-        env={**os.environ, "PYTHONPATH": str(target), "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, cwd=tmp_path, env=outside(target),
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
 

@@ -228,13 +228,13 @@ def _asking(most: int, blocks: int, tokens: int, device: torch.device) -> Asking
     )
 
 
-def contexts(tokens: Sequence[int], count: int, length: int) -> list[list[int]]:
-    """Evenly spread over a text. Raises ValueError where it is too short for them."""
+def contexts(tokens: Sequence[int], count: int, length: int, name: str) -> list[list[int]]:
+    """Evenly spread over a text of that name. Raises ValueError where it is too short for them."""
     if len(tokens) < count * length:
         raise ValueError(
-            f"the text has {len(tokens):,} tokens of this model, and {count} contexts of "
-            f"{length:,} need {count * length:,}; give --text a longer file, or write fewer "
-            "--contexts or a shorter --context"
+            f"{name} has {len(tokens):,} tokens of this model, and {count} contexts of "
+            f"{length:,} need {count * length:,}; give a longer file, or write fewer --contexts "
+            "or a shorter --context"
         )
     apart = len(tokens) // count
     return [list(tokens[number * apart :][:length]) for number in range(count)]
@@ -273,7 +273,7 @@ def calibrate(
     setting = setting or Setting()
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids = tokenizer(default_text() if text is None else text).input_ids
-    cut = contexts(ids, setting.contexts, setting.context)
+    cut = contexts(ids, setting.contexts, setting.context, source)
     done, total = 0, 0
 
     def count() -> None:

@@ -180,7 +180,7 @@ class Found:
 def read_text(text: str, name: str, model: str, setting: Setting) -> Text:
     """Raises ValueError where it is too short."""
     ids = encoder(model)(text).input_ids
-    cut = contexts(ids, setting.contexts, setting.context + setting.answer)
+    cut = contexts(ids, setting.contexts, setting.context + setting.answer, name)
     digest = hashlib.sha256(text.encode()).hexdigest()
     return Text(name=name, sha256=digest, tokens=len(ids), cut=tuple(map(tuple, cut)))
 
