@@ -11,7 +11,6 @@ from typing import ClassVar
 from prometheus_client.samples import Sample
 
 from kvplug_evals.served.engine import NAME, Engine, MiB
-from kvplug_vllm.host_settings import CONNECTOR, FORMAT, MODULE, SPEC
 
 STOCK = "stock"
 
@@ -61,10 +60,13 @@ class VLLM(Engine):
     def connector(self) -> dict[str, object]:
         extra: dict[str, object] = {"cpu_bytes_to_use": self.host_mib * MiB}
         if self.host != STOCK:
-            extra |= {"spec_name": SPEC, "spec_module_path": MODULE, FORMAT: self.host}
+            ours = {"spec_name": "HostPages", "spec_module_path": "kvplug_vllm.host"}
+            extra |= {**ours, "format": self.host}
         return {
-            "kv_connector": CONNECTOR, "kv_role": "kv_both", "kv_connector_extra_config": extra,
-        }  # fmt: skip
+            "kv_connector": "OffloadingConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": extra,
+        }
 
     def settings(self) -> dict[str, str]:
         # Left to itself vLLM keeps a core free, which is half of a machine of two.
