@@ -377,7 +377,7 @@ def unfit(name, folder):
 
     if name == "narrow":
         transformers.LlamaConfig(
-            hidden_size=36, num_attention_heads=4, num_key_value_heads=2, head_dim=9,
+            hidden_size=40, num_attention_heads=4, num_key_value_heads=2, head_dim=10,
             num_hidden_layers=2, vocab_size=512, architectures=["LlamaForCausalLM"],
         ).save_pretrained(folder)  # fmt: skip
     else:
