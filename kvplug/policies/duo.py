@@ -16,12 +16,17 @@ Heads", ICLR 2025, https://arxiv.org/abs/2410.10819
 
 Differs from the paper: retrieval heads are compressed too, by any score (the paper's keep all), so
 that a request's memory is bounded, and known before its prompt is; heads are told apart by what
-each loses on text, where the paper trains gates on passkeys; a prompt's queries see
-all, streaming heads' too, and the answer stays whole in every head. Shares are fixed before any
-prompt: where a retrieval head's is more than a prompt has, the streaming heads of its layer keep
-more of what is newest. Of exact recall, by a model half of whose heads say nothing, a quarter kept
-finds .46 with ``snapkv`` (.38 without duo), .35 with ``keydiff`` (.22) and .33 with ``random``
-(.24), of the answers to 18 questions (tools/two_kinds.py).
+each loses on text, where the paper trains gates on passkeys; a prompt's queries see all, streaming
+heads' too, and the answer stays whole in every head. Shares are fixed before any prompt: where a
+retrieval head's is more than a prompt has, the streaming heads of its layer keep more of what is
+newest.
+
+SmolLM2, calibrated on other text, copies a passage of 1,024 tokens of which a quarter is kept with
+a loss of 2.28 nats a token with ``snapkv`` (2.61 without duo, .39 dense), 1.62 with ``keydiff``
+(1.99) and 1.84 with ``random`` (2.20), in four texts. Of exact recall, by a model half of whose
+heads say nothing, a quarter kept finds .46 with ``snapkv`` (.38), .35 with ``keydiff`` (.22) and
+.33 with ``random`` (.24), of the answers to 18 questions (tools/two_kinds.py, by transformers).
+What it loses of text that goes on was not measured.
 """
 
 from __future__ import annotations
