@@ -142,9 +142,7 @@ def _compiling(scored: ScoredEviction, vllm_config: Any) -> Iterator[str]:
 
 def _reusing(reuse: ChunkReuse, vllm_config: Any) -> Iterator[str]:
     """What keeps chunks from being found, moved or seen, and what was never run with them."""
-    model, cache, parallel = (
-        vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config,
-    )  # fmt: skip
+    model, cache = vllm_config.model_config, vllm_config.cache_config
     if cache.enable_prefix_caching is False:
         yield (
             f"{reuse} finds chunks in the prefix cache; drop --no-enable-prefix-caching, or use "
@@ -169,7 +167,6 @@ def _reusing(reuse: ChunkReuse, vllm_config: Any) -> Iterator[str]:
         ("speculative decoding", "--speculative-config", vllm_config.speculative_config),
         ("a KV connector", "--kv-transfer-config", vllm_config.kv_transfer_config),
         ("adapters", "--enable-lora", vllm_config.lora_config),
-        ("tensor parallelism", "--tensor-parallel-size", parallel.tensor_parallel_size > 1),
     ):
         if has:
             yield f"{what} beside {reuse} was never run; drop {flag}, or use the policy 'dense'"
