@@ -203,7 +203,7 @@ def _reusing(reuse: ChunkReuse, vllm_config: Any) -> Iterator[str]:
         reuse, "use the policy 'dense'", vllm_config,
         *("recurrent layers", "layers that see a window", "layers that share a cache"),
         *("images or audio in its prompts", "a quantised cache", "speculative decoding"),
-        *("a KV connector", "adapters", "tensor parallelism"),
+        *("a KV connector", "adapters"),
     )  # fmt: skip
 
 

@@ -233,6 +233,7 @@ def test_what_the_whole_prompt_has_of_them_gives_its_own_answer(engine, random_l
         assert cached == 64, "its prefix, as vLLM has it"
         blending.forget()
         assert ask(blending, prompt, tokens=1) == [(answer, 0)]
+        blending.forget()
         read_alone(blending, one, two)
         assert ask(blending, (prompt, spans), tokens=1)[0][1] == 64 + 32
 

@@ -207,11 +207,6 @@ REFUSED = [
         ],
     ),
     (
-        {"tensor_parallel_size": 2},
-        {"policy": "blend"},
-        ["tensor parallelism beside blend(links=8) was never run; drop --tensor-parallel-size"],
-    ),
-    (
         {"hf_overrides": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}},
         {"policy": "blend"},
         ["blend(links=8) moves keys: the model's rotary embedding is scaled by 'dynamic'"],
