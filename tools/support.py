@@ -35,7 +35,8 @@ queries, `keydiff` by keys and values (`knorm`, `random`, `vase`, `lagkv`, `cur`
 *share* for `keydiff` with a `chunk`, of which it keeps a number of tokens or a share, `a_shape`
 and `xattention` for what reads prompts by position and by an estimate, *compiled* for `kvzip`,
 `kivi` for pages in a format (in vLLM with `--block-size 32`), *chosen* for a server whose
-requests choose (`allow`). Of beam search a number is the answer to the request that asks for it.
+requests choose (`allow`); `duo`, whose file is one model's, is in no column. Of beam search a
+number is the answer to the request that asks for it.
 Nothing here has run on a GPU unless `kvplug doctor` says so. Written by `tools/support.py`.
 """
 POLICIES: Mapping[str, dict[str, Any]] = {
@@ -53,6 +54,7 @@ POLICIES: Mapping[str, dict[str, Any]] = {
     "xattention": {"policy": "xattention"},
     "local": {"policy": 'local(layers="1::2")'},
     "kivi": {"policy": "kivi(bits=4)"},
+    "blend": {"policy": "blend"},
     "chosen": {"policy": "dense", "allow": ["quest", "snapkv"], "max_budget": 1024},
 }
 
@@ -69,6 +71,8 @@ class Row:
     """A test -> the policies that it runs."""
     beams: bool = False
     """A request for beam search, not a server."""
+    ours: bool = False
+    """An option of kvplug's, which wants it selected."""
     wraps: str | None = None
     """SGLang's attention that kvplug wraps, where not that of a CPU."""
 
@@ -86,6 +90,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "DeepseekV2": {
         "moe_intermediate_size": 32, "kv_lora_rank": 32, "q_lora_rank": None,
         "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
+    },
+}  # fmt: skip
+HOST = {
+    "kv_transfer_config": {
+        "kv_connector": "OffloadingConnector", "kv_role": "kv_both",
+        "kv_connector_extra_config": {
+            "spec_name": "HostPages", "spec_module_path": "kvplug_vllm.host",
+            "cpu_bytes_to_use": 1 << 30,
+        },
     },
 }  # fmt: skip
 VLLM = {
@@ -106,6 +119,7 @@ VLLM = {
             "vllm/test_prefill.py::test_blocks_read_what_was_chosen_and_nothing_else":
             "xattention",
             "vllm/test_coded.py::test_ragged_chunks_found_again_and_aborted": "kivi",
+            "vllm/test_blended.py::test_chunks_in_any_order_answer_by_the_definition": "blend",
             "vllm/test_requests.py::test_a_batch_of_policies_answers_as_each_alone": "chosen",
         }),
         Row("windows between (Gemma 2 and 3)", "gemma3", tests={
@@ -152,6 +166,8 @@ VLLM = {
             "xattention",
             "vllm/test_chunks.py::test_a_shared_context_costs_its_packed_size_once": "share",
             "vllm/test_coded.py::test_preempted_and_resumed": "kivi",
+            "vllm/test_blended.py::"
+            "test_preempted_aborted_and_evicted_requests_lie_as_they_then_can": "blend",
             "vllm/test_requests.py::test_preempted_requests_keep_their_policies": "chosen",
             "vllm/test_local.py::"
             "test_local_layers_are_those_of_a_configuration_token_for_token": "local",
@@ -160,6 +176,7 @@ VLLM = {
             "vllm/test_twin.py::test_replayed_steps_answer_as_eager_ones":
             "dense quest twilight snapkv streaming_llm keydiff pyramid",
             "vllm/test_coded.py::test_ragged_chunks_found_again_and_aborted": "kivi",
+            "vllm/test_blended.py::test_chunks_in_any_order_answer_by_the_definition": "blend",
             "vllm/test_chunks.py::"
             "test_answers_are_those_of_a_plain_llama_that_packs_at_the_same_positions": "chunk",
             "vllm/test_chunks.py::"
@@ -169,6 +186,8 @@ VLLM = {
         }),
         Row("tensor parallelism", options={"tensor_parallel_size": 2}, tests={
             "vllm/test_models.py::test_two_ranks_answer_as_one": "quest snapkv local",
+            "vllm/test_blended.py::"
+            "test_two_ranks_of_their_own_processes_hear_how_a_request_lies": "blend",
         }),
         Row("pipeline parallelism", options={"pipeline_parallel_size": 2}),
         Row("micro-batches", options={"ubatch_size": 2, "all2all_backend": "deepep_low_latency"}),
@@ -190,6 +209,11 @@ VLLM = {
             "quest twilight",
             "vllm/test_local.py::"
             "test_local_layers_beside_drafts_and_host_memory_answer_as_without": "local",
+        }),
+        Row("pages on the host in a format (`HostPages`)", options=HOST, ours=True, tests={
+            "vllm/test_host.py::"
+            "test_a_prefix_that_was_pushed_out_of_the_pool_comes_back_as_the_format_has_it":
+            "dense quest twilight",
         }),
         Row("other KV connectors", options={
             "kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"},
@@ -339,8 +363,9 @@ def refused_by_vllm(model: Path, row: Row) -> list[list[str]]:
         given["speculative_config"] = {
             "method": row.drafts, "model": str(model), "num_speculative_tokens": 2,
         }  # fmt: skip
-    if row.beams:
+    if row.beams or row.ours:
         given["attention_backend"] = "kvplug"
+        given["additional_config"] = {"kvplug": {"policy": "dense"}}
     platform = type(current_platform)
     with mock.patch.object(platform, "is_sleep_mode_available", return_value=True):
         config = EngineArgs(model=str(model), **{**given, **row.options}).create_engine_config()
