@@ -203,6 +203,7 @@ def tell_with_steps() -> None:
             step.kvplug = {
                 name: (each.sampling_params.extra_args, each.prompt_token_ids)
                 for name, each in requests.items()
+                if each.sampling_params is not None
             }
         return step
 

@@ -204,6 +204,68 @@ def test_a_block_of_a_living_request_may_have_a_name_of_our_own():
     assert pool.get_cached_block(b"n" * 32, [0]) is None, found
 
 
+def test_a_request_may_lie_in_another_order_under_names_to_match():
+    from vllm import SamplingParams
+    from vllm.utils.hashing import sha256
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+    from vllm.v1.request import Request
+
+    from kvplug_vllm import compat
+
+    init_none_hash(sha256)
+    hasher = get_request_block_hasher(16, sha256)
+
+    def request(tokens: list[int], salt: str | None = None) -> Request:
+        said = SamplingParams(max_tokens=1)
+        return Request("one", tokens, said, None, cache_salt=salt, block_hasher=hasher)
+
+    found, tokens = f"{MOVED}: Request; see compat.reorder", list(range(40))
+    moved = request(list(tokens), "user's")
+    assert compat.names_alone(moved, tokens[:32]) == request(tokens[:32], "user's").block_hashes
+    compat.reorder(moved, tokens[::-1], "ours", [])
+    assert list(moved.all_token_ids) == moved.prompt_token_ids == tokens[::-1], found
+    assert moved.block_hashes == request(tokens[::-1], "ours").block_hashes, found
+    names = [b"n" * 32]
+    compat.reorder(moved, tokens, "ours", names)
+    assert len(moved.block_hashes) == 2, found
+    assert moved.block_hashes[0] == b"n" * 32, found
+    assert moved.block_hashes[1] != request(tokens, "ours").block_hashes[1], "it follows from that"
+
+
+def test_requests_that_come_back_are_named_by_the_step_that_they_come_back_in(monkeypatch):
+    from vllm.v1.core.sched.output import CachedRequestData
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.worker import gpu_model_runner
+
+    from kvplug_vllm import compat
+
+    found = f"{MOVED}: compat.tell_with_steps"
+    assert "resumed_req_ids" in {field.name for field in fields(CachedRequestData)}, found
+    assert "self.use_v2_model_runner" in inspect.getsource(Scheduler.__init__), found
+    runner = gpu_model_runner.GPUModelRunner
+    assert parameters(runner._update_states)[:2] == ["self", "scheduler_output"], found
+
+    step = SimpleNamespace(scheduled_cached_reqs=SimpleNamespace(resumed_req_ids={"one", "two"}))
+    said = SimpleNamespace(extra_args={"a": 1})
+    scheduler = SimpleNamespace(
+        use_v2_model_runner=False,
+        requests={
+            "one": SimpleNamespace(sampling_params=said, prompt_token_ids=[3, 2, 1]),
+            "two": SimpleNamespace(sampling_params=None, prompt_token_ids=[1]),
+        },
+    )
+    monkeypatch.setattr(Scheduler, "schedule", lambda self: step)
+    heard = []
+    monkeypatch.setattr(runner, "_update_states", lambda self, step: heard.append(step))
+    compat.tell_with_steps()
+    compat.hear_with_steps()
+    assert Scheduler.schedule(scheduler).kvplug == {"one": ({"a": 1}, [3, 2, 1])}
+    there = SimpleNamespace(sampling_params=SimpleNamespace(), prompt_token_ids=[1, 2, 3])
+    runner._update_states(SimpleNamespace(requests={"one": there}), step)
+    assert (there.sampling_params.extra_args, there.prompt_token_ids) == ({"a": 1}, [3, 2, 1])
+    assert heard == [step]
+
+
 # The name KVPLUG: __init__.py.
 
 
