@@ -297,8 +297,8 @@ FAULTS = (
     Fault(
         "sglang: what packing takes, to the memory",
         "kvplug_sglang/graph_memory.py",
-        "(held + max(packing, choosing))",
-        "(held + choosing)",
+        "held + max(packing, choosing)",
+        "held + choosing",
         f"{MEMORY}test_sglang_leaves_room_for_them_and_for_packing",
     ),
     Fault(

@@ -7,10 +7,11 @@ For n requests at once of p prompt tokens and a answer tokens, halfway through t
     tokens a second = a / (prompt + a * step / n)        once prompts queue up behind each other
 
 *cache read* of a planned layer is ``StepReads.bytes``: the tokens that the policy reads there and
-its share of the digests; of a windowed layer its window; of a recurrent one its state, read and
-written. A prompt's bytes are, for each of its chunks, the weights, the cache of the chunks before
-it and its own, and what a packing reads of it at its end; its multiplications 2 for each weight
-and token and 4 Hq D for each token that a query reads. What an engine spends besides (choosing,
+its share of the digests, or of the codes that say its keys; of a windowed layer its window; of a
+recurrent one its state, read and written. A prompt's bytes are, for each of its chunks, the
+weights, the cache of the chunks before it and its own (twice more in plain numbers where it is
+decoded first), and what a packing reads of it at its end; its multiplications 2 for each weight and
+token and 4 Hq D for each token that a query reads. What an engine spends besides (choosing,
 launching, scheduling, sampling) comes on top: what gains a few per cent here gains nothing.
 """
 
@@ -24,7 +25,7 @@ from functools import cached_property
 import numpy as np
 
 from kvplug.accounting import digest_bytes, step_reads
-from kvplug.advice.capacity import Capacity, as_planned, capacity
+from kvplug.advice.capacity import Capacity, as_planned, capacity, coded
 from kvplug.advice.card import Card
 from kvplug.advice.model import Layer, Model
 from kvplug.offer import Offer
@@ -140,7 +141,7 @@ class Reads:
             moved += self.model.read_weights(end - begin) + held + 2 * self._states
             multiplied += each * (end - begin) + pairs
         if self.offer.settings.policy.scored is not None:
-            tokens = sum(self.model.token_bytes(x, self.itemsize) for x in self.model.planned)
+            tokens = sum(self._token(layer) for layer in self.model.planned)
             moved += tokens * self.traffic.prompt
         by_bytes = moved / card.bandwidth
         return max(by_bytes, multiplied / card.arithmetic) if card.arithmetic else by_bytes
@@ -153,7 +154,7 @@ class Reads:
         """Bytes of the cache that a step reads, and its multiplications in attention."""
         held = multiplied = 0.0
         for (layer, window, budget), count in self._kinds.items():
-            token = self.model.token_bytes(layer, self.itemsize)
+            token = self._token(layer)
             work = 4 * self.model.heads * layer.head_dim
             if window is not None:
                 positions = np.arange(computed[0], total[0])
@@ -173,7 +174,10 @@ class Reads:
                 prefill = reads.prefill
                 assert prefill is not None
                 seen = float(segments.visible.max(initial=0))
-                held += count * (token + self._digest(layer)) * seen
+                beside = self._digest(layer)
+                if self.offer.format is not None:  # decoded first: written, and read again
+                    beside = 2 * self.model.token_bytes(layer, self.itemsize)
+                held += count * (token + beside) * seen
                 multiplied += count * work * prefill.read
         return held, multiplied
 
@@ -192,9 +196,17 @@ class Reads:
             found[one, window, budget] += 1
         return found
 
+    def _token(self, layer: Layer) -> float:
+        """Bytes of a token in a layer."""
+        if layout := coded(layer, self.offer, self.setup.block_size, self.itemsize):
+            return layer.kv_heads * layout.page_bytes / layout.page_size
+        return self.model.token_bytes(layer, self.itemsize)
+
     def _digest(self, layer: Layer) -> float:
-        """Bytes of a page's digest for each of its tokens."""
+        """Bytes of what says a page's keys, for each of its tokens."""
         size = self.setup.block_size
+        if layout := coded(layer, self.offer, size, self.itemsize):
+            return layer.kv_heads * layout.key_bytes / size
         pages, rows = self.offer.digest_rows(size, self.itemsize)
         whole = digest_bytes(pages * rows, layer.kv_heads, layer.head_dim, self.itemsize)
         return whole / size

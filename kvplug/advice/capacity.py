@@ -7,8 +7,10 @@ A block holds S tokens of the layers of one group. With m_g blocks of a request 
 
 Layers with a window, those that a policy makes local and those of different budgets each have
 groups of their own, equally many layers in each; a page that carries a digest is larger by
-``Offer.digest_rows``. m_g is the planner's own: ``most_pages`` of what evicts, ``Schedule``'s of
-what packs, and without either the length in blocks.
+``Offer.digest_rows``; in a format it has its layout's bytes, rounded up to whole ones a token, and
+the page that a request is filling takes as many blocks besides as hold it plain. m_g is the
+planner's own: ``most_pages`` of what evicts, ``Schedule``'s of what packs, and without either the
+length in blocks.
 
 SGLang counts slots of tokens instead; the bytes are the same but for windows, whose layers it
 keeps in the common pool.
@@ -22,11 +24,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import torch
+
 from kvplug.accounting import digest_bytes
 from kvplug.advice.model import Layer, Model
 from kvplug.composition import Composition
 from kvplug.offer import Offer
 from kvplug.plan import Planner
+from kvplug_kernels.page_layout import PageLayout
+
+FLOATS = {2: torch.bfloat16, 4: torch.float32}
+"""By bytes of a number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,13 +93,8 @@ def capacity(
     """memory: bytes of the pool. prompt, tokens: of a request, and of it with its answer.
     in_flight: tokens that are computed at once. itemsize: of a number in the cache.
 
-    Raises ValueError for pages in a format, whose open pages it does not count.
+    Raises ValueError for pages that a format cannot code.
     """
-    if offer.format is not None:
-        raise ValueError(
-            f"kvplug plan counts pages of plain numbers, got {offer.format}: the engine's own "
-            "line at start says what fits in that format"
-        )
     size = itemsize or model.itemsize
     shape = _Shape(model, offer, block_size, prompt, tokens, in_flight, size)
     buckets = shape.buckets()
@@ -104,6 +107,7 @@ def capacity(
     groups = [-(-count // each) for count in counts]
     most = sum(n * bucket.most for n, bucket in zip(groups, buckets, strict=True))
     settled = sum(n * bucket.settled for n, bucket in zip(groups, buckets, strict=True))
+    most, settled = most + shape.open_blocks, settled + shape.open_blocks
     states = sum(layer.state for layer in model.layers)
     if states:
         states_blocks = -(-states // block)
@@ -112,6 +116,14 @@ def capacity(
         blocks=int(memory // block), most=most, settled=settled, block_bytes=block,
         exact=not states,
     )  # fmt: skip
+
+
+def coded(layer: Layer, offer: Offer, page_size: int, itemsize: int) -> PageLayout | None:
+    """Of a KV head's page where a format has them. Raises ValueError for pages that it cannot
+    code."""
+    if offer.format is None:
+        return None
+    return offer.format.layout(page_size, layer.head_dim, FLOATS[itemsize])
 
 
 class Kind(NamedTuple):
@@ -176,8 +188,18 @@ class _Shape:
             found.append(Bucket(layers=layers, page=page, most=most, settled=settled))
         return found
 
+    @property
+    def open_blocks(self) -> int:
+        """Of the page that a request is filling, where full ones are coded."""
+        found = (
+            coded(each, self.offer, self.size, self.itemsize) for each in self.model.attention
+        )
+        return max((layout.plain_pages for layout in found if layout), default=0)
+
     def _page(self, layer: Layer, window: int | None) -> int:
         """Bytes of a block in a layer, its digest included."""
+        if layout := coded(layer, self.offer, self.size, self.itemsize):
+            return layer.kv_heads * layout.token_bytes * self.size
         page = self.model.token_bytes(layer, self.itemsize) * self.size
         if window is not None:
             return page

@@ -71,6 +71,8 @@ class Model:
     """Tokens that the model was made for."""
     sinks: bool = False
     """Whether its attention has sinks of its own."""
+    ranks: int = 1
+    """Of tensor parallelism."""
     refused: str | None = None
     """Why kvplug does not serve it."""
 
@@ -160,6 +162,7 @@ def model_of(
         estimated=weights is None,
         longest=text.get("max_position_embeddings"),
         sinks=text.get("model_type") == "gpt_oss",
+        ranks=ranks,
         refused=_refused(text),
     )
 

@@ -135,9 +135,24 @@ def unserved(model: Model, policy: Composition) -> str | None:
             return "some of the model's layers share a cache"
     if model.sinks and policy.generate is not None and policy.generate.name == "xattention":
         return "the model has attention sinks"
+    if policy.format is not None:
+        return _uncoded(model)
     if not model.planned and policy.plans:
         return "every layer of the model sees a window and no more"
     return None
+
+
+def _uncoded(model: Model) -> str | None:
+    """Why no pages of the model are kept in a format."""
+    for what, has in (
+        ("recurrent layers", any(layer.state for layer in model.layers)),
+        ("layers that see a window", any(layer.window for layer in model.attention)),
+        ("layers that share a cache", any(not layer.owns for layer in model.attention)),
+        ("attention sinks", model.sinks),
+    ):
+        if has:
+            return f"the model has {what}"
+    return "formats were never run with tensor parallelism" if model.ranks > 1 else None
 
 
 def _notes(

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvplug import parse, read_offer
 from kvplug.advice.bounds import Setup, bounds, pool_bytes, read_traffic
@@ -101,6 +102,37 @@ def test_models_that_are_refused_get_no_line(config, why):
     found = advise(model, setup, read_traffic("32000/500@16"))
     assert found.best is None
     assert {line.policy for line in found.lines} == {ENGINE_FP8}
+
+
+@pytest.mark.parametrize(
+    "config, ranks, why",
+    [
+        ({"sliding_window": 512, "layer_types": ["sliding_attention"] * 32}, 1, "see a window"),
+        ({}, 2, "never run with tensor parallelism"),
+        ({"head_dim": 9}, 1, "head_size must be a multiple"),
+    ],
+)
+def test_formats_are_planned_where_they_are_served(config, ranks, why):
+    model = model_of({**LLAMA, **config}, ranks=ranks)
+    setup, comes = Setup(card=CARDS["h100"], pool=40 * GiB), read_traffic("32000/500@16")
+    line = "kivi(bits=2)"
+    found = advise(model, setup, comes, lines=[line])
+    assert why in dict(found.left_out)[line]
+
+
+def test_pages_in_four_bits_are_a_third_of_plain_ones():
+    setup, comes = Setup(card=CARDS["h100"], pool=40 * GiB), read_traffic("32000/500@64")
+    lines = ["kivi(bits=4)", "kivi(bits=4) + twilight(budget=0.125, bits=4, dense_layers=0)"]
+    found = advise(model_of(LLAMA), setup, comes, lines=lines)
+    whole, chosen = (next(x for x in found.lines if x.policy == line) for line in lines)
+    dense, layout = found.dense.bounds, parse(lines[0]).format.layout(32, 128, torch.bfloat16)
+    assert whole.bounds.read == pytest.approx(dense.read * layout.page_bytes / layout.plain_bytes)
+    assert whole.bounds.capacity.requests > 3 * dense.capacity.requests
+    # Of what it reads the keys' codes are all of them, and an eighth of the tokens.
+    share = (layout.key_bytes + 0.125 * layout.page_bytes) / layout.page_bytes
+    assert chosen.bounds.read == pytest.approx(whole.bounds.read * share, rel=0.01)
+    assert whole.bounds.first >= dense.first, "a prompt's chunks decode what lies before them"
+    assert whole.quality.loss.loss == 0.011
 
 
 @pytest.mark.parametrize(

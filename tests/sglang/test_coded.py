@@ -181,6 +181,8 @@ def test_the_engine_counts_as_many_more_tokens(engine, random_llama, monkeypatch
                 backend = planned.backend
                 pool, page = backend.token_to_kv_pool, backend.token_to_kv_pool.codes[:, 0].nbytes
                 assert sum(pool.get_kv_size_bytes()) == pool.codes.nbytes
+                keys = pool.head_num * pool.layout.key_bytes / 64  # that what chooses reads
+                assert backend.engine.layer_bytes == (pool.slot_bytes, keys)
                 taken = pool.codes.nbytes - page + backend.open.nbytes  # SGLang's own page aside
                 assert bytes_given - 2 * page < taken <= bytes_given
     for bits, times in ((4, 3.0), (2, 5.0)):

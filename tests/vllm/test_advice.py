@@ -27,6 +27,8 @@ MEMORY, PAGE, LONGEST = 30_000_001, 32, 2048
         ('local(layers="1::2", window=256)', "llama of four layers"),
         ("quest(budget=256)", "gemma3"),
         ("keydiff(budget=256)", "gemma4"),
+        ("kivi(bits=4)", "llama"),
+        ("kivi(bits=2) + snapkv(budget=256)", "llama of four layers"),
     ],
 )
 def test_requests_at_once_are_the_start_up_lines(engine, random_llama, tmp_path, policy, kind):
