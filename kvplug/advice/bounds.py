@@ -10,8 +10,8 @@ For n requests at once of p prompt tokens and a answer tokens, halfway through t
 its share of the digests, or of the codes that say its keys; of a windowed layer its window; of a
 recurrent one its state, read and written. A prompt's bytes are, for each of its chunks, the
 weights, the cache of the chunks before it and its own (twice more in plain numbers where it is
-decoded first), and what a packing reads of it at its end; its multiplications 2 for each weight and
-token and 4 Hq D for each token that a query reads. What an engine spends besides (choosing,
+decoded first), and what a packing reads of it at its end; its multiplications 2 for each weight
+and token and 4 Hq D for each token that a query reads. What an engine spends besides (choosing,
 launching, scheduling, sampling) comes on top: what gains a few per cent here gains nothing.
 """
 
