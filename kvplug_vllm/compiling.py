@@ -171,4 +171,5 @@ class CompilingManager(EvictingManager):
 
 compat.ensure_builtin_specs()
 compat.announce_lookups(CompilingManager.look_up)
+compat.tell_with_steps()
 KVCacheSpecRegistry.register(CompilingSpec, CompilingManager, uniform_type_base_spec=CompilingSpec)

@@ -200,6 +200,44 @@ def test_what_left_the_pool_is_served_whole_and_what_comes_back_finds_it_again(
 
 
 @pytest.mark.cpu
+@pytest.mark.started
+def test_a_worker_of_its_own_process_hears_what_a_request_finds_when_it_comes_back(
+    engine, random_llama, prompts
+):
+    """As `vllm serve` has it on a CPU: half of the context left the cache meanwhile."""
+    context, *questions = prompts(4 * CHUNK, 30, 31, 32, 33, 34, 35)
+    model, turns = random_llama(), [context + question for question in questions]
+    plain = Compiled(model, LINE)
+    plain.compile(context)
+    with engine(
+        model, {"policy": LINE}, num_gpu_blocks_override=30, max_num_batched_tokens=128,
+        max_model_len=800, distributed_executor_backend="mp",
+    ) as planned:  # fmt: skip
+        compile_context(planned, context)
+        free, begun, pool = planned.free_blocks, {}, planned.pool
+        (manager,) = planned.scheduler.kv_cache_manager.coordinator.single_type_managers
+        preempt = planned.scheduler._preempt_request
+
+        def away(request, *args, **kwargs):
+            end = request.block_hashes[3 * CHUNK // S - 1]
+            third = pool.get_cached_block(manager.kv_cache_spec.name(bytes(end), 0), [0])
+            for block in third or ():
+                pool._maybe_evict_cached_block(block)
+            begun.setdefault(tuple(request.prompt_token_ids), request.num_output_tokens)
+            return preempt(request, *args, **kwargs)
+
+        planned.scheduler._preempt_request = away
+        hostages = pool.get_new_blocks(free - 20)
+        answers = planned.generate(turns, 100)
+        assert begun, "the pool was meant to be too small"
+        pool.free_blocks(hostages)
+        for turn, answer in zip(turns, answers, strict=True):
+            n = begun.get(tuple(turn), 100)
+            assert plain.agrees(turn, answer[:n], 4) == n
+            assert plain.agrees(turn + answer[:n], answer[n:], 2) == 100 - n
+
+
+@pytest.mark.cpu
 def test_layers_that_see_a_window_are_refused(engine, random_llama):
     kinds = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 64}
     with (
