@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -109,7 +109,12 @@ def started(policy: str, model: Path, tokens: int, **settings: Any) -> Any:
 
 
 def measure(
-    policy: str, model: Path, tokens: int, timed: bool, clock: Callable[[], float]
+    policy: str,
+    model: Path,
+    tokens: int,
+    texts: Iterable[str],
+    timed: bool,
+    clock: Callable[[], float],
 ) -> dict[str, tuple[float, float, float]]:
     """By text: loss, seconds (of a prompt of its own if timed), share read."""
     from vllm import SamplingParams
@@ -117,8 +122,8 @@ def measure(
 
     llm = started(policy, model, tokens, enable_prefix_caching=False)
     tokenizer, found = llm.get_tokenizer(), {}
-    for name, text in TEXTS.items():
-        prompt = {"prompt_token_ids": tokenizer.encode(text)[:tokens]}
+    for name in texts:
+        prompt = {"prompt_token_ids": tokenizer.encode(TEXTS[name])[:tokens]}
         asked = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
         with counted() as read:
             began = clock()
@@ -171,6 +176,7 @@ def main() -> None:
         "--losses", action="store_true", help="no prompt again for its seconds alone"
     )
     parser.add_argument("--lookups", type=int, default=0, help="questions instead of texts")
+    parser.add_argument("--text", choices=TEXTS, action="append", help="repeatable; both if none")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("policies", nargs="*", default=POLICIES)
     given = parser.parse_args()
