@@ -101,7 +101,7 @@ def test_preempted_requests_answer_as_alone(engine, model, duo, prompts, base, c
         expected = with_room(planned, batch, 160)
         hostages, seen = leave(planned, 22), preemptions(planned)
         assert planned.generate(batch, 160) == expected
-        assert len(seen) >= 3, "the pool was meant to be too small"
+        assert len(seen) >= (3 if caching else 1), "the pool was meant to be too small"
         planned.pool.free_blocks(hostages)
         assert planned.free_blocks == free
         if caching:
