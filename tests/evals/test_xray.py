@@ -134,7 +134,7 @@ def test_folding_keeps_what_was_seen(loaded):
         ("a_shape", "leave it out"),
         ('local(layers="1::2")', "leave it out"),
         ("keydiff(chunk=512)", "leave chunk out"),
-        ("duo(keydiff, heads='f')", "different numbers; show keydiff"),
+        ("duo(keydiff, heads='f')", r"different numbers; show keydiff\(budget=1024, sinks=4"),
         ("kvzip", "snapkv"),
     ],
 )
