@@ -246,17 +246,12 @@ class ScoredEviction(Policy):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadBudgets(ScoredEviction):
-    """Gives the KV heads of a layer their own shares of what a wrapped policy keeps.
+class WrappedScore(ScoredEviction):
+    """Changes what a wrapped policy scores. Its budget, sinks, window, interval and chunk are the
+    wrapped one's, as what it looks at."""
 
-    An engine's page holds tokens of all of a layer's heads, so private pages are given to heads in
-    parts (``kvplug.head_pages``): as many of them as the wrapped policy's hold what all heads
-    keep, of whatever share each. Heads are those of a layer, on one rank.
-    """
-
-    granularity = Granularity.HEAD
-    memory = "budget, plus the answer; the mean over the heads"
-    reads = "budget, plus the answer; the mean over the heads"
+    example: ClassVar[str]
+    """A line of it."""
 
     base: ScoredEviction
     """Whose budget, sinks and window these are too, as what it looks at."""
@@ -271,17 +266,34 @@ class HeadBudgets(ScoredEviction):
         if not isinstance(self.base, ScoredEviction) or isinstance(self.base, HeadBudgets):
             raise ValueError(
                 f"{self.name} wraps a policy that scores a prompt's tokens, got {self.base}; "
-                f"write {self.name}(snapkv(budget=1024), heads='heads.json')"
+                f"write {self.example}"
             )
+        taken = [each.name for each in fields(ScoredEviction)]
+        for name in (*taken, "evidence", "query_agnostic"):
+            object.__setattr__(self, name, getattr(self.base, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadBudgets(WrappedScore):
+    """Gives the KV heads of a layer their own shares of what a wrapped policy keeps.
+
+    An engine's page holds tokens of all of a layer's heads, so private pages are given to heads in
+    parts (``kvplug.head_pages``): as many of them as the wrapped policy's hold what all heads
+    keep, of whatever share each. Heads are those of a layer, on one rank.
+    """
+
+    granularity = Granularity.HEAD
+    memory = "budget, plus the answer; the mean over the heads"
+    reads = "budget, plus the answer; the mean over the heads"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.base.every is not None or self.base.compiles:
             raise ValueError(
                 f"{self.name}: heads that keep different numbers of pages pack prompts alone, at "
                 f"their end, as an event packs as much of every head, got {self.base}; leave "
                 "interval and chunk out"
             )
-        taken = [each.name for each in fields(ScoredEviction)]
-        for name in (*taken, "evidence", "query_agnostic"):
-            object.__setattr__(self, name, getattr(self.base, name))
 
     @property
     def alone(self) -> str:

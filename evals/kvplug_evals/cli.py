@@ -12,6 +12,7 @@ from rich.markup import escape
 from kvplug.shown import Json, screen
 from kvplug_evals.bench.cli import app as bench
 from kvplug_evals.calibration.cli import calibrate
+from kvplug_evals.extras import needed
 from kvplug_evals.interrupts import Interrupts
 from kvplug_evals.sweep.cli import evaluate
 from kvplug_evals.xray.cli import xray
@@ -45,15 +46,11 @@ def demo(
     to: Json = None,
 ) -> None:
     """Serve one long conversation under several policies and compare them. Takes minutes."""
-    try:
+    with needed("the demo", "cli,plot,evals"):
         from kvplug_evals.demo.report import NothingSaved
         from kvplug_evals.demo.session import run_demo
         from kvplug_evals.engines.interface import EngineError
         from kvplug_evals.served.choose import configure
-    except ModuleNotFoundError as error:
-        raise SystemExit(
-            f"the demo needs {error.name}; install it with: pip install 'kvplug[cli,plot,evals]'"
-        ) from None
 
     failed, interrupts = Console(stderr=True, highlight=False), Interrupts()
     try:

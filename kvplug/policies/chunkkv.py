@@ -15,49 +15,37 @@ another's chunks; any score may be wrapped, the paper's is the window's attentio
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvplug.compress import HeadBudgets, PromptKV, ScoredEviction
+from kvplug.compress import PromptKV, ScoredEviction, WrappedScore
 from kvplug.policies.snapkv import SnapKV
 from kvplug.policy import Evidence
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChunkKV(ScoredEviction):
+class ChunkKV(WrappedScore):
     name = "chunkkv"
     evidence = Evidence.WINDOW_QUERIES
     query_agnostic = False
     paper = "https://arxiv.org/abs/2502.00299"
+    example = "chunkkv(snapkv(budget=1024))"
 
     base: ScoredEviction = field(default_factory=SnapKV)
     """Whose budget, sinks, window, interval and chunk these are too, as what it looks at."""
     length: int = 10
     """Tokens of a chunk."""
 
-    budget: int | float = field(init=False)
-    sinks: int = field(init=False)
-    window: int = field(init=False)
-    interval: int | None = field(init=False)
-    chunk: int | None = field(init=False)
-
     def __post_init__(self) -> None:
-        if not isinstance(self.base, ScoredEviction) or isinstance(self.base, HeadBudgets):
-            raise ValueError(
-                f"chunkkv wraps a policy that scores a prompt's tokens, got {self.base}; write "
-                "chunkkv(snapkv(budget=1024))"
-            )
+        super().__post_init__()
         if isinstance(self.length, bool) or not isinstance(self.length, int) or self.length < 1:
             raise ValueError(
                 f"chunkkv: length must be a number of tokens, at least 1, got {self.length!r}; "
                 "write chunkkv(snapkv(budget=1024), length=10)"
             )
-        taken = [each.name for each in fields(ScoredEviction)]
-        for name in (*taken, "evidence", "query_agnostic"):
-            object.__setattr__(self, name, getattr(self.base, name))
 
     def without_sinks(self) -> ChunkKV:
         return replace(self, base=self.base.without_sinks())

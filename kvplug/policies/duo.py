@@ -49,6 +49,7 @@ class Duo(HeadBudgets):
     evidence = Evidence.WINDOW_QUERIES
     query_agnostic = False
     paper = "https://arxiv.org/abs/2410.10819"
+    example = "duo(snapkv(budget=1024), heads='heads.json')"
 
     heads: str
     """File of ``kvplug calibrate``, where the engine runs."""

@@ -20,6 +20,7 @@ from rich.markup import escape
 from kvplug.shown import Json, screen, write_json
 from kvplug_evals.bench import compression as bench_compression
 from kvplug_evals.bench.options import Clock, Dtype, Options, Pages, Policy, read_heads
+from kvplug_evals.extras import needed
 from kvplug_evals.interrupts import Interrupts
 
 COMPRESSING = (
@@ -234,16 +235,12 @@ def serve(
     to: Json = None,
 ) -> None:
     """Whole servers under the engine's own load generator: dense against policies. Minutes."""
-    try:
+    with needed("kvplug bench serve", "cli,plot,evals"):
         from kvplug_evals.bench import serve as bench_serve
         from kvplug_evals.bench.prompts import recall_8b
         from kvplug_evals.bench.provenance import WIDTH
         from kvplug_evals.bench.serve_report import save, show
         from kvplug_evals.served.choose import check_model, configure, policies
-    except ModuleNotFoundError as error:
-        raise SystemExit(
-            f"this needs {error.name}; install it with: pip install 'kvplug[cli,plot,evals]'"
-        ) from None
 
     with _servers("serve"):
         chosen = {"dtype": dtype, "threads": threads, "enforce_eager": enforce_eager}
@@ -302,15 +299,11 @@ def idle(
     to: Json = None,
 ) -> None:
     """Sessions that lie idle in vLLM: what is kept of each, and its next turn. Minutes."""
-    try:
+    with needed("kvplug bench idle", "cli,plot,evals"):
         from kvplug_evals.bench import idle as bench_idle
         from kvplug_evals.bench.prompts import recall_8b
         from kvplug_evals.bench.provenance import WIDTH
         from kvplug_evals.served.choose import check_model, configure
-    except ModuleNotFoundError as error:
-        raise SystemExit(
-            f"this needs {error.name}; install it with: pip install 'kvplug[cli,plot,evals]'"
-        ) from None
 
     with _servers("idle"):
         chosen = {"dtype": dtype, "threads": threads, "enforce_eager": enforce_eager}

@@ -13,6 +13,7 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import mean, median
@@ -24,7 +25,7 @@ from rich.markup import escape
 from kvplug import parse
 from kvplug.shown import progress
 from kvplug_evals.bench.prompts import MARGIN, prompts
-from kvplug_evals.bench.provenance import WIDTH, provenance, table
+from kvplug_evals.bench.provenance import heading, provenance, save_with_table, table
 from kvplug_evals.bench.serve import agreement, block_bytes, sized, state
 from kvplug_evals.bench.turns import QUESTION_TOKENS, Conversations
 from kvplug_evals.served.client import Client, Completion
@@ -204,22 +205,15 @@ async def _ask(texts: Sequence[str], output: int, engine: Engine, url: str) -> l
 
 def save(run: Run) -> None:
     """JSON, and beside it the table."""
-    out = run.options.out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(run.as_json())
-    with out.with_suffix(".txt").open("w") as file:
-        show(run, Console(file=file, width=WIDTH, highlight=False))
+    save_with_table(run.options.out, run.as_json(), partial(show, run))
 
 
 def show(run: Run, console: Console) -> None:
-    source, options, engine = run.provenance, run.options, run.engine
+    options, engine = run.options, run.engine
     console.print(
-        f"[bold]{escape(source['command'])}[/]\n{source['date']}, commit {source['commit']}, "
-        f"{engine.title} {source[engine.package]}, torch {source['torch']}, {source['cpu']}, "
-        f"{engine.threads} threads of {source['cores']} cores, load "
-        f"{source['load_at_start']:.1f} to {source['load_at_end']:.1f}\n"
-        f"{engine.model.name}, {engine.dtype}, {options.sessions} sessions of {options.tokens:,} "
-        f"tokens, answers of {options.output}, blocks of {engine.block_size}, "
+        heading(run.provenance, engine)
+        + f"{engine.model.name}, {engine.dtype}, {options.sessions} sessions of "
+        f"{options.tokens:,} tokens, answers of {options.output}, blocks of {engine.block_size}, "
         f"{engine.kv_cache_mib:,} MiB of pool, which hold {options.fit:g} dense sessions, and "
         f"{run.host_mib:,} MiB of host memory, which hold {options.host_fit:g}\n",
         soft_wrap=True,

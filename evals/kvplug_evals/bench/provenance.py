@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import kvplug
@@ -33,6 +36,24 @@ def provenance(command: str, engine: str) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "load_at_start": os.getloadavg()[0],
     }
+
+
+def heading(source: dict[str, Any], engine: Any) -> str:
+    """Of a table of servers: how it was made. engine: a ``served.engine.Engine``"""
+    return (
+        f"[bold]{escape(source['command'])}[/]\n{source['date']}, commit {source['commit']}, "
+        f"{engine.title} {source[engine.package]}, torch {source['torch']}, {source['cpu']}, "
+        f"{engine.threads} threads of {source['cores']} cores, load "
+        f"{source['load_at_start']:.1f} to {source['load_at_end']:.1f}\n"
+    )
+
+
+def save_with_table(out: Path, text: str, show: Callable[[Console], None]) -> None:
+    """JSON, and beside it what is shown."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text)
+    with out.with_suffix(".txt").open("w") as file:
+        show(Console(file=file, width=WIDTH, highlight=False))
 
 
 def git(*arguments: str) -> str | None:

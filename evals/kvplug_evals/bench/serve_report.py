@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from kvplug_evals.bench.provenance import WIDTH, table
+from kvplug_evals.bench.provenance import heading, save_with_table, table
 from kvplug_evals.bench.serve import BATCH, MEMORY, TURNS, Cell, Run, shown
 
 HOLDS, LOSES, FEWER = "#0072B2", "#D55E00", "#999999"  # Okabe and Ito's
@@ -20,21 +20,15 @@ HOLDS, LOSES, FEWER = "#0072B2", "#D55E00", "#999999"  # Okabe and Ito's
 def save(run: Run) -> None:
     """JSON, and beside it the table and the plot."""
     out = run.options.out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(run.as_json())
-    with out.with_suffix(".txt").open("w") as file:
-        show(run, Console(file=file, width=WIDTH, highlight=False))
+    save_with_table(out, run.as_json(), partial(show, run))
     draw(run, out.with_suffix(".png"))
 
 
 def show(run: Run, console: Console) -> None:
-    source, options, engine = run.provenance, run.options, run.engine
+    options, engine = run.options, run.engine
     console.print(
-        f"[bold]{escape(source['command'])}[/]\n{source['date']}, commit {source['commit']}, "
-        f"{engine.title} {source[engine.package]}, torch {source['torch']}, {source['cpu']}, "
-        f"{engine.threads} threads of {source['cores']} cores, load "
-        f"{source['load_at_start']:.1f} to {source['load_at_end']:.1f}\n"
-        f"{engine.model.name}, {engine.dtype}, prompts of {options.tokens:,} tokens, answers of "
+        heading(run.provenance, engine)
+        + f"{engine.model.name}, {engine.dtype}, prompts of {options.tokens:,} tokens, answers of "
         f"{options.output}, blocks of {engine.block_size}, prefill in chunks of {engine.chunk}, "
         f"{engine.kv_cache_mib:,} MiB of KV cache, which hold {options.fit:g} dense requests\n",
         soft_wrap=True,

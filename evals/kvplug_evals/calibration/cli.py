@@ -20,6 +20,7 @@ from rich.table import Table
 from kvplug.heads import Heads
 from kvplug.shown import Json, progress, screen, write_json
 from kvplug_evals.calibration import measure
+from kvplug_evals.extras import needed
 from kvplug_evals.interrupts import Interrupts
 
 if TYPE_CHECKING:
@@ -172,14 +173,10 @@ def _quality(
     out: Path,
     console: Console,
 ) -> None:
-    try:
+    with needed("--quality", "cli,evals"):
         from kvplug_evals.calibration import quality
         from kvplug_evals.demo.session import machine
         from kvplug_evals.engines.interface import EngineError
-    except ModuleNotFoundError as error:
-        raise SystemExit(
-            f"--quality needs {error.name}; install it with: pip install 'kvplug[cli,evals]'"
-        ) from None
 
     began, interrupts = perf_counter(), Interrupts()
     setting = quality.Setting(**given)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from kvplug.shown import Json, screen, write_json
+from kvplug_evals.extras import needed
 from kvplug_evals.interrupts import Interrupts
 
 
@@ -105,7 +106,7 @@ def evaluate(
         # OpenMP reads its environment when torch is loaded, and here it is already.
         os.environ["OMP_NUM_THREADS"] = str(threads)
         os.execv(sys.executable, [sys.executable, *sys.argv])
-    try:
+    with needed("kvplug eval", "cli,plot,evals"):
         from kvplug_evals.engines.interface import EngineError
         from kvplug_evals.sweep.compare import as_data, as_table
         from kvplug_evals.sweep.compare import compare as compared
@@ -115,11 +116,6 @@ def evaluate(
         from kvplug_evals.sweep.results import pack as packed
         from kvplug_evals.sweep.session import Run, run_sweep
         from kvplug_evals.sweep.settings import changed, expand, read_suite
-    except ModuleNotFoundError as error:
-        raise SystemExit(
-            f"kvplug eval needs {error.name}; install it with: "
-            "pip install 'kvplug[cli,plot,evals]'"
-        ) from None
 
     failed, interrupts = Console(stderr=True, highlight=False), Interrupts()
     command = shlex.join(["kvplug", *sys.argv[1:]])

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from kvplug.shown import STDOUT, Json, progress, write_json
+from kvplug_evals.extras import needed
 
 
 def xray(
@@ -26,13 +27,9 @@ def xray(
     Computed by transformers in float32 on the CPU, with the policy's own choices; the page needs
     no network.
     """
-    try:
+    with needed("kvplug xray", "cli,evals"):
         from kvplug_evals.xray.looks import take
         from kvplug_evals.xray.page import render
-    except ModuleNotFoundError as error:
-        raise SystemExit(
-            f"kvplug xray needs {error.name}; install it with: pip install 'kvplug[cli,evals]'"
-        ) from None
 
     with progress(Console(stderr=True)) as bar:
         # The prompt is most of the work, and what is left is known once it was read twice.
