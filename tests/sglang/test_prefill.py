@@ -20,6 +20,8 @@ FULL = [
     "xattention(threshold=1.0, sinks=32) + quest(budget=4096, dense_layers=0)",
     "block_quest(budget=4096, sinks=32)",
     "minference(vertical=4096, slash=4096)",
+    "flexprefill(threshold=1.0, sinks=32, min_budget=4096)",
+    "random_prefill(budget=4096, sinks=32)",
 ]
 BLOCKS = [
     "xattention(threshold=0.7, sinks=32)",
