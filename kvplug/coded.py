@@ -317,9 +317,7 @@ def tokens_of(cache: Tensor, layout: PageLayout, pages: Tensor) -> tuple[Tensor,
     return keys.unflatten(0, shape).flatten(1, 2), values.unflatten(0, shape).flatten(1, 2)
 
 
-def store(
-    keys: Tensor, values: Tensor, cache: Tensor, layout: PageLayout, pages: Tensor
-) -> None:  # fmt: skip
+def store(keys: Tensor, values: Tensor, cache: Tensor, layout: PageLayout, pages: Tensor) -> None:
     """Whole pages [P * S, H, D] of what was packed, coded again, at pages [P]."""
     shape = (-1, layout.page_size)
     encode_pages(cache, keys.unflatten(0, shape), values.unflatten(0, shape), pages, layout)
