@@ -110,7 +110,8 @@ def render() -> str:
 
 def _labels(ends: dict[str, tuple[float, float]]) -> list[str]:
     """Behind each line's end, one below the other where two would meet."""
-    parts, taken = [], []
+    parts: list[str] = []
+    taken: list[tuple[float, float]] = []
     for name, (a, b) in sorted(ends.items(), key=lambda item: item[1][1]):
         below = b + 22 if name == "twilight" else b + 5
         while any(abs(below - other) < 16 and abs(a - at) < 120 for at, other in taken):

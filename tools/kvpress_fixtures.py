@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ CLEAR = 1e-6
 changes a set."""
 
 
-def kept(press, module, hidden, keys, values, kwargs) -> np.ndarray:
+def kept(press: Any, module: Any, hidden: Any, keys: Any, values: Any, kwargs: Any) -> Any:
     """Ascending positions that a press keeps. -> [B, H, K]"""
     left = press.compress(module, hidden, keys, values, None, kwargs)[0]
     same = (left[:, :, :, None] == keys[:, :, None]).all(-1)  # [B, H, K, n]
@@ -151,7 +152,7 @@ def main() -> None:
                 tokens = kept(press, module, hidden, keys, values, kwargs)
                 arrays[f"{case}/{name}/{tokens.shape[-1]}"] = tokens
     OUT.parent.mkdir(exist_ok=True)
-    np.savez_compressed(OUT, version=np.array(version("kvpress")), **arrays)
+    np.savez_compressed(OUT, version=np.array(version("kvpress")), **arrays)  # type: ignore[arg-type]
     print(f"{OUT}: {OUT.stat().st_size} bytes, {len(arrays)} arrays")
 
 

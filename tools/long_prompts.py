@@ -74,7 +74,7 @@ def counted() -> Iterator[Read]:
     from kvplug_vllm import attention
     from kvplug_vllm.metrics import Metrics
 
-    found, count, choose = Read(), Metrics.count, attention.choose_pages
+    found, count, choose = Read(), Metrics.count, attention.choose_pages  # type: ignore[attr-defined]
     blocks = Read()
 
     def counts(self: Any, reads: Any, settings: Any) -> None:
@@ -89,11 +89,11 @@ def counted() -> Iterator[Read]:
         blocks.cached += float(args[6].sum())
         return pages, number
 
-    Metrics.count, attention.choose_pages = counts, chosen  # type: ignore[method-assign]
+    Metrics.count, attention.choose_pages = counts, chosen  # type: ignore
     try:
         yield found
     finally:
-        Metrics.count, attention.choose_pages = count, choose  # type: ignore[method-assign]
+        Metrics.count, attention.choose_pages = count, choose  # type: ignore
         if blocks.cached:  # the host knows a bound alone
             found.read, found.cached = blocks.read, blocks.cached
 
@@ -185,7 +185,8 @@ def main() -> None:
             right, share = look_up(policy, given.model, given.tokens, given.lookups)
             print(f"{policy}: {right} of {given.lookups}, {share:.0%} read", flush=True)
             continue
-        found = measure(policy, given.model, given.tokens, not given.losses, CLOCKS[given.clock])
+        texts, clock = given.text or tuple(TEXTS), CLOCKS[given.clock]
+        found = measure(policy, given.model, given.tokens, texts, not given.losses, clock)
         shown = "; ".join(
             f"{name} {loss:.3f}, {seconds:.1f} s, {share:.0%} read"
             for name, (loss, seconds, share) in found.items()

@@ -390,8 +390,8 @@ def refused_by_sglang(model: Path, row: Row) -> list[list[str]]:
 
     load_plugins()
     stock = backend.stock
-    if row.wraps is not None:
-        backend.stock = lambda server_args, device: row.wraps
+    if (wraps := row.wraps) is not None:
+        backend.stock = lambda server_args, device: wraps
     try:
         return [_refused(model, policy, row.options) for policy in POLICIES.values()]
     finally:

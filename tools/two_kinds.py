@@ -82,7 +82,7 @@ class Heads(Model):
         rest = torch.arange(whole * PAGE, T).expand(1, H, -1)
         at = torch.cat([tokens, rest], 2)[..., None]
         inside = torch.arange(width) < keep[0, :, None]
-        self.seen_heads[layer] = torch.cat([inside, torch.ones_like(rest[0], dtype=bool)], 1)
+        self.seen_heads[layer] = torch.cat([inside, torch.ones_like(rest[0], dtype=torch.bool)], 1)
         return key.gather(2, at.expand(-1, -1, -1, D)), value.gather(2, at.expand(-1, -1, -1, D))
 
 
