@@ -7,9 +7,9 @@ alike: each stands beside a policy of its stage.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
-from typing import Any
+from typing import Any, TypeVar
 
 from kvplug.compress import (
     LayerBudgets,
@@ -17,13 +17,15 @@ from kvplug.compress import (
     PositionalEviction,
     ScoredEviction,
 )
-from kvplug.formats import PageFormat
-from kvplug.generate import SparsePrefill
+from kvplug.formats import KeyCodes, PageFormat
+from kvplug.generate import BlockSelector, SparsePrefill
 from kvplug.heads import Shape, read_heads
 from kvplug.load import Selector
 from kvplug.policies.dense import Dense
 from kvplug.policy import LIMIT, Policy, Sharing, Stage
 from kvplug.reuse import ChunkReuse
+
+Kind = TypeVar("Kind", bound=Policy)
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Composition:
     """
 
     policies: tuple[Policy, ...] = ()
+    own_codes: KeyCodes | None = field(default=None, repr=False)
+    """Of pages on a server where others choose by them; a line's own come first."""
 
     def __post_init__(self) -> None:
         real = tuple(p for p in self.policies if not isinstance(p, Dense))
@@ -73,6 +77,7 @@ class Composition:
     def _check_readers(self) -> None:
         """Whether what selects reads what pages of this format have."""
         own, reads = self.stage(Stage.LOAD), self.selector
+        _ = self.generate
         if str(own) != str(reads):
             assert self.format is not None
             raise ValueError(
@@ -104,7 +109,25 @@ class Composition:
         """The same over pages of this format, where the line names none."""
         if format is None or self.format is not None:
             return self
-        return Composition((*self.policies, format))
+        return replace(self, policies=(*self.policies, format))
+
+    def over(self, codes: KeyCodes | None) -> Composition:
+        """The same over pages that say this of their keys, where the line does not."""
+        return self if codes is None or self.codes is not None else replace(self, own_codes=codes)
+
+    @property
+    def codes(self) -> KeyCodes | None:
+        """What a full page says of its keys in few bits: those of the format that holds them, or
+        what a selector reads; None where no codes are."""
+        if self.format is not None:
+            return self.format.codes
+        digest = getattr(self.stage(Stage.LOAD), "digest", None)
+        return digest if isinstance(digest, KeyCodes) else self.own_codes
+
+    def without(self, stage: Stage) -> Composition:
+        """The same without what answers a stage in layers that see all; pages keep their bytes."""
+        rest = (policy for policy in self.policies if _place(policy) != (stage, Part.PLANNED))
+        return replace(self, policies=tuple(rest))
 
     @property
     def plans(self) -> bool:
@@ -143,15 +166,26 @@ class Composition:
 
     @property
     def selector(self) -> Selector | None:
-        """As it reads pages of the line's format."""
+        """As it reads this line's pages."""
         policy = self.stage(Stage.LOAD)
-        if not isinstance(policy, Selector):
-            return None
-        return policy if self.format is None else policy.over(self.format.codes)
+        return self.reading(policy) if isinstance(policy, Selector) else None
+
+    def reading(self, policy: Kind) -> Kind:
+        """What chooses by digests of its own does so by codes, where pages have them; of codes
+        that no format holds it names the bits itself. All else as it is."""
+        codes = self.codes
+        if codes is None or not isinstance(policy, (Selector, BlockSelector)):
+            return policy
+        if self.format is None and isinstance(policy.digest, KeyCodes):
+            return policy
+        return policy.over(codes)  # type: ignore[return-value]
 
     @property
     def generate(self) -> SparsePrefill | None:
+        """As it reads this line's pages."""
         policy = self.stage(Stage.GENERATE)
+        if isinstance(policy, BlockSelector):
+            return self.reading(policy)
         return policy if isinstance(policy, SparsePrefill) else None
 
     @property
@@ -198,9 +232,9 @@ def _place(policy: Policy) -> tuple[Stage, Part]:
 
 def _check_numbers(policy: Policy) -> None:
     """A step that meets a number which no tensor holds would end the engine for everyone."""
-    for field in fields(policy):
-        value = getattr(policy, field.name)
+    for each in fields(policy):
+        value = getattr(policy, each.name)
         if isinstance(value, Policy):
             _check_numbers(value)
         elif isinstance(value, int) and abs(value) >= LIMIT:
-            raise ValueError(f"{policy.name}: {field.name} must be below 2 ** 62, got {value!r}")
+            raise ValueError(f"{policy.name}: {each.name} must be below 2 ** 62, got {value!r}")

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from kvplug.formats import KeyCodes
 from kvplug.policy import Action, Digest, Evidence, Granularity, Policy, Positions, Sharing, Stage
 
 
@@ -171,6 +172,15 @@ class BlockSelector(SparsePrefill):
     def digest(self) -> Digest | None:
         """What pages must carry for this policy's estimate."""
         return None
+
+    def over(self, codes: KeyCodes) -> BlockSelector:
+        """As ``Selector.over``."""
+        if self.digest is None:
+            return self
+        raise ValueError(
+            f"{self.name} reads digests of its own, which pages that carry codes do not; use "
+            "block_quest or xattention"
+        )
 
     def page(self, block_size: int) -> int:
         """Tokens of what a digest describes of an engine's block, as ``Selector.page``."""

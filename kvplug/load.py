@@ -61,7 +61,7 @@ class Selector(Policy):
         if self.digest is None:
             return self
         raise ValueError(
-            f"{self.name} reads digests of its own, which pages kept in codes do not carry; use "
+            f"{self.name} reads digests of its own, which pages that carry codes do not; use "
             "twilight or quest"
         )
 

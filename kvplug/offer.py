@@ -66,7 +66,9 @@ class Offer:
     """The most tokens that a KV head may keep of a prompt's whole pages."""
 
     def __post_init__(self) -> None:
-        own, classes = self.settings.policy, [policy_class(name) for name in self.allow]
+        classes = [policy_class(name) for name in self.allow]
+        own = self.settings.policy.over(self.codes)
+        object.__setattr__(self, "settings", replace(self.settings, policy=own))
         if own.local is not None:
             self._check_local(own.local)
         if own.scored is not None and own.scored.appends and self.settings.min_context:
@@ -181,6 +183,14 @@ class Offer:
         return self.settings.policy.format
 
     @property
+    def codes(self) -> KeyCodes | None:
+        """What a full page says of its keys in few bits, where anything on offer reads that."""
+        classes = [policy_class(name) for name in self.allow]
+        choosers = (cls() for cls in classes if issubclass(cls, (Selector, BlockSelector)))
+        digests = (self.settings.policy.codes, *(each.digest for each in choosers))
+        return next((digest for digest in digests if isinstance(digest, KeyCodes)), None)
+
+    @property
     def mixed(self) -> bool:
         """Whether two requests of one batch may have different policies."""
         return bool(self.allow)
@@ -217,9 +227,7 @@ class Offer:
     def _offered(self, kind: type[Kind], own: Kind | None) -> list[Kind]:
         classes = [policy_class(name) for name in self.allow]
         allowed = [cls() for cls in classes if issubclass(cls, kind)]
-        if self.format is not None:
-            read = self.format.codes
-            allowed = [_over(each, read) for each in allowed]
+        allowed = [self.settings.policy.reading(each) for each in allowed]
         others = [each for each in allowed if type(each) is not type(own)]
         return others if own is None else [own, *others]
 
@@ -313,7 +321,8 @@ class Offer:
             return self._with_chunks(wanted)
         if "policy" in wanted:
             policy = parse(wanted["policy"])  # type: ignore[arg-type]
-            policy = policy.in_format(self.format if self.mixed else None)
+            if self.mixed:
+                policy = policy.in_format(self.format).over(self.codes)
             base = replace(base, policy=policy, min_context=0)
         if "budget" in wanted:
             base = replace(base, policy=_with_budget(base.policy, wanted["budget"]))
@@ -394,7 +403,7 @@ class Offer:
 
     def _check(self, asked: Settings) -> None:
         own = self.settings
-        dense = asked.policy == Composition().in_format(self.format)
+        dense = asked.policy == Composition().in_format(self.format).over(self.codes)
         if asked == own or (dense and self.mixed and not (self.format and asked.min_context)):
             return
         if not self.mixed:
@@ -505,10 +514,6 @@ def _check_chunks(chunks: tuple[Span, ...], prompt: Sequence[object] | None) -> 
         )
 
 
-def _over(policy: Kind, codes: KeyCodes) -> Kind:
-    return policy.over(codes) if isinstance(policy, Selector) else policy  # type: ignore[return-value]
-
-
 @lru_cache(maxsize=4096)
 def _settings_for(offer: Offer, given: str) -> Settings:
     return offer._chosen(given)
@@ -544,4 +549,5 @@ def _with_budget(policy: Composition, budget: object) -> Composition:
             f"names {len(bounded)}; write the whole line as policy"
         )
     changed = replace(bounded[0], budget=budget)  # type: ignore[call-arg]
-    return Composition(tuple(changed if part is bounded[0] else part for part in policy))
+    changed_line = tuple(changed if part is bounded[0] else part for part in policy)
+    return replace(policy, policies=changed_line)

@@ -14,7 +14,7 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from kvplug import Composition, Course, Planner, Refused, Settings, Stage
+from kvplug import Course, Planner, Refused, Settings, Stage
 from kvplug_sglang.compat import Hook
 from kvplug_sglang.router import Tenant
 from kvplug_sglang.settings import Engine
@@ -147,8 +147,8 @@ def stay_whole(engine: Engine, req: Any, tenant: Tenant) -> None:
     """Admission has charged the private slots, so this takes a pool that others outran."""
     log.warning("kvplug: no room to compress %s, which is served whole", req.rid)
     settings = engine.planner(tenant.choice).settings
-    rest = tuple(part for part in settings.policy if part.stage is not Stage.COMPRESS)
-    tenant.choice = engine.choice(replace(settings, policy=Composition(rest)))
+    whole = replace(settings, policy=settings.policy.without(Stage.COMPRESS))
+    tenant.choice = engine.choice(whole)
     if engine.metrics is not None:
         engine.metrics.count_whole()
 

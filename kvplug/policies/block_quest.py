@@ -4,7 +4,8 @@
     share of a page = softmax(scale u)_p, mean over the query heads that share a KV head
 
 with lo and hi the least and greatest key of a page in each channel, which Quest's digests carry:
-it costs no look at any key.
+it costs no look at any key. Beside ``twilight``, or where a format keeps pages in codes, lo and
+the highest code are those bounds.
 
 The bounds are those of Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM
 Inference", ICML 2024, https://arxiv.org/abs/2406.10774; what is ours is that a block asks with
@@ -14,10 +15,11 @@ block alone looks for is averaged away.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 from torch import Tensor
 
+from kvplug.formats import KeyCodes
 from kvplug.generate import BlockSelector, QueryBlocks
 from kvplug.load import small_page
 from kvplug.policies.quest import KeyExtremes
@@ -41,8 +43,21 @@ class BlockQuest(BlockSelector):
     def digest(self) -> Digest:
         return KeyExtremes()
 
+    def over(self, codes: KeyCodes) -> BlockSelector:
+        if self.mass is not None:
+            raise ValueError(
+                f"{self}: the page that is being filled has no codes yet, and so no bound to "
+                "count for threshold; leave threshold out"
+            )
+        own = {f.name: getattr(self, f.name) for f in fields(BlockQuest) if f.init}
+        return BlockQuestOverCodes(**own, codes=codes)
+
     def page(self, block_size: int) -> int:
         return small_page(block_size)
+
+    def bounds(self, query: Tensor, digest: Tensor, page_table: Tensor, pages: Tensor) -> Tensor:
+        """As ``page_bound``, by pages [B] of the table."""
+        return page_bound(query, digest, page_table, pages * by_page(digest).shape[1])
 
     def score(
         self,
@@ -59,6 +74,32 @@ class BlockQuest(BlockSelector):
         # Each query head asks for itself: n * G requests of H heads.
         asked = mean.transpose(1, 2).reshape(n * G, H, D)
         table, seen = (each.repeat_interleave(G, 0) for each in (page_table, pages))
-        bounds = page_bound(asked, digest, table, seen * parts)
+        bounds = self.bounds(asked, digest, table, seen)
         bounds = bounds.view(n, G, H, -1, parts).amax(-1)
         return (bounds * blocks.scale).softmax(-1).mean(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockQuestOverCodes(BlockQuest):
+    """By codes: a block's last page, which is read in any case, may have none yet and scores 0."""
+
+    codes: KeyCodes = field(repr=False)
+
+    @property
+    def digest(self) -> Digest:
+        return self.codes
+
+    def bounds(self, query: Tensor, digest: Tensor, page_table: Tensor, pages: Tensor) -> Tensor:
+        full, parts = (pages - 1).clamp(min=0), by_page(digest).shape[1]
+        levels = 2**self.codes.bits - 1
+        return page_bound(query, digest[..., :2, :], page_table, full * parts, levels)
+
+    def score(
+        self,
+        blocks: QueryBlocks,
+        keys: Tensor | None,
+        digest: Tensor | None,
+        page_table: Tensor,
+        pages: Tensor,
+    ) -> Tensor:
+        return super().score(blocks, keys, digest, page_table, pages).nan_to_num(0.0)

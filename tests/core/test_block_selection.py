@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from kvplug import (
     Asking,
     Blocks,
+    KeyCodes,
     LastQueries,
     Planner,
     QueryBlocks,
@@ -141,7 +142,8 @@ def test_xattention_is_the_softmax_of_antidiagonals(S, H, G, stride):
 
 @pytest.mark.parametrize("S, H, G", SHAPES)
 @pytest.mark.parametrize("parts", [1, 2])
-def test_block_quest_is_the_softmax_of_a_mean_query_s_bounds(S, H, G, parts):
+@pytest.mark.parametrize("codes", [False, True])
+def test_block_quest_is_the_softmax_of_a_mean_query_s_bounds(S, H, G, parts, codes):
     blocks, keys, table, pages = paged(5, S, H, 24, LENGTHS, G, ROWS)
     digest = torch.full((len(keys), parts, H, 2, 24), torch.nan)
     for i, length in enumerate(LENGTHS):
@@ -151,18 +153,24 @@ def test_block_quest_is_the_softmax_of_a_mean_query_s_bounds(S, H, G, parts):
             page, at = table[i, part // parts].long(), part % parts
             digest[page, at, :, 0], digest[page, at, :, 1] = own.amin(0), own.amax(0)
             digest[page, at + 1 :] = digest[page, at, None]  # nothing yet: as the part before
-    given = digest if parts > 1 else digest[:, 0]
-    shares = BlockQuest().score(blocks, None, given, table, pages)
+    policy, given, counted = BlockQuest(), digest, pages
+    if codes:  # of two bits, and four rows of what they number; a block's last page has none yet
+        policy, counted = policy.over(KeyCodes(2)), pages - 1
+        low, high = digest.unbind(3)
+        given = torch.stack([low, (high - low) / 3, *[torch.full_like(low, torch.nan)] * 4], 3)
+        given[table.gather(1, counted[:, None].long()).flatten().long()] = torch.nan
+    given = given if parts > 1 else given[:, 0]
+    shares = policy.score(blocks, None, given, table, pages)
     for i in range(len(LENGTHS)):
         q = blocks.query[blocks.bounds[i] : blocks.bounds[i + 1]].double().mean(0)  # [H, G, D]
-        page = digest[table[i, : pages[i]].long()].double()  # [P, parts, H, 2, D]
+        page = digest[table[i, : counted[i]].long()].double()  # [P, parts, H, 2, D]
         least, most = page[:, :, :, 0], page[:, :, :, 1]
         for h in range(H):
             asked = q[h, :, None, None]  # [G, 1, 1, D] over [P, parts, D]
             ends = torch.maximum(asked * least[..., h, :], asked * most[..., h, :])
             logits = ends.sum(-1).amax(-1) * blocks.scale  # [G, P]
             wanted = torch.zeros(table.shape[1], dtype=torch.float64)
-            wanted[: pages[i]] = logits.softmax(-1).mean(0)
+            wanted[: counted[i]] = logits.softmax(-1).mean(0)
             torch.testing.assert_close(shares[i, h].double(), wanted, atol=1e-5, rtol=1e-4)
 
 

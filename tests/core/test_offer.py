@@ -6,7 +6,10 @@ import re
 
 import pytest
 
-from kvplug import Offer, Refused, Settings, parse, read_offer, read_settings
+import kvplug.offer
+from kvplug import KeyCodes, Offer, Refused, Selector, Settings, parse, read_offer, read_settings
+from kvplug.policies.quest import KeyExtremes, Quest
+from kvplug.registry import policy_class
 
 MIXED = {"policy": "snapkv(budget=1024)", "allow": ["quest", "knorm"], "max_budget": 2048}
 
@@ -168,8 +171,33 @@ def test_codes_of_other_bits_than_the_pages_carry_are_refused():
     assert own.settings_for("twilight(budget=64, bits=4)").policy.selector.budget == 64
     with pytest.raises(Refused, match=r"do not carry what twilight\(.*bits=2.*KeyCodes"):
         own.settings_for("twilight(budget=64)")
-    with pytest.raises(ValueError, match="quest and twilight need different digests"):
-        offer(policy="quest", allow=["twilight"])
+
+
+def test_where_one_chooses_by_codes_all_do():
+    lines = ("quest(budget=64)", "twilight(budget=64)", "block_quest", "block_quest + quest")
+    for own in ("quest", "dense", "block_quest + twilight(budget=128)"):
+        served = offer(policy=own, allow=["quest", "twilight", "block_quest"])
+        assert served.settings_for(own) == served.settings
+        for line in ("dense", *lines):
+            policy = served.settings_for(line).policy
+            assert str(policy) == str(parse(line))
+            for reader in (policy.selector, policy.generate):
+                assert reader is None or reader.digest == served.digest == KeyCodes(2)
+        with pytest.raises(ValueError, match=r"no codes yet, .*leave top_p out"):
+            served.settings_for("quest(top_p=0.5)")
+        assert served.settings_for({"policy": "quest", "budget": 96}).policy.selector.budget == 96
+
+
+def test_a_digest_that_codes_do_not_hold_is_refused_beside_them(monkeypatch):
+    class Apart(Quest):
+        name = "apart"
+        over = Selector.over
+
+    known = {"apart": Apart}
+    monkeypatch.setattr(kvplug.offer, "policy_class", lambda n: known.get(n) or policy_class(n))
+    assert offer(policy="snapkv", allow=["apart"]).digest == KeyExtremes()
+    with pytest.raises(ValueError, match="apart reads digests of its own, which pages"):
+        offer(policy="twilight", allow=["apart"])
 
 
 def test_an_offer_says_itself():

@@ -25,7 +25,8 @@ FULL = [
 ]
 BLOCKS = [
     "xattention(threshold=0.7, sinks=32)",
-    "block_quest(budget=160, sinks=32) + snapkv(budget=96, window=32)",
+    "block_quest(budget=160, sinks=32) + snapkv(budget=96, window=32) + "
+    "twilight(budget=64, dense_layers=0)",
     "random_prefill(budget=128, sinks=32) + streaming_llm(sinks=40, window=300)",
     "flexprefill(threshold=0.5, sinks=32, min_budget=64)",
 ]

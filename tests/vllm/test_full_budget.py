@@ -11,11 +11,11 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 POLICIES = [
     "dense",
     "quest(budget=8192)",
-    "block_quest(budget=8192, sinks=32) + quest(budget=8192, top_p=1.0, dense_layers=0)",
+    "block_quest(budget=8192, sinks=32) + twilight(budget=1.0, candidates=1.0, dense_layers=0)",
     "twilight(budget=1.0, dense_layers=0)",
     "streaming_llm(sinks=4, window=8192)",
     "streaming_llm(sinks=40, window=8192) + quest(budget=8192, dense_layers=0)",
-    "random_prefill(budget=8192) + twilight(budget=1.0, candidates=1.0, dense_layers=0)",
+    "random_prefill(budget=8192) + quest(budget=8192, top_p=1.0, dense_layers=0)",
     "tri_shape(sinks=40, window=8192) + quest(budget=8192, dense_layers=0)",
     "xattention(threshold=1.0, sinks=32) + quest(budget=8192, dense_layers=0)",
     "minference(vertical=8192, slash=8192) + quest(budget=8192, dense_layers=0)",

@@ -194,7 +194,8 @@ def test_each_head_reads_by_its_own_pattern(engine, random_llama, prompts, monke
     "policy",
     [
         "random_prefill(budget=128, sinks=32)",
-        "block_quest(budget=160, sinks=32) + snapkv(budget=96, window=32)",
+        "block_quest(budget=160, sinks=32) + snapkv(budget=96, window=32) + "
+        "twilight(budget=64, dense_layers=0)",
         pytest.param(
             "xattention(threshold=0.7, sinks=32) + streaming_llm(sinks=40, window=300) + "
             "quest(budget=96, dense_layers=0)",

@@ -41,7 +41,7 @@ REFUSED = [
         ["a block of 96 queries is neither", "a page of 64 tokens; write a_shape(block=64)"],
     ),
     ({"block_size": 32}, {"policy": "xattention(stride=64)"}, ["write xattention(stride=32)"]),
-    ({}, {"policy": "block_quest + twilight"}, ["block_quest need different digests in a page"]),
+    ({}, {"policy": "block_quest(threshold=0.9) + twilight"}, ["leave threshold out"]),
     (
         {"block_size": 128},
         KIVI,

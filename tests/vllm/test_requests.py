@@ -268,3 +268,20 @@ def test_five_hundred_requests_leave_every_block_free(traffic):
     assert traffic.engine.free_blocks == free
     manager = traffic.engine.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
     assert not manager.held
+
+
+def test_where_pages_carry_codes_all_choose_by_them(engine, model, prompts):
+    """A dense server's pages are as large as what any request may ask for needs."""
+    batch = prompts(448, 512, 300, 97)
+    asked = ["quest(budget=96, dense_layers=0)", "twilight(budget=64, dense_layers=0)",
+             "block_quest(budget=160, sinks=32)", None]  # fmt: skip
+    wanted = []
+    for line, prompt in zip(asked, batch, strict=True):
+        with engine(model, {"policy": line or "dense"}) as own:
+            wanted += own.generate([prompt], 20)
+    offer = {"policy": "dense", "allow": ["quest", "twilight", "block_quest"]}
+    with engine(model, offer) as planned:
+        alone = [generate(planned, [each])[0] for each in zip(batch, asked, strict=True)]
+        assert alone == wanted
+        planned.forget()
+        assert generate(planned, list(zip(batch, asked, strict=True))) == wanted
