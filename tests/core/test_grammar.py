@@ -164,3 +164,10 @@ def test_nothing_in_a_line_is_evaluated(line, tmp_path, monkeypatch):
 def test_any_text_is_a_policy_or_a_value_error(line):
     with contextlib.suppress(ValueError):
         parse(line)
+
+
+def test_without_a_stage_pages_keep_their_format_and_layers_their_windows():
+    line = parse('kivi(bits=4) + local(layers="1", window=100) + snapkv + quest(budget=64)')
+    rest = line.without(Stage.COMPRESS)
+    assert rest == parse('kivi(bits=4) + local(layers="1", window=100) + quest(budget=64)')
+    assert rest.selector.digest == line.format.codes
