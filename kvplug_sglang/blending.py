@@ -1,12 +1,12 @@
 """Chunks of a prompt that are taken from wherever SGLang's radix tree has them.
 
 What a chunk is as a prompt of its own any request leaves there: one of the chunk alone, or one
-that begins with it. A row's slots may lie in any order, but what a step computes of a prompt is one
-range behind its cached prefix, from admission to the model's input. So a request that names chunks
-is reordered as in ``Arrangement``, and what it takes is put into the tree as that prefix before
-SGLang looks for it: pages of their own, under a name that tells them from all others', which the
-backend fills before the step that reads them. All else (who holds them, what is charged for them,
-when they leave, what comes with them next time) is what SGLang does about prefixes.
+that begins with it. A row's slots may lie in any order, but what a step computes of a prompt is
+one range behind its cached prefix, from admission to the model's input. So a request that names
+chunks is reordered as in ``Arrangement``, and what it takes is put into the tree as that prefix
+before SGLang looks for it: pages of their own, under a name that tells them from all others',
+which the backend fills before the step that reads them. All else (who holds them, what is charged
+for them, when they leave, what comes with them next time) is what SGLang does about prefixes.
 
 If a page is in no place, or there is no room, or the plain prefix has as much, the prompt lies as
 it is read. That is asked each time SGLang looks for the prefix of a request that holds nothing: in
@@ -104,8 +104,8 @@ def check(engine: Engine, settings: Settings, req: Any) -> None:
         if has:
             raise Refused(
                 f"prompt {what}",
-                f"kvplug: a prompt whose chunks are taken from elsewhere has no {what}, as most of "
-                f"it is not computed; leave chunks out, or {instead}",
+                f"kvplug: a prompt whose chunks are taken from elsewhere has no {what}, as most "
+                f"of it is not computed; leave chunks out, or {instead}",
             )
 
 
@@ -143,7 +143,7 @@ def take(tree: Any, req: Any, asked: Asked) -> bool:
     if slots is None:
         return False
     sources = [
-        compat.matched_slots(tree, chunks[each.chunk])[:: size][each.pages.start :]
+        compat.matched_slots(tree, chunks[each.chunk])[::size][each.pages.start :]
         for each in arrangement.placed
     ]
     known, (_, _, shifts) = own.tokens // size, arrangement.sources

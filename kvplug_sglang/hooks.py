@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvplug_sglang import admission, blending, cache, coded_pool, compat, packing, replay, streaming
+from kvplug_sglang import (
+    admission,
+    blending,
+    cache,
+    coded_pool,
+    compat,
+    packing,
+    replay,
+    streaming,
+)
 from kvplug_sglang.settings import Engine
 
 HOOKS = (

@@ -37,7 +37,8 @@ REQUESTS = 256
 """That run at once unless the user says, where each fills a page of its own in full precision."""
 
 KNOWN = (
-    SparsePrefill, PositionalEviction, ScoredEviction, LayerBudgets, Selector, PageFormat, ChunkReuse,
+    SparsePrefill, PositionalEviction, ScoredEviction, LayerBudgets, Selector, PageFormat,
+    ChunkReuse,
 )  # fmt: skip
 """Kinds of policies that this adapter carries out."""
 

@@ -1,5 +1,5 @@
-"""Prompts that name their chunks, and a plain Llama that reads each of them alone and then goes on,
-for either engine."""
+"""Prompts that name their chunks, and a plain Llama that reads each of them alone and then goes
+on, for either engine."""
 
 from __future__ import annotations
 

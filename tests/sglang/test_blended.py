@@ -1,13 +1,19 @@
-"""Chunks taken from elsewhere in SGLang's tree: against a plain Llama that reads each of them alone
-and then goes on, and against SGLang's own answer where what was stored is the whole prompt's."""
+"""Chunks taken from elsewhere in SGLang's tree: against a plain Llama that reads each of them
+alone and then goes on, and against SGLang's own answer where what was stored is the whole
+prompt's."""
 
 from __future__ import annotations
 
 import json
+from array import array
+from itertools import chain, pairwise
 
+import numpy as np
 import pytest
+import torch
 
-from tests.blended import Blended, named
+from kvplug import turn
+from tests.blended import Blended, crowded, named
 from tests.sglang.test_answers import settled
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -15,6 +21,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 LINE = "blend(links=8)"
 TOKENS = 12
 """Of an answer."""
+LONG = 160
 SLOTS = 16384
 
 
@@ -109,3 +116,153 @@ def test_chunks_in_any_order_answer_by_the_definition(
         batch = ask(blending, *asked.values())
         assert [answer for answer, _ in batch] == [*alone.values()]
         assert settled(blending, SLOTS)
+
+
+def rows(engine, tokens, salt):
+    """Keys and values that the tree has under a name, by layer. [T, H, D] twice"""
+    from kvplug_sglang import compat
+
+    match = compat.match(engine.tree, array("q", tokens), None, salt)
+    slots, pool = compat.matched_slots(engine.tree, match), engine.backend.token_to_kv_pool
+    return slots, {n: [x[slots] for x in pool.get_kv_buffer(n)] for n in engine.backend.layers}
+
+
+def test_what_the_whole_prompt_has_of_them_gives_its_own_answer(engine, random_llama, prompts):
+    """And its own rows, wherever they lie, with chunks of any length, of requests in one batch."""
+    lengths = 70, 131, 96, 200
+    *chunks, asks, other = prompts(*lengths, 45, 30, seed=1)
+    context, spans = [*chain(*chunks)], named(*lengths)
+    with engine(random_llama(layers=3, seed=1), LINE) as blending:
+        forget(blending)
+        batch = [context + asks, context + other]
+        wanted = [answer for answer, _ in ask(blending, *batch, salt="whole")]
+        wholes = [rows(blending, prompt, "whole")[1] for prompt in batch]
+        read_alone(blending, *chunks)
+        pool, rotation = blending.backend.token_to_kv_pool, blending.backend.rotation
+        for chunk, (first, _) in zip(chunks, spans, strict=True):
+            slots, _ = rows(blending, chunk, None)
+            part = slice(first, first + len(slots))
+            for layer, (keys, values) in wholes[0].items():
+                back = turn(keys[None, part], *rotation.angles(np.array([-first])))[0]
+                for stored, its in zip(
+                    pool.get_kv_buffer(layer), (back, values[part]), strict=True
+                ):
+                    stored[slots] = its
+        said = ask(blending, *[(prompt, spans) for prompt in batch])
+        assert [answer for answer, _ in said] == wanted
+        assert said[0][1] == taken(spans, 16) > 400
+        for prompt, whole in zip(batch, wholes, strict=True):
+            (request,) = (
+                each
+                for each in blending.requests.values()
+                if each.kvplug_asked is not None and [*each.kvplug_asked.prompt] == prompt
+            )
+            order = request.kvplug_asked.arrangement.order
+            _, found = rows(blending, request.origin_input_ids, request.cache_salt)
+            for layer, kept in found.items():
+                here = order[: len(kept[0])]
+                for mine, its in zip(kept, whole[layer], strict=True):
+                    both = here < len(its)  # of its last page they have other parts
+                    assert both.sum() > 500
+                    torch.testing.assert_close(mine[both], its[here[both]], rtol=0, atol=1e-4)
+        assert settled(blending, SLOTS)
+
+
+def admissions(monkeypatch):
+    """Request -> by the tokens that it had answered, whether it lay as arranged when it was last
+    looked up: as it was admitted then."""
+    from kvplug_sglang import blending
+
+    found, take = {}, blending.take
+
+    def note(tree, req, asked):
+        moved = take(tree, req, asked)
+        found.setdefault(req.rid, {})[len(req.output_ids)] = moved
+        return moved
+
+    monkeypatch.setattr(blending, "take", note)
+    return found
+
+
+def test_retracted_aborted_and_evicted_requests_lie_as_they_then_can(
+    engine, random_llama, prompts, monkeypatch
+):
+    line, slots = "blend(links=0)", 1056
+    model = random_llama(layers=2)
+    asked, chunks = crowded(prompts)
+    plain = Blended(model, line, 16)
+    small = {"max_total_tokens": slots, "schedule_conservativeness": 0.05}
+    found = admissions(monkeypatch)
+    with engine(model, line, **small) as blending:
+        from sglang.srt.managers import schedule_policy
+
+        from kvplug_sglang import compat
+
+        forget(blending)
+        read_alone(blending, *chunks)
+        rids = [send(blending, prompt, spans, LONG) for prompt, spans in asked]
+        blending.drain()
+        assert sum(blending.requests[rid].retraction_count for rid in rids), "it is too small"
+        lay = set()
+        for rid, (prompt, spans) in zip(rids, asked, strict=True):
+            answer, times = blending.output(rid), [*found[rid].items(), (LONG, None)]
+            for (begin, moved), (end, _) in pairwise(times):
+                said = plain.said(prompt, answer, spans if moved else ())
+                assert answer[begin:end] == said[begin:end], (times, begin)
+                lay.add(moved)
+        assert True in lay
+        assert settled(blending, slots)
+
+        # Aborted before, in and behind the step that takes.
+        forget(blending)
+        read_alone(blending, *chunks)
+        for passes in range(3):
+            rid, waits = send(blending, *asked[2], 40), [passes]
+
+            def abort(rid=rid, waits=waits):
+                waits[0] -= 1
+                if waits[0] == -1:
+                    blending.abort(rid)
+
+            blending.steps[:] = [abort]
+            blending.drain()
+            assert len(blending.output(rid)) < 40
+            assert settled(blending, slots)
+
+        # Two with the same chunks in one step; and one that finds no room for what it takes.
+        forget(blending)
+        read_alone(blending, *chunks)
+        prompt, spans = asked[0]
+        both = ask(blending, (prompt, spans), ([*prompt[:-1], 7, 7, 7], spans), tokens=4)
+        assert [cached for _, cached in both] == [taken(spans, 16, links=0)] * 2
+        assert plain.agrees(prompt, both[0][0], spans) == 4
+        with monkeypatch.context() as patch:
+            patch.setattr(compat, "allocate", lambda *args: None)
+            ((answer, cached),) = ask(blending, asked[1], tokens=4)
+        assert cached == 96, "its prefix"
+        assert plain.agrees(asked[1][0], answer) == 4
+
+        # It found its chunks while it waited for room, and they are gone when there is some.
+        add, rid = schedule_policy.PrefillAdder.add_one_req, send(blending, *asked[3], 5)
+
+        def full(*args, **kwargs):
+            return schedule_policy.AddReqResult.NO_TOKEN
+
+        def evict():
+            if found.get(rid) == {0: True}:
+                forget(blending)
+                monkeypatch.setattr(schedule_policy.PrefillAdder, "add_one_req", add)
+
+        monkeypatch.setattr(schedule_policy.PrefillAdder, "add_one_req", full)
+        blending.steps[:] = [evict]
+        blending.drain()
+        assert found[rid] == {0: False}
+        assert plain.agrees(asked[3][0], blending.output(rid)) == 5
+        assert settled(blending, slots)
+
+
+def refused(reason):
+    from prometheus_client import REGISTRY
+
+    name = "kvplug_refused_requests_total"
+    return REGISTRY.get_sample_value(name, {"reason": reason}) or 0.0
