@@ -306,6 +306,7 @@ def reusing(reuse: ChunkReuse, view: Any, model: Any) -> Iterator[str]:
         ("tensor parallelism", "--tp-size", view.tp_size > 1),
         ("adapters", "--enable-lora", view.enable_lora),
         ("mixed chunks", "--enable-mixed-chunk", view.enable_mixed_chunk),
+        ("watermarks", "--enable-watermark", view.enable_watermark),
     ):
         if has:
             yield f"{what} beside {reuse} was never run; drop {flag}, or {instead}"

@@ -21,7 +21,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 LINE = "blend(links=8)"
 TOKENS = 12
 """Of an answer."""
-LONG = 160
 SLOTS = 16384
 
 
@@ -200,12 +199,12 @@ def test_retracted_aborted_and_evicted_requests_lie_as_they_then_can(
 
         forget(blending)
         read_alone(blending, *chunks)
-        rids = [send(blending, prompt, spans, LONG) for prompt, spans in asked]
+        rids = [send(blending, prompt, spans, 70, ignore_eos=False) for prompt, spans in asked]
         blending.drain()
         assert sum(blending.requests[rid].retraction_count for rid in rids), "it is too small"
         lay = set()
         for rid, (prompt, spans) in zip(rids, asked, strict=True):
-            answer, times = blending.output(rid), [*found[rid].items(), (LONG, None)]
+            answer, times = blending.output(rid), [*found[rid].items(), (70, None)]
             for (begin, moved), (end, _) in pairwise(times):
                 said = plain.said(prompt, answer, spans if moved else ())
                 assert answer[begin:end] == said[begin:end], (times, begin)
@@ -266,3 +265,43 @@ def refused(reason):
 
     name = "kvplug_refused_requests_total"
     return REGISTRY.get_sample_value(name, {"reason": reason}) or 0.0
+
+
+def test_what_a_request_may_not_name_or_want_is_refused_alone(engine, random_llama, prompts):
+    a, b, head = prompts(64, 64, 16, seed=5)
+    prompt, spans = a + b + head, named(64, 64)
+    with engine(random_llama(), LINE) as blending:
+        read_alone(blending, a, b)
+        asked = [
+            ([[0, 64], [64, 145]], {}, "that ends behind 145", "other chunks"),
+            ([[0, 64], [60, 145]], {}, "ascending spans of tokens", "unreadable"),
+            (
+                spans, {"fields": {"return_logprob": True, "logprob_start_len": 3}},
+                "leave chunks out, or logprob_start_len", "prompt log-probabilities",
+            ),
+            (
+                spans, {"fields": {"return_hidden_states": True}},
+                "leave chunks out, or return_hidden_states", "prompt hidden states",
+            ),
+            (
+                spans, {"fields": {"custom_logit_processor": "theirs"}},
+                "custom_logit_processor reads a prompt's tokens as they lie",
+                "order of the prompt",
+            ),
+        ]  # fmt: skip
+        before = [refused(reason) for *_, reason in asked]
+        good = send(blending, prompt, spans)
+        bad = [send(blending, prompt, chunks, **more) for chunks, more, *_ in asked]
+        blending.drain()
+        assert blending.cached(good) == taken(spans, 16)
+        for rid, (_, _, message, _) in zip(bad, asked, strict=True):
+            reason = blending.requests[rid].finished_reason.to_json()
+            assert reason["type"] == "abort"
+            assert message in reason["message"]
+        assert [refused(reason) for *_, reason in asked] == [n + 1 for n in before]
+
+        # Log-probabilities of an answer are no prompt's.
+        rid = send(blending, prompt, spans, fields={"return_logprob": True})
+        blending.drain()
+        assert blending.output(rid) == blending.output(good)
+        assert settled(blending, SLOTS)
