@@ -16,6 +16,8 @@ both orders.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,6 +82,23 @@ class Arrangement:
     def cached(self) -> int:
         """Pages that are taken, all of which lie first."""
         return sum(len(each.pages) for each in self.placed)
+
+    @cached_property
+    def sources(self) -> tuple[Positions, Positions, Positions]:
+        """Of each page that is taken: the number of its chunk, that of the page in it, and how far
+        its keys are rotated. [cached] each"""
+        each = [(one.chunk, page, one.start) for one in self.placed for page in one.pages]
+        chunk, page, shift = np.array(each, np.int64).reshape(-1, 3).T
+        return chunk, page, shift
+
+    def own(self, line: str, salt: str | None, contents: Sequence[str]) -> bytes:
+        """What tells the pages of a request that lies so from all others'. line: the policy's.
+        salt: the user's. contents: of each chunk, what tells it from any other."""
+        taken = [
+            [one.start, one.pages.start, one.pages.stop, contents[one.chunk]]
+            for one in self.placed
+        ]
+        return hashlib.sha256(json.dumps([line, salt, taken]).encode()).digest()
 
     @cached_property
     def order(self) -> Positions:

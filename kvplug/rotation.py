@@ -13,7 +13,7 @@ Llama 3's, and YaRN's (Peng et al., 2023, https://arxiv.org/abs/2309.00071).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,12 @@ class Rotation:
         """Cosines and sines for keys that move by so many tokens. [m] -> [m, n] fp32 twice"""
         turns = torch.from_numpy(np.multiply.outer(shifts, np.array(self.frequencies)))
         return turns.cos().float(), turns.sin().float()
+
+    def in_parts(self, shifts: Positions, most: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """So many keys at most at a time: which, and their ``angles``. shifts [m]"""
+        for first in range(0, len(shifts), most):
+            part = slice(first, first + most)
+            yield part, *self.angles(shifts[part])
 
 
 def turn(keys: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:

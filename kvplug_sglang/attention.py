@@ -18,14 +18,26 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch import Tensor
 
-from kvplug import BlockSelector, choose_pages, choose_units, window_queries
+from kvplug import BlockSelector, Rotation, choose_pages, choose_units, turn, window_queries
 from kvplug_kernels.fp8 import FP8
 from kvplug_sglang import compat
 from kvplug_sglang.cache import Digests, layer_bytes, page_bytes
 from kvplug_sglang.compression import Packing
 from kvplug_sglang.router import OWN, Tenant
 from kvplug_sglang.settings import Engine
-from kvplug_sglang.step import Batch, Heads, Phase, Selected, StepPlan, StepPlanner, Whole
+from kvplug_sglang.step import (
+    Batch,
+    Heads,
+    Phase,
+    Selected,
+    StepPlan,
+    StepPlanner,
+    Whole,
+    tokens_of,
+)
+
+TOKENS_AT_ONCE = 4096
+"""That are taken from elsewhere in the pool, in each layer: they are copied out of it and back."""
 
 
 class PlannedAttention:
@@ -73,6 +85,12 @@ class PlannedAttention:
         self.engine.layer_bytes = layer_bytes(pool, self.digests, self.engine.page_size)
         if not self.engine.dense:
             self.engine.page_bytes = page_bytes(pool, self.digests, self.engine.page_size)
+        self.rotation: Rotation | None = None
+        """By which keys are moved, where requests may take chunks from elsewhere in the pool."""
+        if self.engine.offer.settings.policy.reuse is not None:
+            model = runner.model_config
+            self.rotation = Rotation.of(model.hf_text_config, model.head_dim)
+            self.attending = compat.attending(runner)
         self.plans: list[StepPlan | None] = [None] * len(self.steps)
         """Of the step at hand, for each of ``steps``."""
         self.selected_queries = 0
@@ -88,10 +106,37 @@ class PlannedAttention:
         if self.engine.dense:
             self._count_dense(batch)
             return
+        self.take()
+        if self.rotation is not None and batch is not None:
+            # In place: the model reads the positions of this very batch.
+            where, stands = self.steps[0].moved(batch)
+            forward_batch.positions[where] = stands.to(forward_batch.positions.dtype)
         self.plans = [None if batch is None else each.plan(batch) for each in self.steps]
         self.planned_steps += any(
             any(phase.layers.values()) for plan in self.plans if plan for phase in plan.phases
         )
+
+    def take(self) -> None:
+        """Fill the pages that requests take from elsewhere, in all layers, before anything of a
+        step runs: it may write over what they were taken from."""
+        for taken in self.engine.to_take():
+            assert self.rotation is not None
+            most = max(TOKENS_AT_ONCE // self.engine.page_size, 1)
+            for part, *angles in self.rotation.in_parts(taken.shifts, most):
+                cosines, sines = (each.to(taken.into.device) for each in angles)
+                for layer in self.attending:
+                    self._take(layer, taken.sources[part], taken.into[part], cosines, sines)
+
+    def _take(
+        self, layer: Any, sources: Tensor, into: Tensor, cosines: Tensor, sines: Tensor
+    ) -> None:
+        """Copy pages [m] to others, with their keys turned by angles [m, n]."""
+        size = self.engine.page_size
+        slots = tokens_of(sources[:, None], size)
+        keys, values = (each[slots] for each in self._kv(layer.layer_id))  # [m, S, H, D]
+        where = KVWriteLoc(tokens_of(into[:, None], size).flatten())
+        moved = turn(keys, cosines, sines).flatten(0, 1)
+        self.token_to_kv_pool.set_kv_buffer(layer, where, moved, values.flatten(0, 1))
 
     def _count_dense(self, batch: Batch | None) -> None:
         """All that a dense server costs in a step: no plan, and nothing on the device."""

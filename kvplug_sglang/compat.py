@@ -12,7 +12,8 @@ import inspect
 import logging
 import pkgutil
 import re
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -495,6 +496,68 @@ def keeps_prompts(tree: Any) -> bool:
     """Whether a prompt's whole pages stay in a tree once they are computed. With an extra buffer
     of recurrent states it keeps what comes before the last one that was tracked."""
     return bool(tree.supports_prefix_sharing() and not tree.enable_mamba_extra_buffer)
+
+
+@dataclass(frozen=True)
+class Match:
+    """What a tree has of some tokens."""
+
+    tokens: int
+    """Of whole pages."""
+    node: Any
+    """Where they end."""
+
+
+def match(tree: Any, tokens: array[int], extra_key: str | None, salt: str | None) -> Match:
+    """The longest prefix of tokens that is cached under these names."""
+    from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+
+    key = RadixKey(tokens, extra_key, cache_salt=salt)
+    found = tree.match_prefix(MatchPrefixParams(key=key))
+    return Match(int(found.device_prefix_len), found.last_device_node)
+
+
+def matched_slots(tree: Any, match: Match) -> torch.Tensor:
+    """[tokens] int64, on the device."""
+    slots: torch.Tensor = tree.path_device_indices(match.node)
+    assert len(slots) == match.tokens
+    return slots
+
+
+def publish(
+    tree: Any, tokens: array[int], slots: torch.Tensor, known: int, extra_key: str | None,
+    salt: str | None,
+) -> None:  # fmt: skip
+    """Give a tree whole pages that nobody holds, under a name. known: tokens of which it has the
+    slots already."""
+    from sglang.srt.mem_cache.base_prefix_cache import InsertParams
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+
+    key = RadixKey(tokens, extra_key, cache_salt=salt)
+    result = tree.insert(InsertParams(key=key, value=slots, prev_prefix_len=known))
+    assert result.prefix_len == known, "somebody else published the same pages"
+
+
+def allocate(tree: Any, tokens: int, keep: Sequence[Match]) -> torch.Tensor | None:
+    """Slots of whole pages, of what is free or evictable but for some matches; None where there
+    are not so many."""
+    from sglang.srt.mem_cache.common import evict_from_tree_cache
+
+    locks = [tree.lock(each.node) for each in keep]
+    evict_from_tree_cache(tree, tokens)
+    slots: torch.Tensor | None = tree.token_to_kv_pool_allocator.alloc(tokens)
+    for lock in locks:
+        tree.unlock(lock)
+    return slots
+
+
+def reorder(req: Any, tokens: array[int], salt: str | None) -> None:
+    """Let the prompt of a request that holds nothing lie so, under this name."""
+    assert not req.kv.holds_kv
+    assert len(tokens) == len(req.origin_input_ids)
+    req.origin_input_ids, req.cache_salt = tokens, salt
+    req.full_untruncated_fill_ids = array("q")  # made anew when it is asked for
 
 
 def head_major_cache() -> bool:

@@ -31,6 +31,7 @@ class ReplayedAttention(PlannedAttention):
         if self.engine.dense:
             self._count_dense(None if in_capture else self.batch(forward_batch))
             return
+        self.take()
         batch = self.batch(forward_batch) if self.replays else None
         if batch is not None:
             for each in self.replays:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from kvplug import Settings, parse, read_offer
+from kvplug import ChunkReuse, Settings, arrange, parse, read_offer
 from kvplug.doctor import Check
-from kvplug_sglang import backend, compat, hooks, packing
+from kvplug_sglang import backend, blending, compat, hooks, packing
 from kvplug_sglang.router import OWN
 from kvplug_sglang.settings import NAME, Engine, given, remember
 
@@ -28,6 +28,8 @@ def examine(scheduler: Any) -> None:
     engine.scheduler = scheduler
     counters, engine.metrics = engine.metrics, None  # nobody asked for the canary
     canary(scheduler.tree_cache, engine)
+    if engine.offer.settings.policy.reuse is not None:
+        canary_of_chunks(scheduler.tree_cache, engine, engine.offer.settings.policy.reuse)
     engine.metrics = counters
     policy = engine.offer.settings.policy
     if policy.eviction is not None:
@@ -118,6 +120,48 @@ def canary(tree: Any, engine: Engine) -> None:
     expect("on_release", counts(tree), untouched.after(used=kept, evictable=kept))
     tree.reset()
     rows.clear()
+    allocator.clear()
+    expect("reset", counts(tree), untouched)
+
+
+def canary_of_chunks(tree: Any, engine: Engine, reuse: ChunkReuse) -> None:
+    """Let a request look for a chunk that was read alone, of two pages more than it computes
+    anew, and count every slot and page."""
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    size = engine.page_size
+    allocator = tree.token_to_kv_pool_allocator
+    chunk = array("q", range(1, (-(-reuse.computed_from_start() // size) + 2) * size + 1))
+    untouched = counts(tree)
+    slots = allocator.alloc(len(chunk))
+    compat.publish(tree, chunk, slots, 0, None, None)
+    kept = len(chunk)
+    expect("insert", counts(tree), untouched.after(used=kept, evictable=kept))
+    prompt, spans = array("q", [0]) + chunk + array("q", [0]), ((1, 1 + len(chunk)),)
+    parameters = SamplingParams(max_new_tokens=1)
+    parameters.normalize(None)
+    request = Req("canary", "", prompt, parameters)
+    request.kvplug_settings = replace(engine.offer.settings, chunks=spans, min_context=0)
+    blending.ask(None, request)
+    request.init_next_round_input(tree)
+    wanted = arrange(reuse, spans, len(prompt), size)
+    (taken,), kept = engine.to_take(), kept + 2 * size
+    expect("match_prefix", counts(tree), untouched.after(used=kept, evictable=kept))
+    found = [
+        list(request.origin_input_ids), request.prefix_len, taken.shifts.tolist(),
+        taken.sources.tolist(), taken.into.tolist(),
+    ]  # fmt: skip
+    copied = tree.prefix_device_indices(request)[::size] // size
+    hoped = [
+        [prompt[place] for place in wanted.order.tolist()], 2 * size, [1, 1],
+        (slots[-2 * size :: size] // size).tolist(), copied.tolist(),
+    ]  # fmt: skip
+    if found != hoped:
+        raise RuntimeError(
+            compat.broken("Req.init_next_round_input", f"a chunk is taken as {found}, not {hoped}")
+        )
+    tree.reset()
     allocator.clear()
     expect("reset", counts(tree), untouched)
 

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvplug_sglang import admission, cache, coded_pool, compat, packing, replay, streaming
+from kvplug_sglang import (
+    admission,
+    blending,
+    cache,
+    coded_pool,
+    compat,
+    packing,
+    replay,
+    streaming,
+)
 from kvplug_sglang.settings import Engine
 
 HOOKS = (
     *packing.HOOKS,
     *admission.HOOKS,
     *streaming.HOOKS,
+    *blending.HOOKS,
     *replay.HOOKS,
     compat.Hook(
         "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size",

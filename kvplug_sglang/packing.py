@@ -28,6 +28,7 @@ TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
 def admit(result: None, self: Any, *args: Any, **kwargs: Any) -> None:
     """Behind ``Req.__init__``: what the request asks for, settled once. Bad ones are refused."""
     engine = Engine.serving()
+    self.kvplug_asked = None  # for chunks: known once it is queued
     try:
         self.kvplug_settings = engine.choose(self.sampling_params, self.session is not None)
     except ValueError as error:

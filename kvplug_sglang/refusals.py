@@ -16,6 +16,7 @@ from kvplug import (
     Planner,
     PositionalEviction,
     Refused,
+    Rotation,
     ScoredEviction,
     Selector,
     Settings,
@@ -35,7 +36,10 @@ CODED = (32, 64)
 REQUESTS = 256
 """That run at once unless the user says, where each fills a page of its own in full precision."""
 
-KNOWN = SparsePrefill, PositionalEviction, ScoredEviction, LayerBudgets, Selector, PageFormat
+KNOWN = (
+    SparsePrefill, PositionalEviction, ScoredEviction, LayerBudgets, Selector, PageFormat,
+    ChunkReuse,
+)  # fmt: skip
 """Kinds of policies that this adapter carries out."""
 
 FEATURES = {
@@ -152,6 +156,8 @@ def refusals(view: Any, model: Any, given: object, wrapped: str) -> Iterator[str
             offer.digest_rows(view.page_size or PAGE_SIZE, 2)
         except ValueError as error:
             yield f"pages of --page-size cannot carry what the policy reads: {error}"
+    if offer.settings.policy.reuse is not None:
+        yield from reusing(offer.settings.policy.reuse, view, model)
     if offer.format is not None:
         yield from with_format(offer.format, offer, view, model, page)
     yield from offer.settings.policy.misfits(model.hf_text_config)
@@ -278,6 +284,34 @@ def with_format(
             yield f"{what} beside {format} was never run; drop it, or {without}"
 
 
+def reusing(reuse: ChunkReuse, view: Any, model: Any) -> Iterator[str]:
+    """What keeps chunks from being found, moved or seen, and what was never run with them."""
+    instead = "use the policy 'dense'"
+    if view.disable_radix_cache:
+        yield f"{reuse} finds chunks in the prefix cache; drop --disable-radix-cache, or {instead}"
+    try:
+        Rotation.of(model.hf_text_config, model.head_dim)
+    except ValueError as error:
+        yield f"{reuse} moves keys: {error}; {instead}"
+    for what, has in (
+        ("recurrent layers", compat.recurrent(model)),
+        ("layers that see a window", compat.windows_apart(model) or compat.declared_window(model)),
+        ("layers that share a cache", compat.shares_caches(model)),
+        ("images or audio in its prompts", model.is_multimodal),
+    ):
+        if has:
+            yield f"the model has {what}, beside which {reuse} was never run; {instead}"
+    for what, flag, has in (
+        ("a quantised cache", "--kv-cache-dtype", view.kv_cache_dtype != "auto"),
+        ("tensor parallelism", "--tp-size", view.tp_size > 1),
+        ("adapters", "--enable-lora", view.enable_lora),
+        ("mixed chunks", "--enable-mixed-chunk", view.enable_mixed_chunk),
+        ("watermarks", "--enable-watermark", view.enable_watermark),
+    ):
+        if has:
+            yield f"{what} beside {reuse} was never run; drop {flag}, or {instead}"
+
+
 def beside_recurrent(view: Any, offer: Offer) -> Iterator[str]:
     """Where the prefix cache keeps recurrent states."""
     alone = compat.caches_last_states_alone(view)
@@ -317,11 +351,6 @@ def unsupported(offer: Offer) -> Iterator[str]:
             yield (
                 f"{part} leaves fewer slots than tokens of a chunk, and SGLang's tree counts one "
                 f"slot a token; {instead}"
-            )
-        elif isinstance(part, ChunkReuse):
-            yield (
-                f"{part} takes pages of chunks from wherever the prefix cache has them, and was "
-                "never brought to SGLang's; serve it in vLLM"
             )
         elif not isinstance(part, KNOWN):
             yield (

@@ -6,13 +6,16 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from kvplug import BatchPlanner, Choices, Offer, Planner, Refused, Settings, read_offer, sharing
 from kvplug.config import ENVIRONMENT
+from kvplug.policy import Positions
 from kvplug_sglang import windows
 from kvplug_sglang.router import Router
 
@@ -47,6 +50,17 @@ def remember(flag: str) -> None:
     os.environ[ENVIRONMENT] = flag
 
 
+@dataclass(frozen=True)
+class Taken:
+    """Pages of chunks that a request takes from elsewhere in the pool. [m] each"""
+
+    sources: Tensor  # int64
+    into: Tensor  # int64
+    """Copies that the radix tree has under the request's own name."""
+    shifts: Positions
+    """Tokens that the keys of each move by."""
+
+
 LayerClass = tuple[BatchPlanner, list[int]]
 """Layers that keep as much of a prompt, and who plans for them."""
 
@@ -78,6 +92,8 @@ class Engine:
         self.planners = BatchPlanner(page_size)
         """Of the layers that keep most, which say how many private slots a prompt has."""
         self.planners.know(self.choices.settings)
+        self.taken: list[Taken] = []
+        """By requests that were looked up since the last step ran."""
 
     @classmethod
     def enter(cls, page_size: int, rank: int = 0) -> Engine:
@@ -153,6 +169,12 @@ class Engine:
         number = self.choices.number(settings, self.router.choices)
         self.planners.know(self.choices.settings)
         return number
+
+    def to_take(self) -> list[Taken]:
+        """What was asked for since this was asked last, in order: one may take from where an
+        earlier one did not look any more."""
+        taken, self.taken = self.taken, []
+        return taken
 
     @property
     def dense(self) -> bool:

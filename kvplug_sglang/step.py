@@ -279,6 +279,14 @@ class StepPlanner:
         self.planners.know(self.engine.choices.settings)
         return self.planners.plan(batch.choice, batch.computed, batch.total, batch.prompt)
 
+    def moved(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Rows of the step's flat queries that stand elsewhere in their request than they lie, and
+        where. [n] int64 each"""
+        self.planners.know(self.engine.choices.settings)
+        found = self.planners.moved(batch.choice, batch.computed, batch.total, batch.prompt)
+        tokens, stands = map(self._tensor, found)
+        return tokens, stands
+
     def planner(self, choice: int) -> Planner:
         self.planners.know(self.engine.choices.settings)
         return self.planners.planners[choice]

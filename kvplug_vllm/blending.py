@@ -15,7 +15,6 @@ the chunks and the policy: who comes with the same ones finds them as they are.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -80,19 +79,13 @@ class Asked:
 
     def own(self, line: str) -> bytes:
         """What tells pages of a request with these chunks from all others."""
-        taken = [
-            [each.start, each.pages.start, each.pages.stop, self.names[each.chunk][-1].hex()]
-            for each in self.arrangement.placed
-        ]
-        return hashlib.sha256(json.dumps([line, self.salt, taken]).encode()).digest()
+        contents = [names[-1].hex() if names else "" for names in self.names]
+        return self.arrangement.own(line, self.salt, contents)
 
     def source(self, page: int) -> tuple[bytes, int]:
         """The name of a page that it takes, and how far its keys move."""
-        for each in self.arrangement.placed:
-            if page < len(each.pages):
-                return self.names[each.chunk][each.pages[page]], each.start
-            page -= len(each.pages)
-        raise AssertionError("a request takes no such page")
+        chunk, number, shift = (int(each[page]) for each in self.arrangement.sources)
+        return self.names[chunk][number], shift
 
 
 @dataclass(kw_only=True)

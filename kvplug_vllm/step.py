@@ -297,9 +297,7 @@ class PlannedBuilder:
             for name in ("sources", "into", "shifts")
         )
         context = self.vllm_config.compilation_config.static_forward_context
-        for first in range(0, len(sources), PAGES_AT_ONCE):
-            part = slice(first, first + PAGES_AT_ONCE)
-            angles = self.rotation.angles(shifts[part])
+        for part, *angles in self.rotation.in_parts(shifts, PAGES_AT_ONCE):
             cosines, sines = (self._tensor(each.numpy(), torch.float32) for each in angles)
             given = [self._tensor(each[part], torch.int64) for each in (sources, into)]
             for name in self.compression.layer_names:

@@ -256,6 +256,7 @@ SGLANG = {
             "sglang/test_prefill.py::test_blocks_read_what_vllm_s_do": "xattention",
             "sglang/test_requests.py::test_mixed_requests_answer_as_alone": "chosen",
             "sglang/test_coded.py::test_ragged_chunks_found_again": "kivi",
+            "sglang/test_blended.py::test_chunks_in_any_order_answer_by_the_definition": "blend",
         }),
         Row("windows between (Gemma 2 and 3)", "gemma3", tests={
             "sglang/test_windows.py::test_the_long_way_round_with_full_budget_equals_stock":
@@ -293,6 +294,7 @@ SGLANG = {
             "sglang/test_eviction.py::"
             "test_the_next_turn_hits_the_whole_prompt_and_answers_as_if_fresh": "snapkv keydiff",
             "sglang/test_coded.py::test_ragged_chunks_found_again": "kivi",
+            "sglang/test_blended.py::test_chunks_in_any_order_answer_by_the_definition": "blend",
         }),
         Row("retraction", tests={
             "sglang/test_eviction.py::"
@@ -301,10 +303,12 @@ SGLANG = {
             "sglang/test_chunks.py::"
             "test_requests_retracted_and_chosen_apart_are_packed_as_before": "chunk",
             "sglang/test_coded.py::test_retracted_and_aborted": "kivi",
+            "sglang/test_blended.py::"
+            "test_retracted_aborted_and_evicted_requests_lie_as_they_then_can": "blend",
         }),
         Row("CUDA graphs (recorded on a CPU)", tests={
             "sglang/test_replay.py::test_replayed_steps_answer_as_eager_ones":
-            "quest twilight snapkv streaming_llm xattention kivi",
+            "quest twilight snapkv streaming_llm xattention kivi blend",
         }),
         Row("tensor parallelism", options={"tp_size": 2}, tests={
             "sglang/test_full_budget.py::test_two_ranks_equal_stock": "quest snapkv",

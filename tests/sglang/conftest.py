@@ -144,9 +144,10 @@ class Engine:
         policy: Any = None,
         session: Any = None,
         salt: str | None = None,
+        fields: dict[str, Any] | None = None,
         **sampling: Any,
     ) -> str:
-        """Queue a request -> its id."""
+        """Queue a request -> its id. fields: of SGLang's own record of it, that differ."""
         from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
         from sglang.srt.sampling.sampling_params import SamplingParams
 
@@ -158,14 +159,17 @@ class Engine:
         parameters.normalize(None)
         rid = f"request-{self._served}"
         self._served += 1
+        told: dict[str, Any] = {
+            "input_text": None, "input_embeds": None, "mm_inputs": None, "token_type_ids": None,
+            "return_logprob": False, "logprob_start_len": -1, "top_logprobs_num": 0,
+            "token_ids_logprob": None, "stream": False, "session_params": session,
+            "cache_salt": salt, **(fields or {}),
+        }  # fmt: skip
         self._inbox.append(
             TokenizedGenerateReqInput(
-                rid=rid, input_text=None, input_ids=array("q", prompt), input_embeds=None,
-                mm_inputs=None, token_type_ids=None, sampling_params=parameters,
-                return_logprob=False, logprob_start_len=-1, top_logprobs_num=0,
-                token_ids_logprob=None, stream=False, session_params=session, cache_salt=salt,
+                rid=rid, input_ids=array("q", prompt), sampling_params=parameters, **told
             )
-        )  # fmt: skip
+        )
         return rid
 
     def abort(self, rid: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -147,7 +148,7 @@ def test_dense_is_served_where_a_policy_is_not(resolve):
         ('{"policy": "quest", "allow": ["snapkv"]}', "max_budget must say"),
         ('{"policy": "quest"', "a policy line or a JSON object"),
         ("kvzip", "SGLang's tree counts one slot a token; serve it in vLLM"),
-        ("blend(links=8)", "was never brought to SGLang's; serve it in vLLM"),
+        ("blend(links=8) + quest", "was never run beside another policy"),
         ("a_shape(block=48) + quest", "a page of 32 tokens; write a_shape(block=32)"),
     ],
 )
@@ -155,6 +156,32 @@ def test_bad_policies(resolve, policy, message):
     with pytest.raises(ValueError) as refused:  # noqa: PT011 -- the message is the table's
         resolve(policy)
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"disable_radix_cache": True}, "finds chunks in the prefix cache; drop --disable-radix"),
+        ({"enable_lora": True, "lora_paths": []}, "adapters beside blend(links=8) was never run"),
+        ({"enable_mixed_chunk": True}, "drop --enable-mixed-chunk, or use the policy 'dense'"),
+        ({"kv_cache_dtype": "fp8_e4m3"}, "a quantised cache beside blend(links=8)"),
+    ],
+    ids=str,
+)
+def test_what_chunks_taken_from_elsewhere_were_never_run_with(resolve, options, message):
+    resolve("blend(links=8)")
+    with pytest.raises(ValueError, match="kvplug cannot serve this configuration") as refused:
+        resolve("blend(links=8)", **options)
+    assert message in str(refused.value)
+
+
+def test_models_whose_keys_cannot_be_moved(resolve, random_llama, tmp_path):
+    config = json.loads((random_llama() / "config.json").read_text())
+    scaled = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "rope_parameters": scaled}))
+    with pytest.raises(ValueError, match=r"blend\(links=8\) moves keys: .* scaled by 'dynamic'"):
+        resolve("blend(links=8)", model=tmp_path)
+    resolve("quest", model=tmp_path)
 
 
 def test_a_file_of_another_model_s_heads_is_refused(resolve, random_llama, tmp_path):

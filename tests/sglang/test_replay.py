@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ SELECTING = (
     '{"policy": "quest(budget=48, dense_layers=1)", "allow": ["snapkv", "quest"], '
     '"max_budget": 64, "min_context": 120}'
 )
+NAMING = "of named chunks"
 CASES = {
     "dense": ("dense", ALONE),
     "short, selecting": ("quest(budget=48, dense_layers=1)", ALONE),
@@ -45,6 +47,7 @@ CASES = {
         "twilight(budget=40, bits=8, dense_layers=1)",
         ALONE,
     ),
+    NAMING: ("blend(links=8)", ['{"chunks": [[0, 97], [97, 247]]}', None, None]),
     "as the server selects": (
         SELECTING, ["snapkv(budget=64, window=16) + quest(budget=48, dense_layers=1)", None, None]
     ),
@@ -55,6 +58,8 @@ OTHERWISE = {
 }
 
 
+BEFORE = {NAMING: (97, 150)}
+"""Tokens of prompts that are served before; their chunks are the first request's."""
 PAGES = {name: 32 if name.startswith("in codes") else 16 for name in {**CASES, **OTHERWISE}}
 
 IN_TRITON = ("by mass", "by tokens", "both", "of their own", "in another way")
@@ -71,14 +76,17 @@ SERVED += [("flash", name) for name in {**CASES, **OTHERWISE}]
 @pytest.fixture(scope="module")
 def replayed(eager):
     """One process for all, of SERVED: (stock, case) -> what it did."""
-    model, batch, _ = eager
+    model, batches, _ = eager
     cases = [
-        [stock, (stock, name) in INTERPRETED, *{**CASES, **OTHERWISE}[name], PAGES[name]]
+        [
+            stock, (stock, name) in INTERPRETED, *{**CASES, **OTHERWISE}[name], PAGES[name],
+            *batches[name],
+        ]
         for stock, name in SERVED
-    ]
+    ]  # fmt: skip
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("replay_once.py")), str(model),
-         json.dumps(batch), str(NEW), *map(json.dumps, cases)],
+        [sys.executable, str(Path(__file__).with_name("replay_once.py")), str(model), str(NEW),
+         *map(json.dumps, cases)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "1"},
         capture_output=True, text=True, timeout=880,
     )  # fmt: skip
@@ -88,16 +96,21 @@ def replayed(eager):
 
 @pytest.fixture(scope="module")
 def eager(engine, random_llama, prompts):
-    """What the CPU backend answers: prompts of three requests, two layers, chunk 64, page 16."""
-    model, batch = random_llama(), prompts(150, 97, 1, seed=21)
-    answers = {}
+    """What the CPU backend answers: prompts of three requests, two layers, chunk 64, page 16.
+    -> model, (what is served before, the prompts) by case, answers by case"""
+    model, plain = random_llama(), prompts(150, 97, 1, seed=21)
+    answers, batches = {}, {}
     for name, (settings, chosen) in {**CASES, **OTHERWISE}.items():
+        before = prompts(*BEFORE.get(name, ()), seed=22)
+        batch = [[*chain(*before), 5], *plain[1:]] if before else plain
+        batches[name] = before, batch
         options = {"chunked_prefill_size": 64, "page_size": PAGES[name]}
         with engine(model, settings, **options) as eager:
+            eager.generate(before, 1)
             rids = [eager.send(p, NEW, policy) for p, policy in zip(batch, chosen, strict=True)]
             eager.drain()
             answers[name] = [eager.output(rid) for rid in rids]
-    return model, batch, answers
+    return model, batches, answers
 
 
 @pytest.mark.parametrize("stock", ["triton", "flash"])
@@ -111,5 +124,8 @@ def test_replayed_steps_answer_as_eager_ones(eager, replayed, stock):
         assert found["waves"] == [answers[name], answers[name]], name
         replays = 0 if name in OTHERWISE else 2 * (NEW - 1)
         assert found["replays"] == replays, name
-        own = 2 * sum(policy is None for policy in {**CASES, **OTHERWISE}[name][1])
+        chosen = {**CASES, **OTHERWISE}[name][1]
+        own = 2 * sum(policy is None or "chunks" in policy for policy in chosen)
         assert found["counted"] == own * (NEW - 1), name
+        if name == NAMING:
+            assert found["cached"] == [96 + 128, 240], "taken, and its own as it was left"
