@@ -39,6 +39,7 @@ from kvplug.generate import (
 from kvplug.grammar import parse
 from kvplug.load import Selector, TokenSelector
 from kvplug.offer import Offer, Refused, read_offer
+from kvplug.placement import Placement
 from kvplug.plan import Planner
 from kvplug.policy import Action, Digest, Evidence, Granularity, Policy, Sharing, Stage
 from kvplug.registry import policy_class, policy_names
@@ -83,6 +84,7 @@ __all__ = [
     "Observed",
     "Offer",
     "PageFormat",
+    "Placement",
     "Planner",
     "Policy",
     "PositionalEviction",

@@ -215,7 +215,7 @@ class BatchPlanner:
         found = []
         for one in np.unique(choice).tolist():
             schedule = self.planners[one].schedule
-            if schedule.scored is not None:
+            if schedule.packs:
                 rows = np.flatnonzero(choice == one)
                 events = schedule.events(computed[rows], total[rows], prompt[rows])
                 found += [replace(each, row=int(rows[each.row])) for each in events]

@@ -21,6 +21,7 @@ from kvplug.formats import KeyCodes, PageFormat
 from kvplug.generate import BlockSelector, SparsePrefill
 from kvplug.heads import Shape, read_heads
 from kvplug.load import Selector
+from kvplug.placement import Placement
 from kvplug.policies.dense import Dense
 from kvplug.policy import LIMIT, Policy, Sharing, Stage
 from kvplug.reuse import ChunkReuse
@@ -73,6 +74,10 @@ class Composition:
 
         object.__setattr__(self, "policies", tuple(sorted(real, key=place)))
         self._check_readers()
+        if self.placement is not None:
+            others = [each for each in real if each.stage is not Stage.LOAD]
+            others.remove(self.placement)
+            self.placement.check_beside(self.stage(Stage.LOAD), others)
 
     def _check_readers(self) -> None:
         """Whether what selects reads what pages of this format have."""
@@ -150,6 +155,17 @@ class Composition:
         if isinstance(policy, LayerBudgets):
             return policy.base
         return policy if isinstance(policy, ScoredEviction) else None
+
+    @property
+    def placement(self) -> Placement | None:
+        """What moves prompts to the host."""
+        policy = self.stage(Stage.COMPRESS)
+        return policy if isinstance(policy, Placement) else None
+
+    @property
+    def packs(self) -> bool:
+        """Whether prompts leave their pages when they end, or before (``kvplug.schedule``)."""
+        return self.scored is not None or self.placement is not None
 
     @property
     def uniform(self) -> bool:

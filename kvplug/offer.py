@@ -28,6 +28,7 @@ from kvplug.formats import KeyCodes, PageFormat
 from kvplug.generate import BlockSelector, SparsePrefill
 from kvplug.grammar import parse
 from kvplug.load import Selector
+from kvplug.placement import Placement
 from kvplug.plan import Planner
 from kvplug.policy import Digest, Evidence, Policy, Sharing
 from kvplug.registry import did_you_mean, policy_class
@@ -85,6 +86,11 @@ class Offer:
                     f"kvplug: {name} is the format of a server's pages, which all requests share; "
                     f'drop it from "allow", and write {{"policy": "{cls()} + …"}}'
                 )
+            if issubclass(cls, Placement):
+                raise ValueError(
+                    f"kvplug: {name} serves alone: host memory is given to all of a server's "
+                    'prompts; drop it from "allow", or write it as "policy"'
+                )
             if issubclass(cls, ChunkReuse):
                 raise ValueError(
                     f"kvplug: {name} serves alone, for requests of the server's own policy; drop "
@@ -103,6 +109,11 @@ class Offer:
                     '"allow"; add {"allow": ["snapkv"]} or drop max_budget'
                 )
             return
+        if own.placement is not None:
+            raise ValueError(
+                f"kvplug: {own.placement} cannot share a server with other policies, beside which "
+                'it was never run; drop "allow"'
+            )
         if own.reuse is not None:
             raise ValueError(
                 f"kvplug: {own.reuse} cannot share a server with other policies, beside which it "

@@ -112,7 +112,8 @@ class Planner:
         first, kept = np.where(hidden, first, 0), np.where(hidden, kept, 0)
         decodes = position >= prompt[row]
         packed, phase = np.full(len(row), HELD), np.zeros_like(row)
-        if self.scored:
+        away = np.zeros_like(row)
+        if self.schedule.packs:
             schedule = self.schedule
             own = schedule.begin(prompt)[row]
             era = schedule.era(position, own)
@@ -124,6 +125,8 @@ class Planner:
                 kept = np.where(compressed, schedule.private(prompt)[row], kept)
                 packed = np.where(compressed, schedule.column(own), packed)
                 phase = np.where(compressed, schedule.phase(era, computed[row], own), phase)
+                if schedule.placement is not None:
+                    away = np.where(compressed, first, 0)
         for one, mine in self._arrangements(prompt[row]):
             kept[mine], first[mine] = one.seen(position[mine])
             packed[mine] = SINKS
@@ -132,7 +135,8 @@ class Planner:
             first, kept, packed = self._narrowed(sparse, position, first, kept, packed)
         selects = decodes if self.selector else np.zeros(len(row), bool)
         if self.settings.shortcut:
-            visible = position + 1 - (first - kept) * self.page_size
+            hidden = np.where(away > 0, 0, first - kept)
+            visible = position + 1 - hidden * self.page_size
             selects = selects & (position >= self.settings.min_context)
             selects = selects & (-(-visible // self.unit) > self.reads(visible))
             page = np.zeros_like(position)
@@ -164,6 +168,7 @@ class Planner:
             kept=kept[begin],
             first=first[begin],
             packed=packed[begin],
+            away=away[begin],
             phase=phase[begin],
             choice=np.zeros(len(begin), np.int64),
             selects=selects[begin],

@@ -122,6 +122,17 @@ class Schedule:
         self.settings = settings
         self.page_size = page_size
         self.scored = scored = settings.policy.scored
+        self.placement = settings.policy.placement
+        self.packs = settings.policy.packs
+        self.digests = 0
+        """In a page of the directory, where prompts go to the host."""
+        self.directory = 0
+        """Such pages, of all requests together."""
+        if self.placement is not None:
+            selector = settings.policy.selector
+            assert selector is not None
+            self.digests = self.placement.digests(selector, page_size)
+            self.directory = self.placement.directory(self.digests, page_size)
         self.kept = scored.pages(page_size, budget) if scored else 0
         """Pages that an event leaves, at most."""
         self.appends = scored is not None and scored.appends
@@ -148,6 +159,12 @@ class Schedule:
 
         A prompt's whole pages are packed; its partial last page stays as it is.
         """
+        if self.placement is not None:
+            whole = prompt // self.page_size
+            private = self.placement.pages + self.listed(whole)
+            least = private if self.settings.shortcut else 0
+            moves = (whole > least) & (prompt > self.settings.min_context)
+            return np.where(moves, private, 0)
         if self.scored is None or self.appends:
             return np.zeros_like(prompt)
         whole = prompt // self.page_size
@@ -155,6 +172,11 @@ class Schedule:
             return np.minimum(whole, self.most_private)
         long = (whole > self._short) & (prompt > self.settings.min_context)
         return np.where(long, np.minimum(whole, self.most_private), 0)
+
+    def listed(self, whole: Positions) -> Positions:
+        """Pages of the directory that speak for so many of a prompt on the host, behind the hot
+        ones. [n] -> [n]"""
+        return -(-whole // self.digests)
 
     def begin(self, prompt: Positions) -> Positions:
         """Position of the first event; NEVER without. [n] -> [n]"""

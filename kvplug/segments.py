@@ -19,8 +19,8 @@ HELD, SINKS = -1, -2
 first."""
 
 _PER_SEGMENT = (
-    "row", "token", "start", "stop", "behind", "kept", "first", "packed", "phase", "choice",
-    "selects", "decodes",
+    "row", "token", "start", "stop", "behind", "kept", "first", "packed", "away", "phase",
+    "choice", "selects", "decodes",
 )  # fmt: skip
 
 
@@ -47,6 +47,9 @@ class Segments:
     packed: Positions
     """Column of the request's table where its private pages begin, which push others to the right;
     without them HELD or SINKS."""
+    away: Positions
+    """Of the pages before ``first``, those on the host: all of them, or none. The queries see
+    those too, and what they choose of them in private pages."""
     phase: Positions
     """Of the step: its events of this phase (``kvplug.schedule``) come before, later ones behind;
     0 where a request reads before no event or behind its first."""
@@ -81,11 +84,18 @@ class Segments:
     @property
     def visible(self) -> Positions:
         """Tokens that the last query of each segment sees: the length a kernel must be told."""
-        return self.stop - (self.first - self.kept) * self.page_size
+        hidden = np.where(self.away > 0, 0, self.first - self.kept)
+        return self.stop - hidden * self.page_size
 
     @property
     def pages(self) -> Positions:
         return -(-self.visible // self.page_size)
+
+    @property
+    def columns(self) -> Positions:
+        """Pages that attention may read of each: where some are on the host, private ones and
+        those behind them."""
+        return self.pages + np.where(self.away > 0, self.kept - self.first, 0)
 
     @property
     def untouched(self) -> bool:

@@ -13,6 +13,7 @@ from kvplug import (
     LocalLayers,
     Offer,
     PageFormat,
+    Placement,
     Planner,
     PositionalEviction,
     Refused,
@@ -351,6 +352,11 @@ def unsupported(offer: Offer) -> Iterator[str]:
             yield (
                 f"{part} leaves fewer slots than tokens of a chunk, and SGLang's tree counts one "
                 f"slot a token; {instead}"
+            )
+        elif isinstance(part, Placement):
+            yield (
+                f"{part} keeps what pages on the host say in pages of the engine's own pool, and "
+                "was never brought to SGLang's; serve it in vLLM"
             )
         elif not isinstance(part, KNOWN):
             yield (

@@ -52,7 +52,11 @@ def judge_prompt(vllm_config: Any, request: Any) -> None:
     EngineCoreRequest"""
     params = request.sampling_params
     asked = asked_for(params)
-    if asked is None or not selected(vllm_config):
+    if not selected(vllm_config):
+        return
+    if offer_of(vllm_config).settings.policy.placement is not None:
+        check_room(vllm_config, request)
+    if asked is None:
         return
     offer, size = offer_of(vllm_config), vllm_config.cache_config.block_size
     seen = None if request.mm_features else request.prompt_token_ids or ()
@@ -61,6 +65,23 @@ def judge_prompt(vllm_config: Any, request: Any) -> None:
     except Refused as error:
         count_refused(error.reason)
         raise
+
+
+def check_room(vllm_config: Any, request: Any) -> None:
+    """Raises Refused for a prompt that all of host memory does not hold: it would wait forever."""
+    planner = Planner(offer_of(vllm_config).settings, vllm_config.cache_config.block_size)
+    schedule, tokens = planner.schedule, len(request.prompt_token_ids or ())
+    placement, private = schedule.placement, schedule.course(tokens).private
+    assert placement is not None
+    if private - placement.pages > schedule.directory:
+        count_refused("host memory")
+        room = schedule.directory * schedule.digests * planner.page_size
+        raise Refused(
+            "host memory",
+            f"kvplug: the prompt has {tokens:,} tokens, and host memory holds {room:,} of all "
+            f"requests; send a shorter one, or start the server with {placement.name}(pages="
+            f"{placement.pages}, room={tokens})",
+        )
 
 
 def salted(vllm_config: Any, sampling_params: Any, salt: str | None) -> str | None:
@@ -106,7 +127,7 @@ def refuse_session(vllm_config: Any) -> None:
             "kvplug: a session whose turns stream in has no chunks that could be named; send each "
             "turn as a request with the whole prompt, which the prefix cache serves",
         )
-    if offer.mixed or offer.settings.policy.scored is not None:
+    if offer.mixed or offer.settings.policy.packs:
         count_refused("session")
         raise Refused(
             "session",

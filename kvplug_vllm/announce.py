@@ -45,14 +45,22 @@ def describe(planner: Planner, spec: Any, tokens: int, vllm_config: Any) -> str:
         most = schedule.most_pages(tokens - 1, in_flight, tokens)
     if most is not None:
         held = f"holds at most {most:,} blocks of {size} tokens instead of {whole:,}"
-    elif planner.scored is not None and not schedule.compiles:
+    elif schedule.packs and not schedule.compiles:
         prompt = tokens - 1
         private = int(schedule.private_pages(np.array([prompt]))[0])
+        if private and schedule.placement is not None:
+            private = schedule.placement.pages
         left = private + (prompt % size > 0) if private else whole
         held = f"holds {left:,} blocks of {size} tokens once its prompt is done, {whole:,} before"
         if schedule.every:
             held += f"; its answer {schedule.every:,} more at most"
     parts.append(f"A request of {tokens:,} tokens {held}")
+    if schedule.placement is not None:
+        pages = schedule.directory * schedule.digests
+        parts.append(
+            f"(host memory holds prompts of {pages * size:,} tokens, and {schedule.directory:,} "
+            "blocks of the pool what their pages say)"
+        )
     if policy.format is not None:
         layout = policy.format.layout(size, spec.head_size, vllm_config.model_config.dtype)
         parts.append(

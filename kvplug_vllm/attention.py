@@ -50,6 +50,8 @@ class PlannedBackend:
 
     coded: ClassVar[Any] = None
     """The same for layers whose pages are kept in a format."""
+    placed: ClassVar[Any] = None
+    """The same for layers whose prompts go to the host."""
     layer_class: ClassVar[int | None] = 0
     """Which of the layers' different budgets a layer has; None for a drafter's layer."""
     supports_kv_cache_update_bypass = False
@@ -317,6 +319,7 @@ class PlannedImpl:
         if self.kv_sharing_target_layer_name is not None:
             return  # its owner does, by its keys
         scored, event = packing.scored, packing.event
+        assert scored is not None
         self.packed_prompts += not event.era
         keys, values = self.read_packing(layer, kv_cache, packing)  # [1, T, H, D]
         window = None
@@ -470,14 +473,15 @@ class PlannedImpl:
         picked = query[:queries] if step.tokens is None else query[step.tokens]  # [Q, Hq, D]
         heads = picked.view(queries, self.num_kv_heads, self.num_queries_per_kv, -1)
         views, scale = self.views(layer, kv_cache), self.logit_scale(layer)
-        tail = views.tail if selector.digest is not None else None
+        tail, described = self.described(layer, kv_cache, step)
+        tail = tail if selector.digest is not None else None
         asked = heads.to(output.dtype)  # queries may be of eight bits too
         if isinstance(selector, BlockSelector):
             every = query.view(len(query), *heads.shape[1:]).to(output.dtype)
             chosen, counts = self._pages(layer, kv_cache, every, asked, tail, step, selector)
         else:
             chosen, counts = choose_units(
-                selector, asked, tail, step.page_table, step.pages, step.lengths,
+                selector, asked, tail, described, step.pages, step.lengths,
                 step.keep[budget], page_size=step.page, width=step.width, scale=scale,
             )  # fmt: skip
         if step.metadata is None:
@@ -485,6 +489,7 @@ class PlannedImpl:
             self._put(step, out, output)
             return
         virtual = views.virtual[step.unit]
+        chosen = self.columns(layer, kv_cache, step, chosen, counts)
         table, lengths = virtual_heads(
             step.page_table, chosen, counts, step.lengths, size, virtual.page_stride,
             virtual.head_stride, unit=step.unit, token_stride=virtual.token_stride,
@@ -505,6 +510,18 @@ class PlannedImpl:
             out = torch.empty_like(out).index_copy_(0, blocks.rows, out)
         if not in_place:
             self._put(step, out.view(queries, *output.shape[1:]), output)
+
+    def described(
+        self, layer: Any, kv_cache: Tensor, step: Selected
+    ) -> tuple[Tensor | None, Tensor]:
+        """Digests, and where those of the pages that each query sees are among them."""
+        return self.views(layer, kv_cache).tail, step.page_table
+
+    def columns(
+        self, layer: Any, kv_cache: Tensor, step: Selected, chosen: Tensor, counts: Tensor
+    ) -> Tensor:
+        """Where the page table names what was chosen, once it is there."""
+        return chosen
 
     def _attend(
         self, layer: Any, query: Tensor, kv_cache: Tensor, step: Selected, chosen: Tensor,

@@ -10,7 +10,7 @@ import torch
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 
-from kvplug import LocalLayers, digest_bytes
+from kvplug import LocalLayers, Planner, digest_bytes
 from kvplug_vllm import compat
 from kvplug_vllm.announce import say
 from kvplug_vllm.appending import AppendingSpec
@@ -18,6 +18,7 @@ from kvplug_vllm.blending import BlendingSpec
 from kvplug_vllm.compiling import CompilingSpec
 from kvplug_vllm.open_pages import add_open_layers
 from kvplug_vllm.packing import PackingSpec
+from kvplug_vllm.placing import PlacingSpec
 from kvplug_vllm.settings import Engine, EvictionSettings
 from kvplug_vllm.streaming import EvictingSpec
 
@@ -72,6 +73,15 @@ def customize_spec(spec: Any, layer_class: int | None = 0) -> Any:
             evicting,
             drop=("sliding_window", "attention_chunk_size", "non_causal"),
             settings=EvictionSettings.of(offer),
+            in_flight=engine.vllm_config.max_in_flight_tokens,
+        )
+    elif policy.placement is not None:
+        spec = replace_as(
+            spec,
+            PlacingSpec,
+            settings=EvictionSettings.of(offer),
+            private_blocks=policy.placement.pages,
+            directory=Planner(engine.settings, spec.block_size).schedule.directory,
             in_flight=engine.vllm_config.max_in_flight_tokens,
         )
     elif scored is not None or offer.mixed:
@@ -145,6 +155,10 @@ def split_layers(engine: Engine) -> None:
     _check_alike(engine)
     if engine.offer.format is not None:
         code_layers(engine)
+    if engine.settings.policy.placement is not None:
+        context = engine.vllm_config.compilation_config.static_forward_context
+        for name in planned_layers(engine.vllm_config):
+            compat.set_backend(context[name], "placed")
     split_budgets(engine)
 
 
@@ -153,7 +167,7 @@ def code_layers(engine: Engine) -> None:
     context = engine.vllm_config.compilation_config.static_forward_context
     names = attention_layers(engine.vllm_config)
     for name in names:
-        compat.set_coded(context[name])
+        compat.set_backend(context[name], "coded")
     add_open_layers(names, engine.vllm_config)
 
 

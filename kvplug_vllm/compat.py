@@ -521,12 +521,31 @@ def sees(layer: Any) -> int:
     return int(attention_chunk(layer) or layer.sliding_window)
 
 
-def set_coded(layer: Any) -> None:
-    """Let a layer show vLLM the backend that writes and reads a format's pages itself: whether it
-    does is asked of the class, before and behind each forward. Until the layer's own says so."""
-    coded = layer.attn_backend.coded
-    if coded is not None:
-        layer.attn_backend = coded
+def set_backend(layer: Any, kind: str) -> None:
+    """Let a layer show vLLM the backend of another kind, ``coded`` or ``placed``: which builder it
+    has, and whether it writes and reads its pages itself, is asked of the class. Until the layer's
+    own says so."""
+    other = getattr(layer.attn_backend, kind)
+    if other is not None:
+        layer.attn_backend = other
+
+
+def take_first_blocks(pool: Any, count: int) -> list[Any]:
+    """Blocks 1 to ``count`` of a pool that has handed out none, which from now on is that much
+    smaller. Raises ValueError where it would be left with none.
+
+    BlockPool counts what is free, in use and to be reset by ``num_gpu_blocks``. Until it takes a
+    reservation.
+    """
+    if count >= pool.get_num_free_blocks():
+        raise ValueError(
+            f"kvplug: a directory of {count:,} blocks leaves none of the pool's "
+            f"{pool.get_num_free_blocks():,}; write a smaller room, or give the cache more memory"
+        )
+    blocks = list(pool.get_new_blocks(count))
+    assert [block.block_id for block in blocks] == list(range(1, count + 1)), "not the first"
+    pool.num_gpu_blocks -= count
+    return blocks
 
 
 def set_window(layer: Any, window: int) -> None:

@@ -56,7 +56,8 @@ class Packing:
     """A request whose kept tokens are packed in this step: n of T."""
 
     settings: Settings
-    scored: ScoredEviction
+    scored: ScoredEviction | None
+    """None where all of it goes to the host."""
     event: Event
     stay: int
     pages: Tensor
@@ -166,7 +167,8 @@ class Compression:
         columns = np.concatenate(
             [column + np.arange(event.private), pages + private * (pages >= column)]
         )
-        if self.metrics is not None:
+        scored = planner.schedule.scorer(event) if planner.scored is not None else None
+        if self.metrics is not None and scored is not None:
             self.metrics.count_packed(event, planner.settings)
         table = common.block_table_tensor[event.row].long()
         blocks = table[self.tensor(event.into + np.arange(event.kept))]
@@ -177,7 +179,7 @@ class Compression:
 
         return Packing(
             settings=planner.settings,
-            scored=planner.schedule.scorer(event),
+            scored=scored,
             event=event,
             stay=int(rows.stay[event.row]),
             pages=table[self.tensor(columns)][None],

@@ -20,6 +20,7 @@ from kvplug_vllm import compat, eight_bits
 from kvplug_vllm.attention import PlannedBackend, PlannedImpl
 from kvplug_vllm.coded import CodedBackend, CodedBuilder, CodedImpl, configured_format
 from kvplug_vllm.compression import HeadPacking, Packing
+from kvplug_vllm.placed import PlacedBackend, PlacedBuilder, PlacedImpl, places_prompts
 from kvplug_vllm.step import PlannedBuilder
 
 
@@ -119,6 +120,8 @@ class KVPlugBackend(PlannedBackend, CPUAttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> type[KVPlugImpl]:
+        if places_prompts():
+            return PlacedCPUImpl
         return KVPlugImpl if configured_format() is None else CodedCPUImpl
 
     @staticmethod
@@ -141,3 +144,20 @@ class CodedCPUBackend(CodedBackend, KVPlugBackend):
 
 
 KVPlugBackend.coded = CodedCPUBackend
+
+
+class PlacedCPUImpl(PlacedImpl, KVPlugImpl):
+    pass
+
+
+class PlacedCPUBuilder(PlacedBuilder, KVPlugBuilder):
+    pass
+
+
+class PlacedCPUBackend(PlacedBackend, KVPlugBackend):
+    @staticmethod
+    def get_builder_cls() -> type[KVPlugBuilder]:
+        return PlacedCPUBuilder
+
+
+KVPlugBackend.placed = PlacedCPUBackend

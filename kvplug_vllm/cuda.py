@@ -23,6 +23,7 @@ from vllm.v1.attention.backends.flash_attn import (
 from kvplug import TokenSelector, block_bytes, keep_tokens, logits_bytes
 from kvplug_vllm.attention import PlannedBackend, PlannedImpl, by_head
 from kvplug_vllm.coded import CodedBackend, CodedBuilder, CodedImpl, configured_format
+from kvplug_vllm.placed import PlacedBackend, PlacedBuilder, PlacedImpl, places_prompts
 from kvplug_vllm.settings import Engine, offer_of
 from kvplug_vllm.step import PlannedBuilder
 
@@ -205,6 +206,8 @@ class KVPlugBackend(PlannedBackend, FlashAttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> type[KVPlugImpl]:
+        if places_prompts():
+            return PlacedCUDAImpl
         return KVPlugImpl if configured_format() is None else CodedCUDAImpl
 
     @staticmethod
@@ -227,3 +230,20 @@ class CodedCUDABackend(CodedBackend, KVPlugBackend):
 
 
 KVPlugBackend.coded = CodedCUDABackend
+
+
+class PlacedCUDAImpl(PlacedImpl, KVPlugImpl):
+    pass
+
+
+class PlacedCUDABuilder(PlacedBuilder, KVPlugBuilder):
+    pass
+
+
+class PlacedCUDABackend(PlacedBackend, KVPlugBackend):
+    @staticmethod
+    def get_builder_cls() -> type[KVPlugBuilder]:
+        return PlacedCUDABuilder
+
+
+KVPlugBackend.placed = PlacedCUDABackend

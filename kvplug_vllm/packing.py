@@ -136,8 +136,9 @@ class PackingManager(FullAttentionManager):
         request = cls._looking_up
         assert request is not None, "vLLM looks up a prefix without naming the request"
         planner = kv_cache_spec.planner(request)
-        if planner.scored is not None:
-            last = planner.scored.window if planner.scored.needs_queries else 1
+        if planner.schedule.packs:
+            scored = planner.scored
+            last = scored.window if scored is not None and scored.needs_queries else 1
             begin = planner.schedule.course(request.num_prompt_tokens).begin
             max_length = min(max_length, max(begin - last, 0))
         return super().find_longest_cache_hit(

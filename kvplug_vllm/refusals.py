@@ -14,6 +14,8 @@ from kvplug import (
     LocalLayers,
     Offer,
     PageFormat,
+    Placement,
+    Planner,
     Policy,
     PositionalEviction,
     Rotation,
@@ -56,6 +58,8 @@ def refusals(vllm_config: Any) -> Iterator[str]:
         return
     if policy.scored is not None and policy.scored.compiles:
         yield from _compiling(policy.scored, vllm_config)
+    if policy.placement is not None:
+        yield from _placing(offer, vllm_config)
     if policy.reuse is not None:
         yield from _reusing(policy.reuse, vllm_config)
     if offer.format is not None:
@@ -204,6 +208,24 @@ def _reusing(reuse: ChunkReuse, vllm_config: Any) -> Iterator[str]:
         *("recurrent layers", "layers that see a window", "layers that share a cache"),
         *("images or audio in its prompts", "a quantised cache", "speculative decoding"),
         *("a KV connector", "adapters"),
+    )  # fmt: skip
+
+
+def _placing(offer: Offer, vllm_config: Any) -> Iterator[str]:
+    """What keeps a prompt's pages from the host, and what was never run with them there."""
+    policy, cache = offer.settings.policy, vllm_config.cache_config
+    assert policy.placement is not None
+    without = f"leave {policy.placement.name} out"
+    if cache.block_size is not None:
+        try:
+            Planner(offer.settings, cache.block_size)
+        except ValueError as error:
+            yield str(error)
+    yield from _never_run(
+        policy.placement.name, without, vllm_config,
+        *("recurrent layers", "layers that see a window", "layers that share a cache"),
+        *("images or audio in its prompts", "a quantised cache", "speculative decoding"),
+        *("a KV connector", "adapters", "tensor parallelism"),
     )  # fmt: skip
 
 
@@ -436,7 +458,7 @@ def unsupported(offer: Offer) -> Iterator[str]:
     """Policies of a kind that this adapter does not know how to carry out."""
     known = (
         SparsePrefill, PositionalEviction, ScoredEviction, LayerBudgets, LocalLayers, Selector,
-        PageFormat, ChunkReuse,
+        PageFormat, ChunkReuse, Placement,
     )  # fmt: skip
     own: list[type[Policy]] = [type(policy) for policy in offer.settings.policy]
     for cls in [*own, *map(policy_class, offer.allow)]:

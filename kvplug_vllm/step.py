@@ -42,6 +42,22 @@ PAGES_AT_ONCE = 256
 
 
 @dataclass
+class Placed:
+    """What a selection asks of pages on the host (``kvplug.placement``)."""
+
+    digests: Tensor
+    """Of each page that a query sees, where it lies among the cache's. [Q, P] int32"""
+    hot: int
+    """Pages, the first that the page table names of a request with pages on the host."""
+    away: Tensor
+    """Pages on the host; 0 of other requests. [Q] int32"""
+    behind: Tensor
+    """Where the page table goes on behind them. [Q] int32"""
+    later: Sequence[Selected] = ()
+    """Queries that come once these have been read: others of their requests."""
+
+
+@dataclass
 class Selected:
     """The queries of a step that read one policy's selection; Q of them, or Q blocks of them,
     [Q] int32 unless said."""
@@ -71,6 +87,8 @@ class Selected:
     """(block table, lengths) of the virtual sequences -> stock metadata, for the others."""
     open: Tensor | None = None
     """Where pages are kept in a format, the newest of each among the plain ones. [Q]"""
+    placed: Placed | None = None
+    """Where prompts go to the host."""
 
 
 @dataclass
@@ -153,7 +171,7 @@ class PlannedBuilder:
         self.offer, policy = engine.offer, engine.settings.policy
         self.dense = not policy.plans and not self.offer.mixed
         """Every step is the engine's own."""
-        self.packs = policy.scored is not None or self.offer.mixed
+        self.packs = policy.packs or self.offer.mixed
         """Whether rows may hold private blocks."""
         hides = policy.eviction is not None or isinstance(policy.generate, PositionalPrefill)
         self.rewrites = self.packs or hides or policy.reuse is not None
@@ -387,7 +405,7 @@ class PlannedBuilder:
             table = table[self._tensor(rows, torch.int64)]
         if not self.rewrites:
             return table
-        column = torch.arange(int(segments.pages.max(initial=1)), device=table.device)[None]
+        column = torch.arange(int(segments.columns.max(initial=1)), device=table.device)[None]
         kept = self._tensor(segments.kept, torch.int64)[:, None]
         first = self._tensor(segments.first, torch.int64)[:, None]
         held = self.planner.planners[OWN].held_pages(int(segments.kept.max(initial=0)))
