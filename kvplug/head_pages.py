@@ -9,12 +9,14 @@ behind them hold all heads' tokens, each where it always has them.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kvplug.compress import HeadBudgets, ScoredEviction
 from kvplug.policy import Positions
 
 
@@ -47,6 +49,52 @@ class HeadTokens:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeadPacking:
+    """What heads that keep different numbers of tokens keep, head by head: N of all heads. On the
+    device."""
+
+    keep: Tensor
+    """Tokens of each. [1, H] int64"""
+    width: int
+    """The most of them."""
+    head: Tensor
+    index: Tensor
+    page: Tensor
+    """As the engine numbers it."""
+    place: Tensor
+    """Of which head a token lies in its place. [N] int64, as the others"""
+    offset: Tensor
+
+    @classmethod
+    def by_kinds(
+        cls, scored: ScoredEviction, every: Iterable[tuple[bool, ...]], whole: int,
+        private: Tensor, page_size: int, tensor: Callable[[Positions], Tensor],
+    ) -> dict[tuple[bool, ...], HeadPacking]:  # fmt: skip
+        """Of a prompt of so many whole pages, in the layers of each of these kinds. private: the
+        pages it is packed into, [n] int64; tensor: puts an array on the device."""
+        if not isinstance(scored, HeadBudgets):
+            return {}
+        found, counts = {}, (np.array([len(private)]), np.array([whole]))
+        for kinds in every:
+            pages = scored.head_pages(kinds, *counts, page_size)[0]
+            to = HeadTokens.of(pages, page_size)
+            found[kinds] = cls(
+                keep=tensor(pages * page_size)[None],
+                width=int(pages.max()) * page_size,
+                head=tensor(to.head),
+                index=tensor(to.index),
+                page=private[tensor(to.page)],
+                place=tensor(to.place),
+                offset=tensor(to.offset),
+            )
+        return found
+
+    def kept(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        """What lies there. rows [1, T, H, D], tokens [1, H, width] -> [N, D]"""
+        return rows[0][tokens[0][self.head, self.index], self.head]
+
+
 def head_tables(
     table: Tensor, kept: Tensor, pages: Tensor, width: int, page_stride: int, head_stride: int
 ) -> Tensor:
@@ -57,9 +105,9 @@ def head_tables(
     page_stride + h * head_stride. -> [Q * H, width] int32, with any page behind the last that a
     request sees.
     """
-    H = pages.shape[1]
+    H, kept, pages = pages.shape[1], kept.to(table.dtype), pages.to(table.dtype)
     column = torch.arange(width, dtype=table.dtype, device=table.device)
-    unit = column + (pages.cumsum(1) - pages)[..., None]  # [Q, H, width]
+    unit = column + (pages.cumsum(1, dtype=table.dtype) - pages)[..., None]  # [Q, H, width]
     behind = column - pages[..., None]
     private, heads = behind < 0, torch.arange(H, dtype=unit.dtype, device=unit.device)
     page = torch.where(private, unit // H, behind + kept[:, None, None])

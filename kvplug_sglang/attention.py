@@ -19,6 +19,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch import Tensor
 
 from kvplug import BlockSelector, Rotation, choose_pages, choose_units, turn, window_queries
+from kvplug.head_pages import HeadPacking
 from kvplug_kernels.fp8 import FP8
 from kvplug_sglang import compat
 from kvplug_sglang.cache import Digests, layer_bytes, page_bytes
@@ -246,17 +247,22 @@ class PlannedAttention:
     def _pack(self, layer: Any, packing: Packing) -> None:
         """Copy what each KV head keeps into the request's private slots."""
         self.packed_prompts += layer.layer_id == self.layers[0] and not packing.era
-        window = None
+        window, kinds = None, packing.scored.kinds(layer.layer_id)
         if packing.scored.needs_queries:
             window = packing.tenant.window.pop((layer.layer_id, packing.era))
+        by_head = None if kinds is None else packing.by_head[kinds]
         keys, values = packing.kept(
             *self._prompt(layer, packing),
             window,
             scale=compat.logit_scale(layer),
             first_head=compat.first_kv_head(layer),
             page_size=self.engine.page_size,
+            by_head=by_head,
         )
-        self._store(layer, packing, keys, values)
+        if by_head is None:
+            self._store(layer, packing, keys, values)
+        else:
+            self._store_heads(layer, by_head, keys, values)
 
     def _prompt(self, layer: Any, packing: Packing) -> tuple[Tensor, Tensor]:
         """What is packed, of all KV heads. [T, H, D] twice"""
@@ -268,6 +274,13 @@ class PlannedAttention:
         where = KVWriteLoc(packing.targets)
         self.token_to_kv_pool.set_kv_buffer(layer, where, keys, values)
         self._written(layer, packing.targets)
+
+    def _store_heads(self, layer: Any, packing: HeadPacking, keys: Tensor, values: Tensor) -> None:
+        """The same where each head keeps its own number, [N, D]."""
+        slots = packing.page * self.engine.page_size + packing.offset
+        for cache, kept in zip(self._kv(layer.layer_id), (keys, values), strict=True):
+            _, heads, channels = cache.shape
+            cache.view(-1, channels).index_copy_(0, slots * heads + packing.place, kept)
 
     def _digest(self, layer: Any) -> Tensor | None:
         """What its pages say of their keys."""
@@ -285,12 +298,29 @@ class PlannedAttention:
     def _whole(
         self, layer: Any, query: Tensor, whole: Whole, output: Tensor, sinks: Tensor | None
     ) -> None:
+        if whole.tokens is not None:
+            query = query[whole.tokens]
+        if isinstance(whole, Heads):
+            assert sinks is None, "they belong to query heads, and these read by KV head"
+            out = self._by_head(layer, query, whole)
+            output[slice(None) if whole.tokens is None else whole.tokens] = out
+            return
         if whole.tokens is None:
             self.attend(layer, query, whole, output, sinks)
             return
-        out = output.new_empty(len(whole.tokens), *output.shape[1:])
-        self.attend(layer, query[whole.tokens], whole, out, sinks)
+        out = output.new_empty(len(query), *output.shape[1:])
+        self.attend(layer, query, whole, out, sinks)
         output.index_copy_(0, whole.tokens, out)
+
+    def _by_head(self, layer: Any, query: Tensor, heads: Heads) -> Tensor:
+        """Each run as it is read by a KV head. query [T, Hq, D] -> [T, Hq, Dv]"""
+        rows = query.reshape(len(query) * heads.heads, -1, query.shape[2])  # [T * H, G, D]
+        rows = rows if heads.order is None else rows[heads.order]
+        out = rows.new_empty(*rows.shape[:2], layer.v_head_dim)
+        self.attend(layer, rows, heads, out, None)
+        if heads.order is not None:
+            out = torch.empty_like(out).index_copy_(0, heads.order, out)
+        return out.view(len(query), -1, layer.v_head_dim)
 
     def _selected(
         self, layer: Any, query: Tensor, step: Selected, budget: int | float, output: Tensor,
@@ -302,10 +332,9 @@ class PlannedAttention:
         mine = query if step.tokens is None else query[step.tokens]
         picked = mine.view(len(mine), layer.tp_k_head_num, -1, layer.qk_head_dim)  # [Q, H, G, D]
         if isinstance(selector, BlockSelector):
-            assert sinks is None, "they belong to query heads, and blocks read by KV head"
             every = query.view(len(query), *picked.shape[1:])
-            out = self._blocks(layer, every, picked, digest, selector, step)
-            output[slice(None) if step.tokens is None else step.tokens] = out
+            heads = self._blocks(layer, every, picked, digest, selector, step)
+            self._whole(layer, query, heads, output, sinks)
             return
         self.selected_queries += len(mine)
         chosen, counts = choose_units(
@@ -323,8 +352,8 @@ class PlannedAttention:
     def _blocks(
         self, layer: Any, every: Tensor, query: Tensor, digest: Tensor | None,
         selector: BlockSelector, step: Selected,
-    ) -> Tensor:  # fmt: skip
-        """Blocks of a prompt's queries [T, H, G, D] -> [T, Hq, Dv]; every: the step's."""
+    ) -> Heads:  # fmt: skip
+        """What blocks of a prompt's queries [T, H, G, D] read; every: the step's."""
         blocks, size = step.blocks, self.engine.page_size
         assert blocks is not None
         self.selected_blocks += len(step.lengths)
@@ -337,12 +366,7 @@ class PlannedAttention:
             step.page_table, step.pages, step.keep[selector.budget], width=step.width,
             scale=compat.logit_scale(layer), step=every, first_head=first,
         )  # fmt: skip
-        heads = Heads.of(step, chosen, counts, size)
-        rows = query.flatten(0, 1)[blocks.rows]  # [T * H, G, D]
-        out = rows.new_empty(*rows.shape[:2], layer.v_head_dim)
-        self.attend(layer, rows, heads, out, None)
-        found = torch.empty_like(out).index_copy_(0, blocks.rows, out)
-        return found.view(len(query), -1, layer.v_head_dim)
+        return Heads.of(step, chosen, counts, size)
 
 
 def _planned(layer: Any) -> bool:

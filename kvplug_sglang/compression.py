@@ -6,16 +6,20 @@ The private slots it is packed into come from the scheduler (``kvplug_sglang.pac
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kvplug import Offer, PromptKV, ScoredEviction, keep_tokens
+from kvplug.batch import Kinds
+from kvplug.head_pages import HeadPacking
+from kvplug.policy import Positions
 from kvplug_kernels.fp8 import bits
 from kvplug_sglang.router import Tenant
 
@@ -37,6 +41,8 @@ class Packing:
     """Of the batch."""
     phase: int = 0
     """Of the step (``kvplug.schedule``)."""
+    by_head: Mapping[tuple[bool, ...], HeadPacking] = field(default_factory=dict)
+    """In layers whose heads are of such kinds, and keep different numbers of tokens."""
 
     def replaced(self, page_size: int) -> Tensor:
         """Slots of the last tokens of the prompt's whole pages, as many as stay. [n] int64"""
@@ -45,12 +51,13 @@ class Packing:
 
     def kept(
         self, keys: Tensor, values: Tensor, window: Tensor | None, *, scale: float,
-        first_head: int, page_size: int,
+        first_head: int, page_size: int, by_head: HeadPacking | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """What each KV head of a layer keeps, in the order of ``targets``.
 
         keys, values [T, H, D], window [W, Hq, D]: the queries of the last tokens -> [n, H, D]
-        twice, copied. Nothing synchronises.
+        twice, copied; where heads keep different numbers of tokens, [N, D] twice, ``by_head``.
+        Nothing synchronises.
         """
         prompt = PromptKV(
             keys=keys[None],
@@ -62,6 +69,9 @@ class Packing:
             page_size=page_size,
             event=self.era,
         )
+        if by_head is not None:
+            tokens = keep_tokens(self.scored, prompt, by_head.keep, by_head.width, self.protect)
+            return by_head.kept(prompt.keys, tokens), by_head.kept(prompt.values, tokens)
         width = len(self.targets)
         keep = self.slots.new_full((1,), width)
         tokens = keep_tokens(self.scored, prompt, keep, width, self.protect)
@@ -83,13 +93,21 @@ def packing_bytes(offer: Offer, model: Any, ranks: int, page_size: int, dtype: t
     shape = longest, model.get_num_kv_heads(ranks), model.head_dim
     cache = torch.empty(shape, dtype=dtype, device="meta")
     found = [0]
-    for scored in offer.scorers:
+
+    def numbers(values: Positions) -> Tensor:
+        return torch.empty(values.shape, dtype=torch.int64, device="meta")
+
+    for scored, kinds, layer in _kinds(offer, layers):
+        by_head = HeadPacking.by_kinds(
+            scored, [] if kinds is None else [kinds], longest // page_size,
+            numbers(np.arange(kept // page_size)), page_size, numbers,
+        )  # fmt: skip
         packing = Packing(
             scored=scored,
             protect=offer.settings.protect,
             tenant=Tenant(0, longest),
-            slots=torch.empty(longest, dtype=torch.int64, device="meta"),
-            targets=torch.empty(kept, dtype=torch.int64, device="meta"),
+            slots=numbers(np.arange(longest)),
+            targets=numbers(np.arange(kept)),
         )
         window, windows = None, 0
         if scored.needs_queries:
@@ -99,7 +117,10 @@ def packing_bytes(offer: Offer, model: Any, ranks: int, page_size: int, dtype: t
         with Taken() as taken:
             try:
                 prompt = cache[packing.slots], cache[packing.slots]
-                packing.kept(*prompt, window, scale=1.0, first_head=0, page_size=page_size)
+                packing.kept(
+                    *prompt, window, scale=1.0, first_head=layer * shape[1], page_size=page_size,
+                    by_head=None if kinds is None else by_head[kinds],
+                )  # fmt: skip
             except RuntimeError as error:
                 raise ValueError(
                     f"what {scored.name}.score takes of memory could not be found out on "
@@ -108,6 +129,13 @@ def packing_bytes(offer: Offer, model: Any, ranks: int, page_size: int, dtype: t
                 ) from error
         found.append(taken.most + windows)
     return max(found)
+
+
+def _kinds(offer: Offer, layers: int) -> Iterator[tuple[ScoredEviction, Kinds, int]]:
+    """The scorers that a request may have, in a layer of each of the kinds that its heads are."""
+    for scored in offer.scorers:
+        for kinds, layer in {scored.kinds(n): n for n in range(layers)}.items():
+            yield scored, kinds, layer
 
 
 class Taken(TorchDispatchMode):

@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvplug import BatchPlanner, Offer, PageFormat, TokenSelector, block_bytes, read_offer
+from kvplug import (
+    BatchPlanner,
+    HeadBudgets,
+    Offer,
+    PageFormat,
+    TokenSelector,
+    block_bytes,
+    read_offer,
+)
 from kvplug.coded import step_bytes
 from kvplug_sglang import compat
 from kvplug_sglang.backend import TRITON, stock
@@ -19,6 +27,8 @@ from kvplug_sglang.settings import given
 MIB = 1 << 20
 PLANNING = 32
 """Bytes of what is computed for a page of a request while its table is planned."""
+HEADS = 40
+"""The same for a page of one of its heads, where those have tables of their own."""
 
 
 def decide(server_args: Any) -> None:
@@ -37,6 +47,8 @@ def reserve(server_args: Any) -> float:
         return 0.0
     view, model = compat.resolved(server_args)
     batch = compat.decode_batch(view)
+    if any(offer.settings.policy.misfits(model.hf_text_config)):
+        return 0.0  # refused a little later
     size = view.page_size or default_page(offer) or 1
     lists = stock(server_args, view.device) == TRITON
     splits = view.triton_attention_num_kv_splits if lists else 0
@@ -105,6 +117,10 @@ def graph_bytes(
         found += 4 * query_heads * kv_splits * (model.head_dim + 1)
         if own.scored or own.eviction or offer.mixed:
             found += 8 * tables * pages * page_size
+    if isinstance(own.scored, HeadBudgets):
+        kinds = {own.scored.kinds(layer) for layer in range(model.num_hidden_layers)} - {None}
+        found += heads * pages * HEADS
+        found += len(kinds) * heads * pages * (4 + (8 * page_size if kv_splits else 0))
     if own.selector is not None:
         scored = query_heads if isinstance(own.selector, TokenSelector) else heads
         read = 8 * own.unit if kv_splits else 4

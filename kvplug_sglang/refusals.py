@@ -34,6 +34,9 @@ PAGE_SIZE = 32
 CODED = (32, 64)
 """Tokens of pages that formats code."""
 
+PLAIN = ("auto", "bf16", "bfloat16", "float16", "float32")
+"""Caches of the numbers that a model computes in."""
+
 REQUESTS = 256
 """That run at once unless the user says, where each fills a page of its own in full precision."""
 
@@ -139,13 +142,6 @@ def refusals(view: Any, model: Any, given: object, wrapped: str) -> Iterator[str
     if offer.settings.policy.is_dense and not offer.mixed:
         return
     yield from unsupported(offer)
-    if isinstance(scored := offer.settings.policy.scored, HeadBudgets):
-        yield (
-            f"{scored.name} gives KV heads pages of their own, and a slot of SGLang's pool holds "
-            f"a token of all heads, which its kernels read alike; use {scored.base}, or serve it "
-            "in vLLM"
-        )
-        return
     page = view.page_size or default_page(offer) or 1
     try:
         Planner(offer.settings, page)
@@ -162,6 +158,8 @@ def refusals(view: Any, model: Any, given: object, wrapped: str) -> Iterator[str
     if offer.format is not None:
         yield from with_format(offer.format, offer, view, model, page)
     yield from offer.settings.policy.misfits(model.hf_text_config)
+    if isinstance(scored := offer.settings.policy.scored, HeadBudgets):
+        yield from by_head(scored, view, model)
     for name, reason in FEATURES.items():
         if getattr(view, name):
             yield reason
@@ -230,7 +228,7 @@ def refusals(view: Any, model: Any, given: object, wrapped: str) -> Iterator[str
 def with_quantised_cache(dtype: str, wrapped: str) -> Iterator[str]:
     """Where pages hold other numbers than a model computes in."""
     instead = "use --kv-cache-dtype auto, or the policy 'dense'"
-    if dtype in ("auto", "bf16", "bfloat16", "float16", "float32"):
+    if dtype in PLAIN:
         return
     if not dtype.startswith("fp8"):
         yield (
@@ -245,6 +243,35 @@ def with_quantised_cache(dtype: str, wrapped: str) -> Iterator[str]:
             f"cache {dtype} before it is quantised, and every later step what became of it; "
             f"{instead}"
         )
+
+
+def by_head(scored: HeadBudgets, view: Any, model: Any) -> Iterator[str]:
+    """What heads of a layer that keep different numbers of pages were never run with."""
+    without = f"use {scored.base}"
+    if view.tp_size > 1:
+        yield (
+            "tensor parallelism gives each rank some heads of a layer, whose shares "
+            f"{scored.name} takes of them all together; drop --tp-size, or {without}"
+        )
+    yield from beside_layers(scored.name, without, model)
+    if view.kv_cache_dtype not in PLAIN:
+        yield (
+            f"a quantised cache beside {scored.name} was never run; drop --kv-cache-dtype, or "
+            f"{without}"
+        )
+
+
+def beside_layers(who: object, without: str, model: Any) -> Iterator[str]:
+    """Layers of a model beside which the plainest alone were run."""
+    for what, has in (
+        ("recurrent layers", compat.recurrent(model)),
+        ("layers that see a window", compat.windows_apart(model) or compat.declared_window(model)),
+        ("layers that share a cache", compat.shares_caches(model)),
+        ("attention sinks", compat.attention_sinks(model)),
+        ("values of another size than its keys", model.v_head_dim != model.head_dim),
+    ):
+        if has:
+            yield f"the model has {what}, beside which {who} was never run; {without}"
 
 
 def with_format(
@@ -264,15 +291,7 @@ def with_format(
             format.layout(page_size, model.head_dim, model.dtype)
         except ValueError as error:
             yield f"{format}: {error}; {without}"
-    for what, has in (
-        ("recurrent layers", compat.recurrent(model)),
-        ("layers that see a window", compat.windows_apart(model) or compat.declared_window(model)),
-        ("layers that share a cache", compat.shares_caches(model)),
-        ("attention sinks", compat.attention_sinks(model)),
-        ("values of another size than its keys", model.v_head_dim != model.head_dim),
-    ):
-        if has:
-            yield f"the model has {what}, beside which {format} was never run; {without}"
+    yield from beside_layers(format, without, model)
     for what, has in (
         ("tensor parallelism", view.tp_size > 1),
         ("--enable-mixed-chunk", view.enable_mixed_chunk),

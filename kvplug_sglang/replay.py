@@ -8,6 +8,7 @@ select, every request does, a short one with all of its pages.
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,10 @@ class Replayed:
         self.own = steps.planner(OWN)
         selector = self.own.selector
         self.budgets = [] if selector is None else selector.budgets(steps.layers)
-        self.fields = torch.zeros(4 + len(self.budgets), most, dtype=torch.int64, device=device)
-        """Kept, first, packed and visible as in ``Segments``, then units to read by budget."""
+        rows = 4 + len(self.budgets) + sum(map(len, steps.kinds))
+        self.fields = torch.zeros(rows, most, dtype=torch.int64, device=device)
+        """Kept, first, packed and visible as in ``Segments``, then units to read by budget, and
+        pages of each head by the layers' kinds."""
         held = np.append(self.own.held, 0)
         self.column = torch.arange(-(-longest // steps.page_size), device=device)[None]
         self.held = torch.from_numpy(held).to(device)[self.column.clamp(max=len(held) - 1)]
@@ -60,6 +63,10 @@ class Replayed:
             planner = self.steps.planner(choice)
             for n, budget in enumerate(self.budgets, start=4):
                 values[n, part.row] = planner.selection(part, budget)
+        row = 4 + len(self.budgets)
+        for kinds in self.steps.kinds:
+            values[row : row + len(kinds)] = self.steps.head_pages(kinds, fixed).T
+            row += len(kinds)
         host = torch.from_numpy(values)
         if self.fields.is_cuda:
             host = host.pin_memory()  # of PyTorch's own cache: not reused before it is copied
@@ -68,7 +75,8 @@ class Replayed:
     def plan(self, rows: Tensor, slots: Tensor) -> StepPlan:
         """In the graph. rows [B] of the pool, slots [B] of the step's tokens"""
         steps = self.steps
-        kept, first, packed, visible, *keep = self.fields[:, : len(rows)]
+        kept, first, packed, visible, *more = self.fields[:, : len(rows)]
+        keep, heads = more[: len(self.budgets)], iter(more[len(self.budgets) :])
         table = steps.table(rows, kept, first, packed, self.held, self.column)
         whole = selected = None
         if self.own.selector is not None and self.budgets:
@@ -86,10 +94,21 @@ class Replayed:
             )
         if self.rewrites:
             whole = steps.whole_singles(table, visible.int())
+        by_kinds = {
+            kinds: steps.heads_of(
+                table, kept, visible, torch.stack([*islice(heads, len(kinds))], 1),
+                self.column.shape[1],
+            )
+            for kinds in steps.kinds
+        }  # fmt: skip
+        scored = self.own.scored
         layers: dict[int, LayerReads[Whole, Selected] | None] = {}
         for layer in steps.layers:
             budget = self.own.layer_budget(layer)
-            if selected is not None and budget is not None:
+            kinds = None if scored is None else scored.kinds(layer)
+            if kinds is not None:
+                layers[layer] = LayerReads(by_kinds[kinds])
+            elif selected is not None and budget is not None:
                 layers[layer] = LayerReads(selected=[(selected, budget)])
             else:
                 layers[layer] = None if whole is None else LayerReads(whole)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ from kvplug import (
     Blocks,
     BlockSelector,
     Event,
+    HeadBudgets,
     LayerReads,
     Observed,
     Planner,
@@ -26,6 +27,7 @@ from kvplug import (
     dense_reads,
     reads_by_policy,
 )
+from kvplug.head_pages import HeadPacking, head_tables
 from kvplug.segments import SINKS
 from kvplug_kernels.slot_lists import slot_lists
 from kvplug_kernels.virtual_heads import virtual_heads
@@ -63,15 +65,19 @@ class Whole:
         bounds[1:] = self.queries.cumsum(0)
         return bounds
 
+    def lists(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """The first tokens of each run's pages, as ``slot_lists``."""
+        return slot_lists(self.page_table, lengths, self.page_size)
+
     @cached_property
     def seen(self) -> tuple[Tensor, Tensor]:
-        """What each run sees, as ``slot_lists``."""
-        return slot_lists(self.page_table, self.lengths, self.page_size)
+        """What each run sees."""
+        return self.lists(self.lengths)
 
     @cached_property
     def before(self) -> tuple[Tensor, Tensor]:
-        """What each run's first query sees beside itself, as ``slot_lists``."""
-        return slot_lists(self.page_table, self.lengths - self.queries, self.page_size)
+        """What each run's first query sees beside itself."""
+        return self.lists(self.lengths - self.queries)
 
     @cached_property
     def slots(self) -> Tensor:
@@ -85,23 +91,26 @@ class Whole:
         run = run.repeat_interleave(self.queries, output_size=self.total)
         query = torch.arange(self.total, device=run.device)
         token = self.lengths[run] - self.starts[run + 1] + query
-        return self.page_table[run, token // self.page_size].long() * self.page_size + (
-            token % self.page_size
-        )
+        return self.token(run, token // self.page_size, token % self.page_size)
+
+    def token(self, run: Tensor, page: Tensor, offset: Tensor) -> Tensor:
+        """Slots of tokens of pages that runs see. [n] int64 each"""
+        return self.page_table[run, page].long() * self.page_size + offset
 
 
 @dataclass
 class Heads(Whole):
-    """Blocks of queries each of whose KV heads read a selection: a sequence each, over the cache
-    as one of a single KV head, whose slot s * H + h is slot s of head h. In the page table stand
-    the first slots of pages."""
+    """Runs that are each read by one KV head: over the cache as one of a single head, whose slot s
+    * H + h is slot s of head h. In the page table stand the first slots of pages, whose tokens lie
+    H slots apart."""
 
-    step: Selected
-    chosen: Tensor  # [n, H, K]
-    counts: Tensor  # [n, H]
+    heads: int
+    order: Tensor | None
+    """The runs' queries, as ``Segments.by_head``; None where each is of one."""
 
     @classmethod
     def of(cls, step: Selected, chosen: Tensor, counts: Tensor, page_size: int) -> Heads:
+        """Blocks of queries whose KV heads chose pages. chosen [n, H, K], counts [n, H]"""
         blocks, heads = step.blocks, chosen.shape[1]
         assert blocks is not None
         table, lengths = virtual_heads(
@@ -109,50 +118,29 @@ class Heads(Whole):
             token_stride=heads,
         )  # fmt: skip
         return cls(
-            tokens=None,
+            tokens=step.tokens,
             page_table=table,
             page_size=page_size,
             lengths=lengths,
             queries=blocks.bounds.diff().repeat_interleave(heads),
             longest_run=step.longest_run,
             total=len(blocks.rows),
-            step=step,
-            chosen=chosen,
-            counts=counts,
+            heads=heads,
+            order=blocks.rows,
         )
-
-    @property
-    def heads(self) -> int:
-        return self.chosen.shape[1]
 
     def cache(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return keys.view(-1, 1, keys.shape[2]), values.view(-1, 1, values.shape[2])
 
-    @cached_property
-    def seen(self) -> tuple[Tensor, Tensor]:
-        step = self.step
-        return slot_lists(step.page_table, step.lengths, self.page_size, self.chosen, self.counts)
-
-    @cached_property
-    def before(self) -> tuple[Tensor, Tensor]:
-        step, size = self.step, self.page_size
-        assert step.blocks is not None
-        begin = step.blocks.start
-        behind = (step.lengths + size - 1) // size - (begin + size - 1) // size
-        return slot_lists(step.page_table, begin, size, self.chosen, self.counts - behind[:, None])
+    def lists(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        return slot_lists(self.page_table, lengths, self.page_size, token_stride=self.heads)
 
     @cached_property
     def slots(self) -> Tensor:
         offset = torch.arange(self.page_size, device=self.page_table.device) * self.heads
         return (self.page_table.long()[:, :, None] + offset).flatten(1)
 
-    @cached_property
-    def own(self) -> Tensor:
-        run = torch.arange(len(self.queries), device=self.queries.device)
-        run = run.repeat_interleave(self.queries, output_size=self.total)
-        query = torch.arange(self.total, device=run.device)
-        token = self.lengths[run] - self.starts[run + 1] + query
-        page, offset = token // self.page_size, token % self.page_size
+    def token(self, run: Tensor, page: Tensor, offset: Tensor) -> Tensor:
         return self.page_table[run, page].long() + offset * self.heads
 
 
@@ -246,6 +234,10 @@ class StepPlanner:
         self.page_size = engine.page_size
         self.layers = layers
         self.share = share
+        scored = engine.offer.settings.policy.scored
+        kinds = [] if scored is None else [scored.kinds(layer) for layer in layers]
+        self.kinds = sorted({each for each in kinds if each is not None})
+        """Of the layers whose KV heads keep different numbers of pages."""
 
     def plan(self, batch: Batch) -> StepPlan | None:
         """None where the engine's own path serves the whole step and nothing is kept of it."""
@@ -264,7 +256,9 @@ class StepPlanner:
             layers = self.planners.by_layer(
                 segments.where(segments.phase == number),
                 self.layers,
-                lambda rest, *_: self._whole(batch, rest),
+                lambda rest, _, kinds: (
+                    self._whole(batch, rest) if kinds is None else self._heads(batch, rest, kinds)
+                ),
                 partial(self._selected, batch),
             )
             mine = [packing for packing in packings if packing.phase == number]
@@ -342,7 +336,8 @@ class StepPlanner:
         if self.engine.metrics is not None:
             policy = str(planner.settings.policy)
             self.engine.metrics.count_packed(policy, event, self.share)
-        private = tokens_of(self.engine.router.pages[tenant.row, None, : tenant.private], size)[0]
+        pages = self.engine.router.pages[tenant.row, : tenant.private]
+        private = tokens_of(pages[None], size)[0]
         begin = event.pages.start * size
         rows = self.req_to_token[tenant.row, begin : begin + event.tokens - event.private * size]
         return Packing(
@@ -354,6 +349,14 @@ class StepPlanner:
             era=event.era,
             row=event.row,
             phase=event.phase,
+            by_head=HeadPacking.by_kinds(
+                planner.scored,
+                self.kinds,
+                event.tokens // size,
+                pages[: event.kept].long(),
+                size,
+                self._tensor,
+            ),
         )
 
     def _whole(self, batch: Batch, segments: Segments) -> Whole:
@@ -368,6 +371,54 @@ class StepPlanner:
             queries=self._tensor(segments.queries, torch.int32),
             longest_run=int(segments.queries.max()),
             total=len(tokens),
+        )
+
+    def _heads(self, batch: Batch, segments: Segments, kinds: tuple[bool, ...]) -> Heads:
+        """The same in layers whose KV heads are of these kinds."""
+        tokens, heads = segments.flat, len(kinds)
+        pages = self.head_pages(kinds, segments)
+        longest = segments.visible - segments.kept * self.page_size
+        longest = int((longest + pages.max(1) * self.page_size).max())
+        in_order = len(tokens) == batch.queries and bool((np.diff(tokens) == 1).all())
+        single = bool((segments.queries == 1).all())
+        return replace(
+            self.heads_of(
+                self._table(batch, segments),
+                self._tensor(segments.kept),
+                self._tensor(segments.visible),
+                self._tensor(pages),
+                -(-longest // self.page_size),
+            ),
+            tokens=None if in_order else self._tensor(tokens),
+            queries=self._tensor(np.repeat(segments.queries, heads), torch.int32),
+            longest_run=int(segments.queries.max()),
+            total=len(tokens) * heads,
+            order=None if single else self._tensor(segments.by_head(heads)),
+        )
+
+    def head_pages(self, kinds: tuple[bool, ...], segments: Segments) -> Numbers:
+        """Private pages that each KV head of such kinds reads. [n, H]"""
+        scored = self.planner(OWN).scored  # alone on its server
+        assert isinstance(scored, HeadBudgets)
+        return scored.head_pages(kinds, segments.kept, segments.first, self.page_size)
+
+    def heads_of(
+        self, table: Tensor, kept: Tensor, visible: Tensor, pages: Tensor, width: int
+    ) -> Heads:
+        """Of a query for each row. table [n, P], kept, visible [n] as in ``Segments``, pages
+        [n, H] of each head, width: pages that one reads at most. Nothing synchronises."""
+        (n, heads), size = pages.shape, self.page_size
+        lengths = (visible - kept * size)[:, None] + pages * size
+        return Heads(
+            tokens=None,
+            page_table=head_tables(table, kept, pages, width, size * heads, 1),
+            page_size=size,
+            lengths=lengths.flatten().int(),
+            queries=torch.ones(n * heads, dtype=torch.int32, device=table.device),
+            longest_run=1,
+            total=n * heads,
+            heads=heads,
+            order=None,
         )
 
     def plan_singles(self, phases: Sequence[Phase], rows: Tensor, slots: Tensor) -> StepPlan:

@@ -33,13 +33,13 @@ from kvplug import (
     turn,
     window_queries,
 )
-from kvplug.head_pages import head_tables
+from kvplug.head_pages import HeadPacking, head_tables
 from kvplug_kernels.pack_tokens import pack_tokens
 from kvplug_kernels.sparse_decode import sparse_decode
 from kvplug_kernels.virtual_heads import virtual_heads
 from kvplug_vllm import compat, eight_bits, metrics
 from kvplug_vllm.cache import customize_spec, split_layers
-from kvplug_vllm.compression import HeadPacking, Packing
+from kvplug_vllm.compression import Packing
 from kvplug_vllm.refusals import refuse
 from kvplug_vllm.settings import NAME, Engine
 from kvplug_vllm.step import ByHead, Selected, StepPlan, Whole
@@ -392,7 +392,7 @@ class PlannedImpl:
     ) -> None:
         """As ``store_kept``, where each head keeps its own number. tokens [1, H, width]"""
         kept = [packing.kept(each, tokens) for each in (prompt.keys, prompt.values)]
-        kv_cache[packing.block, packing.place, packing.offset] = torch.cat(kept, -1)
+        kv_cache[packing.page, packing.place, packing.offset] = torch.cat(kept, -1)
 
     def read_pages(self, layer: Any, kv_cache: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of whole pages. pages [J, P] -> [J, P * S, H, D] twice"""

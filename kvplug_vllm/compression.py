@@ -16,39 +16,17 @@ from torch import Tensor
 from kvplug import (
     BatchPlanner,
     Event,
-    HeadBudgets,
     Observed,
-    Planner,
     ScoredEviction,
     Segments,
     Settings,
 )
-from kvplug.head_pages import HeadTokens
+from kvplug.head_pages import HeadPacking
 from kvplug.policy import Positions
 from kvplug_vllm.metrics import Metrics
 from kvplug_vllm.metrics import packing as packing_time
 from kvplug_vllm.router import Router, Rows
 from kvplug_vllm.settings import Engine
-
-
-@dataclass(frozen=True)
-class HeadPacking:
-    """What heads that keep different numbers of tokens keep, head by head: N of all heads."""
-
-    keep: Tensor
-    """Tokens of each. [1, H] int64"""
-    width: int
-    """The most of them."""
-    head: Tensor
-    index: Tensor
-    block: Tensor
-    place: Tensor
-    """Of which head a token lies in its place. [N] int64, as the others"""
-    offset: Tensor
-
-    def kept(self, rows: Tensor, tokens: Tensor) -> Tensor:
-        """What lies there. rows [1, T, H, D], tokens [1, H, width] -> [N, D]"""
-        return rows[0][tokens[0][self.head, self.index], self.head]
 
 
 @dataclass
@@ -160,6 +138,7 @@ class Compression:
 
     def _packing(self, common: Any, event: Event, rows: Rows, prompt: np.int64) -> Packing:
         planner = self.planner.planners[int(rows.choice[event.row])]
+        assert planner.scored is not None
         size, course = planner.page_size, planner.schedule.course(int(prompt))
         column, private = course.column, course.private
         pages = np.asarray(event.pages)
@@ -187,25 +166,9 @@ class Compression:
             first=pages_of(range(-(-event.first // size))),
             private=blocks[None],
             slots=(blocks[:, None] * size + offset).flatten(),
-            by_head={kinds: self._by_head(kinds, event, planner, blocks) for kinds in self.kinds},
-        )
-
-    def _by_head(
-        self, kinds: tuple[bool, ...], event: Event, planner: Planner, blocks: Tensor
-    ) -> HeadPacking:
-        scored, size = planner.scored, planner.page_size
-        assert isinstance(scored, HeadBudgets)
-        whole = np.array([event.tokens // size])
-        pages = scored.head_pages(kinds, np.array([event.kept]), whole, size)[0]
-        to = HeadTokens.of(pages, size)
-        return HeadPacking(
-            keep=self.tensor(pages * size)[None],
-            width=int(pages.max()) * size,
-            head=self.tensor(to.head),
-            index=self.tensor(to.index),
-            block=blocks[self.tensor(to.page)],
-            place=self.tensor(to.place),
-            offset=self.tensor(to.offset),
+            by_head=HeadPacking.by_kinds(
+                planner.scored, self.kinds, event.tokens // size, blocks, size, self.tensor
+            ),
         )
 
     def pack_now(self, packings: Sequence[Packing]) -> None:

@@ -82,7 +82,7 @@ class KVPlugImpl(PlannedImpl, CPUAttentionBackendImpl):
             packing.kept(each, tokens)[:, None] for each in (prompt.keys, prompt.values)
         )
         size, virtual = kv_cache.shape[2], self.views(layer, kv_cache).virtual[kv_cache.shape[2]]
-        page = packing.block * virtual.page_stride + packing.place * virtual.head_stride
+        page = packing.page * virtual.page_stride + packing.place * virtual.head_stride
         slots = page * size + packing.offset
         self.stock.do_kv_cache_update(self.single, layer, keys, values, virtual.cache, slots)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,13 @@ from kvplug.heads import PATTERNS, Heads, Layer, Shape
 A, B, C = PATTERNS
 LLAMA = Shape(type="llama", layers=2, heads=4, kv_heads=2, head_dim=64, vocabulary=512)
 """``random_llama()``."""
+TWO_KINDS = {
+    0: [0.1, 0.9, 0.1, 0.1],  # two layers alike, one of another kind, one of one kind alone
+    1: [0.9, 0.2, 0.8, 0.1],
+    2: [0.2, 0.9, 0.2, 0.2],
+    3: [0.3, 0.3, 0.3, 0.3],
+}
+"""What KV heads lose, of which four of 16 retrieve."""
 BEST = {0: [B, B, C, C], 1: [A, A, B, B]}
 
 
@@ -32,10 +40,32 @@ def made(best: dict[int, Sequence[str]], shape: Shape = LLAMA) -> Heads:
     return Heads(model="tiny", shape=shape, settings={"density": 0.5}, layers=layers)
 
 
+def losing(lost: dict[int, Sequence[float]], shape: Shape = LLAMA) -> Heads:
+    """In which each KV head loses so much without what is far. {layer: [H]}"""
+    layers = {
+        n: Layer(
+            recall={p: [0.5] * shape.heads for p in PATTERNS}, outside=[0.5] * len(each), lost=each
+        )
+        for n, each in lost.items()
+    }
+    return Heads(model="tiny", shape=shape, settings={}, layers=layers)
+
+
 def line(folder: Path, best: dict[int, Sequence[str]] = BEST, shape: Shape = LLAMA) -> str:
     """A policy by a file in that folder, whose patterns read different pages."""
     made(best, shape).save(file := folder / "heads.json")
     return f"minference(vertical=30, slash=100, sinks=32, budget=192, heads={str(file)!r})"
+
+
+def duo(folder: Path, model: Path) -> Callable[[str], str]:
+    """A line of a base for a random Llama of as many layers and KV heads as ``TWO_KINDS``."""
+    config = json.loads((model / "config.json").read_text())
+    shape = Shape(
+        type="llama", layers=4, heads=config["num_attention_heads"], kv_heads=4,
+        head_dim=config["head_dim"], vocabulary=config["vocab_size"],
+    )  # fmt: skip
+    losing(TWO_KINDS, shape).save(file := folder / "heads.json")
+    return lambda base: f"duo({base}, heads={str(file)!r}, retrieval=0.25, sink=8, recent=40)"
 
 
 class Watched:

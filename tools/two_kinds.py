@@ -4,7 +4,7 @@
     cat README.md docs/*.md > text.md
     PYTHONPATH=.:kernels:evals .venvs/vllm/bin/kvplug calibrate .models/smollm2 --text text.md \\
         --out heads.json --context 1024 --density 0.25 --sinks 32 --window 96
-    PYTHONPATH=.:kernels:evals .venvs/vllm/bin/python tools/two_kinds.py heads.json
+    PYTHONPATH=.:kernels:evals .venvs/vllm/bin/python tools/two_kinds.py heads.json [--engine]
 
 For ``--task recall --model .models/recall --tokens 2048 --retrieval 0.25`` the text is what
 ``kvplug_evals.models.recall.recall_prompt(2048, 64, 24, seed)`` says, of seeds 900 to 903, and the
@@ -12,6 +12,7 @@ heads are calibrated with ``--context 2048``.
 
 Prompts are computed once by transformers in float32, packed as an engine packs them, head by head,
 and what follows is fed behind what was kept, as ``tools/boundaries.py`` does with the same tasks;
+with ``--engine`` vLLM serves the same, a server for each policy, and says how many blocks it held;
 ``copy`` is text of which a passage comes again, half of it to find the other half by. The loss is
 -log p of the true answer, in nats a token; right are tokens that greedy decoding would have said.
 Heads are calibrated on other text than is judged. Minutes for each task.
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -33,6 +34,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as attention
 
 from kvplug import HeadBudgets, PromptKV, ScoredEviction, keep_tokens, parse
+from kvplug_evals.engines.interface import EngineOptions, Request
 
 
 class Heads(Model):
@@ -93,15 +95,60 @@ def copies(folder: Path, tokens: int) -> Iterator[Case]:
         yield prompt, prompt[begin : begin + 64], 48
 
 
-def policies(file: str, budget: int, retrieval: float) -> Iterator[tuple[str, ScoredEviction]]:
+def policies(file: str, budget: int, retrieval: float) -> Iterator[tuple[str, str]]:
+    """Their names and lines."""
     quarter = budget // 2 // 4
     for base in ("snapkv", "keydiff", "random"):
         line = f"{base}(budget={budget})"
         duo = f"heads={file!r}, retrieval={retrieval}, sink={quarter}, recent={3 * quarter}"
-        for name, written in ((base, line), (f"duo({base})", f"duo({line}, {duo})")):
-            scored = parse(written).scored
-            assert scored is not None
-            yield name, scored
+        yield base, line
+        yield f"duo({base})", f"duo({line}, {duo})"
+
+
+Answers = list[tuple[float, float]]
+"""Of each case the mean loss, and the share of its tokens that were right."""
+
+
+def computed(
+    folder: Path, cases: Sequence[Case], lines: dict[str, str]
+) -> Iterator[tuple[str, Answers]]:
+    """By transformers."""
+    model, found = Heads(folder), defaultdict[str, Answers](list)
+    scored = {name: parse(line).scored for name, line in lines.items()}
+    for number, (prompt, forced, answer) in enumerate(cases):
+        model.read(prompt)
+        for name, policy in scored.items():
+            losses, right = model.answers(policy, forced, answer)
+            found[name].append((float(losses.mean()), float(right.mean())))
+        print(number, len(prompt), flush=True)
+    yield from found.items()
+
+
+def served(
+    folder: Path, cases: Sequence[Case], lines: dict[str, str]
+) -> Iterator[tuple[str, Answers]]:
+    """By vLLM, four requests at once."""
+    from kvplug_evals.engines.vllm import VLLMEngine
+
+    requests = [
+        Request(key=str(number), prompt=prompt, forced=forced, scored=answer)
+        for number, (prompt, forced, answer) in enumerate(cases)
+    ]
+    longest = max(len(each.prompt) + len(each.forced) for each in requests)
+    options = EngineOptions(
+        model=str(folder), max_model_len=longest + 64, max_num_seqs=4, block_size=PAGE,
+        dtype="float32", multiprocess=False,
+    )  # fmt: skip
+    for name, line in lines.items():
+        engine, answers, held = VLLMEngine(line, options), [], set()
+        for first in range(0, len(requests), options.max_num_seqs):
+            wave = engine.run(requests[first : first + options.max_num_seqs])
+            engine.forget()
+            held.add(wave.held_blocks / len(wave.replies))
+            answers += [(mean(each.losses), mean(each.agreed)) for each in wave.replies]
+        engine.close()
+        print(f"{name:14} {min(held):.1f} to {max(held):.1f} blocks a request")
+        yield name, answers
 
 
 def main() -> None:
@@ -114,34 +161,30 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.25)
     parser.add_argument("--retrieval", type=float, default=0.5)
     parser.add_argument("--agnostic", action="store_true")
+    parser.add_argument("--engine", action="store_true", help="vLLM serves, not transformers")
     given = parser.parse_args()
-    model, found = Heads(given.model), defaultdict(list)
     own = {"text": texts, "copy": copies}
-    cases = (
+    cases = list(
         own[given.task](given.model, given.tokens)
         if given.task in own
         else asked(given.model, given.task, given.tokens, given.contexts, not given.agnostic)
     )
-    every = list(cases)
     if given.task in own:  # source and prose
-        every = every[:: max(len(every) // given.contexts, 1)]
-    for number, (prompt, forced, scored) in enumerate(every):
-        model.read(prompt)
-        found["dense"].append(model.answers(None, forced, scored))
-        budget = round(len(prompt) * given.share / PAGE) * PAGE
-        assert budget >= 2 * WINDOW
-        for name, policy in policies(given.heads, budget, given.retrieval):
-            found[name].append(model.answers(policy, forced, scored))
-        print(number, len(prompt), flush=True)
-    for name, each in found.items():
-        losses, right = ([float(one[n].mean()) for one in each] for n in (0, 1))
-        base = found.get(name.removeprefix("duo(").rstrip(")"), each)
-        gained = [float(a[0].mean() - b[0].mean()) for a, b in zip(base, each, strict=True)]
+        cases = cases[:: max(len(cases) // given.contexts, 1)]
+    budget = round(mean(len(prompt) for prompt, *_ in cases) * given.share / PAGE) * PAGE
+    assert budget >= 2 * WINDOW
+    lines = {"dense": "dense", **dict(policies(given.heads, budget, given.retrieval))}
+    found: dict[str, Answers] = {}
+    for name, each in (served if given.engine else computed)(given.model, cases, lines):
+        found[name] = each
+        loss, right = (mean(part) for part in zip(*each, strict=True))
+        alone = found.get(name.removeprefix("duo(").rstrip(")"), each)
         apart = ""
-        if base is not each and len(each) > 1:
+        if alone is not each and len(each) > 1:
+            gained = [a - b for (a, _), (b, _) in zip(alone, each, strict=True)]
             error = stdev(gained) / len(gained) ** 0.5
             apart = f", {mean(gained):+.3f} +- {error:.3f} nats less than alone"
-        print(f"{name:14} loss {mean(losses):.3f}, right {mean(right):.3f}, of {len(each)}{apart}")
+        print(f"{name:14} loss {loss:.3f}, right {right:.3f}, of {len(each)}{apart}", flush=True)
 
 
 if __name__ == "__main__":

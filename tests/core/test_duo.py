@@ -13,23 +13,17 @@ from hypothesis import strategies as st
 
 from kvplug import PromptKV, keep_tokens, parse, read_offer
 from kvplug.head_pages import HeadTokens, head_tables
-from kvplug.heads import PATTERNS, Heads, Layer, Shape
+from kvplug.heads import Shape
 from kvplug.policies.duo import Duo
 from kvplug.policies.keydiff import KeyDiff
+from tests import heads
 
 SHAPE = Shape(type="llama", layers=3, heads=8, kv_heads=4, head_dim=16, vocabulary=99)
 LOST = {0: [0.9, 0.1, 0.8, 0.2], 1: [0.7, 0.75, 0.6, 0.65], 2: [0.0, 0.1, 0.2, 0.3]}
 
 
 def saved(folder, lost=LOST, shape=SHAPE):
-    layers = {
-        n: Layer(
-            recall={p: [0.5] * shape.heads for p in PATTERNS}, outside=[0.5] * len(each), lost=each
-        )
-        for n, each in lost.items()
-    }
-    file = folder / "heads.json"
-    Heads(model="tiny", shape=shape, settings={}, layers=layers).save(file)
+    heads.losing(lost, shape).save(file := folder / "heads.json")
     return str(file)
 
 

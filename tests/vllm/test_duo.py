@@ -2,47 +2,27 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
-from kvplug.heads import PATTERNS, Heads, Layer, Shape
+from tests import heads
 from tests.plain_llama import Plain, TwoKinds
 from tests.vllm.test_eviction import add, held
 from tests.vllm.test_lifecycle import ROOMY, leave, preemptions, solo, with_room
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
-S, LAYERS, HEADS, KV_HEADS = 32, 4, 8, 4
-LOST = {
-    0: [0.1, 0.9, 0.1, 0.1],  # two layers alike, one of another kind, one of one kind alone
-    1: [0.9, 0.2, 0.8, 0.1],
-    2: [0.2, 0.9, 0.2, 0.2],
-    3: [0.3, 0.3, 0.3, 0.3],
-}
+S = 32
 KEYS, QUERIES = "keydiff(budget=128)", "snapkv(budget=160, window=16)"
 
 
 @pytest.fixture(scope="module")
 def model(random_llama):
-    return random_llama(layers=LAYERS, heads=HEADS, kv_heads=KV_HEADS, head_dim=32)
+    return random_llama(layers=4, heads=8, kv_heads=4, head_dim=32)
 
 
 @pytest.fixture(scope="module")
 def duo(model, tmp_path_factory):
-    """A line over a file for the model, in which four heads of 16 retrieve."""
-    config = json.loads((model / "config.json").read_text())
-    shape = Shape(
-        type="llama", layers=LAYERS, heads=HEADS, kv_heads=KV_HEADS, head_dim=32,
-        vocabulary=config["vocab_size"],
-    )  # fmt: skip
-    layers = {
-        n: Layer(recall={p: [0.5] * HEADS for p in PATTERNS}, outside=[0.5] * len(lost), lost=lost)
-        for n, lost in LOST.items()
-    }
-    file = tmp_path_factory.mktemp("heads") / "heads.json"
-    Heads(model="tiny", shape=shape, settings={}, layers=layers).save(file)
-    return lambda base: f"duo({base}, heads={str(file)!r}, retrieval=0.25, sink=8, recent=40)"
+    return heads.duo(tmp_path_factory.mktemp("heads"), model)
 
 
 OPTIONS = {"max_model_len": 1024, "dtype": "float32"}

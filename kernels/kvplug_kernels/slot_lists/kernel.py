@@ -27,7 +27,7 @@ def bounds_kernel(counts, lengths, bounds, N, H, counts_b, U: tl.constexpr, CHOO
 
 @triton.jit
 def slots_kernel(
-    page_table, chosen, bounds, slots, H, table_b, chosen_b, chosen_h,
+    page_table, chosen, bounds, slots, H, table_b, chosen_b, chosen_h, page_stride, token_stride,
     S: tl.constexpr, U: tl.constexpr, CHOOSES: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0).to(tl.int64)
@@ -43,7 +43,8 @@ def slots_kernel(
         unit = tl.load(chosen + b * chosen_b + h * chosen_h + t // U, mask=read, other=0)
         token = unit * U + t % U
     page = tl.load(page_table + b * table_b + token // S, mask=read, other=0).to(tl.int64)
-    tl.store(slots + begin + t, (page * S + token % S) * H + h, mask=read)
+    found = page * page_stride + token % S * token_stride + h
+    tl.store(slots + begin + t, found, mask=read)
 
 
 def slot_lists(
@@ -55,13 +56,14 @@ def slot_lists(
     bounds: Tensor,
     slots: Tensor,
     unit: int,
+    strides: tuple[int, int],
 ) -> None:
     N, chooses = len(bounds) - 1, chosen is not None
     if not N:
         bounds.zero_()
         return
     H = 1 if chosen is None else chosen.shape[1]
-    strides = (0, 0) if chosen is None else chosen.stride()[:2]
+    choice = (0, 0) if chosen is None else chosen.stride()[:2]
     BN = min(SEQUENCES, triton.next_power_of_2(N))
     most = len(slots) // N
     bounds_kernel[(1,)](
@@ -73,5 +75,5 @@ def slot_lists(
     BT = min(TOKENS, triton.next_power_of_2(most))
     slots_kernel[(N, triton.cdiv(most, BT))](
         page_table, page_table if chosen is None else chosen, bounds, slots, H,
-        page_table.stride(0), *strides, S=page_size, U=unit, CHOOSES=chooses, BT=BT,
+        page_table.stride(0), *choice, *strides, S=page_size, U=unit, CHOOSES=chooses, BT=BT,
     )  # fmt: skip
