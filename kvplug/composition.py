@@ -89,6 +89,12 @@ class Composition:
                 f"{own.name} chooses by the codes that hold the keys, which are those of "  # type: ignore[union-attr]
                 f"{self.format}, got {own}; write {self.format} + {reads}"
             )
+        apart = 0 if self.format is None else self.format.apart
+        if reads is not None and any(reads.layer_budget(n) is not None for n in range(apart)):
+            raise ValueError(
+                f"{reads.name} chooses by codes of one width, and the first {apart} layers of "
+                f"{self.format} have another, got {reads}; write dense_layers={apart}"
+            )
 
     def __str__(self) -> str:
         return " + ".join(map(str, self.policies)) or "dense"

@@ -53,7 +53,23 @@ class PageFormat(Policy):
     def codes(self) -> KeyCodes:
         """What a full page says of its keys: the bytes that hold them."""
 
+    @property
+    def apart(self) -> int:
+        """Of a model's layers so many, the first ones, have other codes than the rest, whose
+        ``codes`` are."""
+        return 0
+
+    def in_layer(self, layer: int) -> PageFormat:
+        """The format of one layer, of which a model's first is 0; all of them alike."""
+        return self
+
     @abstractmethod
     def layout(self, page_size: int, head_size: int, dtype: torch.dtype) -> PageLayout:
-        """Of a KV head's page. dtype: of the plain numbers. Raises ValueError for pages that it
-        cannot code, with what to write instead."""
+        """Of a KV head's page, where all layers are alike (``in_layer``). dtype: of the plain
+        numbers. Raises ValueError for pages that it cannot code, with what to write instead."""
+
+    def layouts(
+        self, layers: int, page_size: int, head_size: int, dtype: torch.dtype
+    ) -> list[PageLayout]:
+        """As ``layout``, of each of a model's layers."""
+        return [self.in_layer(n).layout(page_size, head_size, dtype) for n in range(layers)]

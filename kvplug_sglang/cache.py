@@ -65,8 +65,8 @@ def slot_bytes(pool: Any, layer: int) -> float:
 def layer_bytes(pool: Any, digests: Digests | None, page_size: int) -> tuple[float, float]:
     """Of a token in a layer on this rank, and of its share of its page's digest."""
     token = slot_bytes(pool, compat.pool_layers(pool)[0])
-    if isinstance(pool, CodedPool):  # what chooses reads the keys' codes
-        return token, pool.head_num * pool.layout.key_bytes / page_size
+    if isinstance(pool, CodedPool):  # what chooses reads the keys' codes, which the last layer has
+        return token, pool.head_num * pool.layouts[-1].key_bytes / page_size
     return token, 0.0 if digests is None else digests.rows[0, 0].nbytes / page_size
 
 

@@ -99,7 +99,8 @@ class CodedAttention(PlannedAttention):
     def codes(self, layer: Any) -> tuple[Tensor, PageLayout]:
         """Its pages' bytes, [N, H, page_bytes], and how they lie."""
         pool = self.token_to_kv_pool
-        return pool.codes[layer.layer_id - pool.start_layer], pool.layout
+        number = layer.layer_id - pool.start_layer
+        return pool.codes[number], pool.layouts[number]
 
     def _digest(self, layer: Any) -> Tensor:
         cache, layout = self.codes(layer)

@@ -18,8 +18,8 @@ from kvplug_sglang.settings import Engine
 
 
 class CodedPool(MHATokenToKVPool):
-    codes: Tensor
-    """[layers, pages, H, page_bytes] uint8; page 0 takes what padding writes"""
+    codes: list[Tensor]
+    """Of each layer [pages, H, page_bytes] uint8; page 0 takes what padding writes"""
 
     def _create_buffers(self) -> None:
         format = Engine.serving().offer.format
@@ -29,12 +29,15 @@ class CodedPool(MHATokenToKVPool):
                 f"kvplug: {format} allocates its pages at once, and SGLang would back the pool's "
                 "memory after it captured graphs; set SGLANG_ENABLE_POST_CAPTURE_KV_SIZING=0"
             )
-        self.layout = format.layout(self.page_size, self.head_dim, self.store_dtype)
-        shape = (self.layer_num, self.size // self.page_size + 1, self.head_num)
+        self.layouts = format.layouts(
+            self.layer_num, self.page_size, self.head_dim, self.store_dtype
+        )
+        shape = (self.size // self.page_size + 1, self.head_num)
         with self.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE):
-            self.codes = torch.zeros(
-                *shape, self.layout.page_bytes, dtype=torch.uint8, device=self.device
-            )
+            self.codes = [
+                torch.zeros(*shape, layout.page_bytes, dtype=torch.uint8, device=self.device)
+                for layout in self.layouts
+            ]
         self.k_buffer: list[Tensor] = []
         self.v_buffer: list[Tensor] = []
         self.dtype = torch.uint8  # SGLang fuses writes into RoPE for a pool of bfloat16
@@ -43,13 +46,18 @@ class CodedPool(MHATokenToKVPool):
         del self.codes
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
-        pages = self.codes[..., 0].numel()
-        return pages * self.layout.key_bytes, pages * self.layout.value_bytes
+        pages = self.codes[0][..., 0].numel()
+        keys, values = (
+            sum(getattr(layout, f"{name}_bytes") for layout in self.layouts)
+            for name in ("key", "value")
+        )
+        return pages * keys, pages * values
 
     @property
     def slot_bytes(self) -> float:
-        """Of a token's share of its page in one layer."""
-        return self.head_num * self.layout.page_bytes / self.page_size
+        """Of a token's share of its page in one layer, in the mean."""
+        of_pages = sum(layout.page_bytes for layout in self.layouts)
+        return self.head_num * of_pages / self.layer_num / self.page_size
 
     def get_key_buffer(self, layer_id: int) -> Tensor:
         """The shape of plain keys, without memory: SGLang asks how long they are."""
@@ -64,7 +72,7 @@ class CodedPool(MHATokenToKVPool):
 
 def open_pages(pool: CodedPool, rows: int) -> Tensor:
     """The arena: [layers, rows, S, 2, H, D], keys before values."""
-    layout = pool.layout
+    layout = pool.layouts[0]
     shape = (pool.layer_num, rows, layout.page_size, 2, pool.head_num, layout.head_size)
     return torch.zeros(shape, dtype=layout.dtype, device=pool.device)
 
@@ -91,11 +99,11 @@ def coded_bytes(kvc: Any, layers: int) -> int:
     engine, model = Engine.serving(), kvc.model_config
     format = engine.offer.format
     assert format is not None
-    layout = format.layout(engine.page_size, model.head_dim, kvc.kv_cache_dtype)
-    heads = layers * model.get_num_kv_heads(get_parallel().attn_tp_size)
+    layouts = format.layouts(layers, engine.page_size, model.head_dim, kvc.kv_cache_dtype)
+    heads = model.get_num_kv_heads(get_parallel().attn_tp_size)
     rows = get_schedule().max_running_requests + 1  # SGLang's table has one for padding
-    engine.open_bytes = rows * heads * layout.plain_bytes
-    return -(-heads * layout.page_bytes // engine.page_size)
+    engine.open_bytes = rows * heads * sum(layout.plain_bytes for layout in layouts)
+    return -(-heads * sum(layout.page_bytes for layout in layouts) // engine.page_size)
 
 
 def less_open_pages(original: Any, self: Any, available_bytes: int, page_size: int) -> Any:

@@ -75,7 +75,7 @@ def _sparse() -> Offer | None:
 def decoded_bytes(format: PageFormat, view: Any, model: Any, page_size: int) -> int:
     """On one rank, of a step in a layer."""
     try:
-        layout = format.layout(page_size, model.head_dim, model.dtype)
+        layout = format.in_layer(0).layout(page_size, model.head_dim, model.dtype)
     except ValueError:
         return 0  # refused a little later
     rows, queries = view.max_running_requests or REQUESTS, compat.prefill_tokens(view, model)

@@ -288,7 +288,8 @@ def with_format(
         )
     else:
         try:
-            format.layout(page_size, model.head_dim, model.dtype)
+            layers = model.num_hidden_layers
+            format.layouts(layers, page_size, model.head_dim, model.dtype)
         except ValueError as error:
             yield f"{format}: {error}; {without}"
     yield from beside_layers(format, without, model)

@@ -62,10 +62,13 @@ def describe(planner: Planner, spec: Any, tokens: int, vllm_config: Any) -> str:
             "blocks of the pool what their pages say)"
         )
     if policy.format is not None:
-        layout = policy.format.layout(size, spec.head_size, vllm_config.model_config.dtype)
+        model = vllm_config.model_config
+        layers = model.hf_text_config.num_hidden_layers
+        layouts = policy.format.layouts(layers, size, spec.head_size, model.dtype)
+        plain, coded = (sum(getattr(x, f"{n}_bytes") for x in layouts) for n in ("plain", "page"))
         parts.append(
-            f"(a block is {layout.plain_bytes / layout.page_bytes:.2f} times smaller than vLLM's, "
-            f"{layout.page_bytes / size:.0f} bytes a token and KV head; the one that is being "
+            f"(a block is {plain / coded:.2f} times smaller than vLLM's, "
+            f"{coded / layers / size:.0f} bytes a token, KV head and layer; the one that is being "
             "filled stays plain)"
         )
     tokens_bytes, digest = page_bytes(spec)

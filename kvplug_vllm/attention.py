@@ -53,7 +53,8 @@ class PlannedBackend:
     placed: ClassVar[Any] = None
     """The same for layers whose prompts go to the host."""
     layer_class: ClassVar[int | None] = 0
-    """Which of the layers' different budgets a layer has; None for a drafter's layer."""
+    """Which of the layers' different budgets, or formats, a layer has; None for a drafter's
+    layer."""
     supports_kv_cache_update_bypass = False
     """Models may not write keys past do_kv_cache_update: digests would miss them (vLLM 0.33)."""
 

@@ -10,7 +10,7 @@ import torch
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 
-from kvplug import LocalLayers, Planner, digest_bytes
+from kvplug import LocalLayers, PageFormat, Planner, digest_bytes
 from kvplug_vllm import compat
 from kvplug_vllm.announce import say
 from kvplug_vllm.appending import AppendingSpec
@@ -44,8 +44,8 @@ def customize_spec(spec: Any, layer_class: int | None = 0) -> Any:
     do those of a drafter.
 
     A selector with a digest grows the page by it; an eviction brings its own manager.
-    layer_class: which of the layers' different budgets this one has (``layer_classes``); None for
-    a drafter's.
+    layer_class: which of the layers' different budgets this one has (``layer_classes``), or which
+    of their formats (``layer_formats``); None for a drafter's.
     """
     engine = Engine.current
     if layer_class is None:
@@ -57,7 +57,8 @@ def customize_spec(spec: Any, layer_class: int | None = 0) -> Any:
     offer, policy = engine.offer, engine.settings.policy
     digest = 0
     if offer.format is not None:
-        layout = offer.format.layout(spec.block_size, spec.head_size, spec.dtype)
+        format = list(dict.fromkeys(layer_formats(engine).values()))[layer_class]
+        layout = format.layout(spec.block_size, spec.head_size, spec.dtype)
         spec = replace(spec, dtype=torch.uint8, state_content_bytes=layout.token_bytes)
     if offer.digest is not None:
         item = spec.dtype.itemsize
@@ -114,6 +115,14 @@ def layer_budgets(engine: Engine) -> dict[str, int]:
     return dict(zip(planned, budgets, strict=True))
 
 
+def layer_formats(engine: Engine) -> dict[str, PageFormat]:
+    """What the pages of each layer are kept in, by the layer's name; first to last."""
+    format = engine.offer.format
+    assert format is not None
+    names = attention_layers(engine.vllm_config)
+    return {name: format.in_layer(compat.layer_index(name)) for name in names}
+
+
 def planned_layers(vllm_config: Any) -> list[str]:
     """Names of the attention layers that the policy plans, first to last."""
     layers = vllm_config.compilation_config.static_forward_context
@@ -165,10 +174,12 @@ def split_layers(engine: Engine) -> None:
 def code_layers(engine: Engine) -> None:
     """Layers that keep their pages in a format write and read them, and have open pages beside."""
     context = engine.vllm_config.compilation_config.static_forward_context
-    names = attention_layers(engine.vllm_config)
-    for name in names:
+    formats = layer_formats(engine)
+    kinds = list(dict.fromkeys(formats.values()))
+    for name, format in formats.items():
         compat.set_backend(context[name], "coded")
-    add_open_layers(names, engine.vllm_config)
+        compat.set_layer_class(context[name], kinds.index(format))
+    add_open_layers(list(formats), engine.vllm_config)
 
 
 def _check_alike(engine: Engine) -> None:

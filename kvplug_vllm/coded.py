@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from vllm.config import get_current_vllm_config_or_none
 from vllm.forward_context import get_forward_context
+from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from kvplug import PageFormat, PromptKV, Segments, coded
 from kvplug.coded import CodedReads, Gathered, OpenPages, Singles, Writes
@@ -19,7 +20,7 @@ from kvplug_kernels.coded_decode import coded_decode
 from kvplug_kernels.page_layout import PageLayout
 from kvplug_vllm.attention import PlannedBackend, PlannedImpl, Views
 from kvplug_vllm.compression import Packing
-from kvplug_vllm.open_pages import OpenLayer, open_layer
+from kvplug_vllm.open_pages import OpenLayer, kv_cache_layouts, open_layer
 from kvplug_vllm.router import Rows
 from kvplug_vllm.settings import Engine, offer_of, selected
 from kvplug_vllm.step import PlannedBuilder, Selected, StepPlan, Whole
@@ -35,6 +36,10 @@ class CodedBackend(PlannedBackend):
     """Before a planned backend in the bases."""
 
     forward_includes_kv_cache_update = True
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return kv_cache_layouts()
 
 
 class CodedImpl(PlannedImpl):

@@ -109,7 +109,9 @@ class KVPlugBuilder(PlannedBuilder, CPUAttentionMetadataBuilder):
     def _warm_up_codes(self, format: PageFormat) -> None:
         spec, choosing = self.kv_cache_spec, self.offer.selectors
         tokens = [isinstance(each, TokenSelector) for each in choosing]
-        layout = format.layout(spec.block_size, spec.head_size, self.dtype)
+        layout = format.in_layer(self.layers[0]).layout(
+            spec.block_size, spec.head_size, self.dtype
+        )
         warm_up(self.dtype, pages=not all(tokens), tokens=any(tokens), layout=layout)
 
 

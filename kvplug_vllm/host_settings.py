@@ -49,6 +49,8 @@ def format_of(extra: Mapping[str, Any]) -> PageFormat | None:
         raise ValueError(f"{SPEC}: {error}; {instead}") from None
     if policy.format is None or str(policy) != str(policy.format):
         raise ValueError(f"{SPEC}: {FORMAT} must be the format of a page, got {line!r}; {instead}")
+    if policy.format.apart:
+        raise ValueError(f"{SPEC}: pages of all layers are kept alike, got {line!r}; {instead}")
     return policy.format
 
 

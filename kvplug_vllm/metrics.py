@@ -6,7 +6,7 @@ returns to the pool, the API server what it refuses; ``counters`` brings them to
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -58,18 +58,19 @@ class Metrics:
     """And its share of the digests of its pages."""
 
     @classmethod
-    def of(cls, engine: Engine, share: float, layers: int, spec: Any) -> Metrics | None:
-        """layers: as many as are counted here, whose cache is ``spec``. None on other ranks."""
+    def of(cls, engine: Engine, share: float, layers: Sequence[int], spec: Any) -> Metrics | None:
+        """layers: that are counted here, whose cache is ``spec``. None on other ranks."""
         if engine.vllm_config.parallel_config.rank != 0:
             return None
         for counter in BY_POLICY:  # a rate needs to have seen the zero
             add(counter, 0, str(engine.settings.policy))
         token, digest = page_bytes(spec)
         if engine.offer.format is not None:  # what chooses reads the keys' codes
-            format, dtype = engine.offer.format, engine.vllm_config.model_config.dtype
+            format = engine.offer.format.in_layer(layers[0])
+            dtype = engine.vllm_config.model_config.dtype
             layout = format.layout(spec.block_size, spec.head_size, dtype)
             digest = layout.key_bytes * spec.num_kv_heads
-        each = layers / spec.block_size
+        each = len(layers) / spec.block_size
         return cls(share, each * token, each * digest)
 
     def count(self, reads: StepReads, settings: Settings) -> None:

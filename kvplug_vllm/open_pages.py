@@ -44,7 +44,10 @@ class OpenSpec(CircularBufferSpec):
         return max(self.blocks, -(-max_len // self.block_size))
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, Any]) -> bool:
-        return all(spec == self for spec in kv_cache_specs.values())
+        return all(
+            isinstance(spec, OpenSpec) and spec.blocks == self.blocks
+            for spec in kv_cache_specs.values()
+        )
 
 
 class OpenManager(CircularBufferManager):
@@ -81,6 +84,15 @@ class OpenBuilder(AttentionMetadataBuilder[OpenMetadata]):
         return OpenMetadata(common_attn_metadata.block_table_tensor)
 
 
+def kv_cache_layouts() -> tuple[KVCacheLayout, ...]:
+    """Where layers are of different formats a block has their pages side by side, so that none is
+    padded to the widest."""
+    engine = Engine.current
+    assert engine is not None
+    assert engine.offer.format is not None
+    return (KVCacheLayout.BLHNC if engine.offer.format.apart else KVCacheLayout.LBHNC,)
+
+
 class OpenBackend(AttentionBackend):
     @staticmethod
     def get_name() -> str:
@@ -100,7 +112,7 @@ class OpenBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        return (KVCacheLayout.LBHNC,)
+        return kv_cache_layouts()
 
 
 class OpenLayer(torch.nn.Module, AttentionLayerBase):
@@ -111,30 +123,46 @@ class OpenLayer(torch.nn.Module, AttentionLayerBase):
         self.heads, self.head_size, self.dtype = (
             of.num_kv_heads, of.head_size, of.kv_cache_torch_dtype,
         )  # fmt: skip
-        self.layer_name = f"{of.layer_name}.open"
+        self.of = of.layer_name
+        self.layer_name = f"{self.of}.open"
         self.kv_cache = torch.tensor([])
         self._viewed: tuple[Any, Tensor] | None = None
 
     @cached_property
-    def layout(self) -> PageLayout:
-        """Of the pages that its own become: vLLM may set the block's size late."""
+    def layouts(self) -> list[PageLayout]:
+        """Of each layer's pages of codes: vLLM may set the block's size late."""
         engine = Engine.current
         assert engine is not None
         assert engine.offer.format is not None
-        size = engine.vllm_config.cache_config.block_size
-        return engine.offer.format.layout(size, self.head_size, self.dtype)
+        config = engine.vllm_config
+        layers = config.model_config.hf_text_config.num_hidden_layers
+        size = config.cache_config.block_size
+        return engine.offer.format.layouts(layers, size, self.head_size, self.dtype)
+
+    @cached_property
+    def layout(self) -> PageLayout:
+        """Of the pages that its own become."""
+        return self.layouts[compat.layer_index(self.of)]
+
+    @cached_property
+    def narrowest(self) -> PageLayout:
+        """Whose pages are as large as the blocks of every open page: all are of one group."""
+        return min(self.layouts, key=lambda layout: layout.token_bytes)
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return OpenBackend
 
     def get_kv_cache_spec(self, vllm_config: Any) -> OpenSpec:
+        layers = self.layouts
+        # vLLM splits layers of one page size where as many each of others' are: the last is larger
+        odd = len(set(layers)) > 1 and compat.layer_index(self.of) == len(layers) - 1
         return OpenSpec(
             block_size=self.layout.page_size,
             num_kv_heads=self.heads,
             head_size=self.head_size,
             dtype=torch.uint8,
-            state_content_bytes=self.layout.token_bytes,
-            blocks=self.layout.plain_pages,
+            state_content_bytes=self.narrowest.token_bytes + odd,
+            blocks=self.narrowest.plain_pages,
         )
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
@@ -145,7 +173,7 @@ class OpenLayer(torch.nn.Module, AttentionLayerBase):
         """Plain tokens in its cache's blocks, keys before values. [N, n, 2, H, D]"""
         cache = self.kv_cache
         if self._viewed is None or self._viewed[0] is not cache:
-            tokens, dtype = self.layout.plain_tokens, self.dtype
+            tokens, dtype = self.narrowest.plain_tokens, self.dtype
             each = 2 * self.heads * self.head_size
             stride = cache.stride(0)
             assert cache[0].is_contiguous(), f"blocks in pieces: {cache.stride()}"

@@ -126,7 +126,7 @@ def _has_local_layers(model: Any) -> bool:
 
 def _never_run(who: object, instead: str, vllm_config: Any, *besides: str) -> Iterator[str]:
     """Of what it was never run with, what is there."""
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    model = vllm_config.model_config
     text = getattr(model, "hf_text_config", None)
     of_the_model = {
         "recurrent layers": getattr(model, "is_hybrid", False),
@@ -141,7 +141,6 @@ def _never_run(who: object, instead: str, vllm_config: Any, *besides: str) -> It
         "speculative decoding": ("--speculative-config", vllm_config.speculative_config),
         "a KV connector": ("--kv-transfer-config", vllm_config.kv_transfer_config),
         "adapters": ("--enable-lora", vllm_config.lora_config),
-        "tensor parallelism": ("--tensor-parallel-size", parallel.tensor_parallel_size > 1),
     }  # fmt: skip
     for what in besides:
         if of_the_model.get(what):
@@ -239,7 +238,8 @@ def _with_format(format: PageFormat, offer: Offer, vllm_config: Any) -> Iterator
         yield f"{format} codes plain pages, got --kv-cache-dtype {cache.cache_dtype}; drop it"
     elif model is not None and cache.block_size is not None:
         try:
-            format.layout(cache.block_size, model.get_head_size(), model.dtype)
+            layers = model.hf_text_config.num_hidden_layers
+            format.layouts(layers, cache.block_size, model.get_head_size(), model.dtype)
         except ValueError as error:
             yield str(error)
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
@@ -250,7 +250,7 @@ def _with_format(format: PageFormat, offer: Offer, vllm_config: Any) -> Iterator
     yield from _never_run(
         format, without, vllm_config,
         *("recurrent layers", "layers that see a window", "layers that share a cache"),
-        *("speculative decoding", "a KV connector", "tensor parallelism"),
+        *("speculative decoding", "a KV connector"),
     )  # fmt: skip
     for what, has in (
         ("layers of different budgets", not policy.uniform),

@@ -219,7 +219,7 @@ class PlannedBuilder:
                 self.rotation = Rotation.of(text, self.impl.head_size)
             self.single = compat.single_head_builder(self, self.impl.num_queries_per_kv)
             share = len(planned) / len(planned_layers(vllm_config))
-            self.metrics = Metrics.of(engine, share, len(planned), kv_cache_spec)
+            self.metrics = Metrics.of(engine, share, self.layers, kv_cache_spec)
         tensor = partial(self._tensor, dtype=torch.int64)
         self.compression = Compression(
             self.planner, tensor, vllm_config, planned, self.metrics, tuple(self.kinds)

@@ -140,6 +140,7 @@ class Coded(Plain):
     is packed into is coded again."""
 
     def attend(self, module, query, key, value, attention_mask, scaling, **kwargs):
+        self.format = self.policy.format.in_layer(module.layer_idx)
         self.versions = [(0, *self.coded(key[0], value[0]))]
         seen = self.seen(query[0], key[0], value[0], scaling, module.layer_idx * key.shape[1])
         if self.policy.selector and self.policy.selector.layer_budget(module.layer_idx):
@@ -170,7 +171,7 @@ class Coded(Plain):
 
     def coded(self, key, value):
         """[H, T, D] twice: keys by channel over a page, values by token over a group."""
-        bits, value_bits = self.policy.format.bits, self.policy.format.value_bits
+        bits, value_bits = self.format.bits, self.format.value_bits
         value_bits = value_bits or bits
         whole, D = key.shape[1] // self.size * self.size, key.shape[2]
         pages = key[:, :whole].unflatten(1, (-1, self.size))

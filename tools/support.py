@@ -185,7 +185,7 @@ VLLM = {
             "test_local_layers_are_those_of_a_configuration_token_for_token": "local",
         }),
         Row("tensor parallelism", options={"tensor_parallel_size": 2}, tests={
-            "vllm/test_models.py::test_two_ranks_answer_as_one": "quest snapkv local",
+            "vllm/test_models.py::test_two_ranks_answer_as_one": "quest snapkv local kivi",
             "vllm/test_blended.py::"
             "test_two_ranks_of_their_own_processes_hear_how_a_request_lies": "blend",
         }),

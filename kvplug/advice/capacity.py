@@ -123,7 +123,8 @@ def coded(layer: Layer, offer: Offer, page_size: int, itemsize: int) -> PageLayo
     code."""
     if offer.format is None:
         return None
-    return offer.format.layout(page_size, layer.head_dim, FLOATS[itemsize])
+    format = offer.format.in_layer(layer.number)
+    return format.layout(page_size, layer.head_dim, FLOATS[itemsize])
 
 
 class Kind(NamedTuple):

@@ -152,7 +152,7 @@ def _uncoded(model: Model) -> str | None:
     ):
         if has:
             return f"the model has {what}"
-    return "formats were never run with tensor parallelism" if model.ranks > 1 else None
+    return None
 
 
 def _notes(

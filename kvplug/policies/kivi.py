@@ -23,7 +23,7 @@ same prefix does.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,22 +44,51 @@ class Kivi(PageFormat):
     """Of a key's channel: 2, 4 or 8."""
     value_bits: int | None = None
     """Of a value's, where they differ."""
+    first: int | None = None
+    """Of the model's layers, so many at its beginning have other bits."""
+    bits_first: int | None = None
+    """Theirs, of keys and values."""
 
     def __post_init__(self) -> None:
-        for name, default in (("bits", 4), ("value_bits", 4)):
+        for name in ("bits", "value_bits", "bits_first"):
             value = getattr(self, name)
-            if name == "value_bits" and value is None:
+            if name != "bits" and value is None:
                 continue
             if isinstance(value, bool) or value not in BITS:
+                also = f"first={self.first}, " if name == "bits_first" else ""
                 raise ValueError(
-                    f"kivi: {name} must be 2, 4 or 8, got {value!r}; write kivi({name}={default})"
+                    f"kivi: {name} must be 2, 4 or 8, got {value!r}; write kivi({also}{name}=4)"
                 )
+        first = self.first
+        if (first is None) != (self.bits_first is None):
+            raise ValueError(
+                f"kivi: first and bits_first go together, got first={first}, "
+                f"bits_first={self.bits_first}; write kivi(bits=2, first=2, bits_first=4)"
+            )
+        if first is not None and (isinstance(first, bool) or type(first) is not int or first < 1):
+            raise ValueError(
+                f"kivi: first must be a number of layers, at least 1, got {first!r}; write "
+                f"kivi(bits={self.bits}, first=2, bits_first={self.bits_first})"
+            )
 
     @property
     def codes(self) -> KeyCodes:
         return KeyCodes(self.bits)
 
+    @property
+    def apart(self) -> int:
+        return self.first or 0
+
+    def in_layer(self, layer: int) -> Kivi:
+        if self.first is None:
+            return self
+        if layer < self.first:
+            assert self.bits_first is not None
+            return Kivi(bits=self.bits_first)
+        return replace(self, first=None, bits_first=None)
+
     def layout(self, page_size: int, head_size: int, dtype: torch.dtype) -> PageLayout:
+        assert self.first is None, "layers differ"
         if page_size not in (32, 64):
             raise ValueError(
                 f"{self} codes pages of 32 or 64 tokens, got blocks of {page_size}; write "

@@ -143,3 +143,41 @@ def test_blocks_of_codes_that_hold_a_plain_page(bits, head):
     assert layout.plain_tokens * token <= block < (layout.plain_tokens + 1) * token
     assert (layout.plain_pages - 1) * layout.plain_tokens < 32
     assert layout.plain_pages * layout.plain_tokens >= 32
+
+
+MIXED = "kivi(bits=2, first=2, bits_first=4)"
+
+
+def test_the_first_layers_may_have_other_bits():
+    found = parse(f"{MIXED} + twilight(budget=0.125, bits=2, dense_layers=2)")
+    assert str(found.format) == MIXED
+    assert [str(found.format.in_layer(n)) for n in range(3)] == [
+        "kivi(bits=4)", "kivi(bits=4)", "kivi(bits=2)",
+    ]  # fmt: skip
+    assert found.selector.digest.bits == 2
+    own = parse("kivi(bits=8, value_bits=2, first=1, bits_first=4)").format
+    assert [str(own.in_layer(n)) for n in range(2)] == [
+        "kivi(bits=4)",
+        "kivi(bits=8, value_bits=2)",
+    ]
+    shapes = [each.key_bits for each in found.format.layouts(3, 64, 64, torch.bfloat16)]
+    assert shapes == [4, 4, 2]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("kivi(first=2)", "first and bits_first go together, got first=2, bits_first=None; write"),
+        ("kivi(first=0, bits_first=4)", "first must be a number of layers, at least 1, got 0"),
+        ("kivi(first=1, bits_first=3)", "got 3; write kivi(first=1, bits_first=4)"),
+        (
+            f"{MIXED} + twilight(bits=2, dense_layers=1)",
+            "by codes of one width, and the first 2 layers of kivi(bits=2, first=2, bits_first=4) "
+            "have another, got",
+        ),
+        (f"{MIXED} + quest(dense_layers=0)", "write dense_layers=2"),
+    ],
+)
+def test_first_layers_that_no_format_can_have(line, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse(line)

@@ -38,7 +38,8 @@ def poison(planned, monkeypatch):
     """What leaves a request becomes garbage: slots that return to the allocator, and rows."""
     backend, allocator = planned.backend, planned.allocator
     rows = planned.scheduler.req_to_token_pool
-    backend.token_to_kv_pool.codes.fill_(POISON)
+    for codes in backend.token_to_kv_pool.codes:
+        codes.fill_(POISON)
     backend.open.fill_(float("nan"))
     free_rows, free = rows.free_rows, allocator.free
 
@@ -47,7 +48,8 @@ def poison(planned, monkeypatch):
         free_rows(indices)
 
     def without(slots):
-        backend.token_to_kv_pool.codes[:, slots.long() // S] = POISON
+        for codes in backend.token_to_kv_pool.codes:
+            codes[slots.long() // S] = POISON
         free(slots)
 
     monkeypatch.setattr(rows, "free_rows", without_rows)
@@ -121,7 +123,7 @@ class TestFourBits:
     "policy, packed",
     [
         ("kivi(bits=2, value_bits=8) + quest(budget=96, dense_layers=0)", 0),
-        ("streaming_llm(sinks=4, window=100) + kivi(bits=4)", 0),
+        ("streaming_llm(sinks=4, window=100) + kivi(bits=4, first=1, bits_first=8)", 0),
         # At fewer bits what is coded again lies half way between two codes every so often, and the
         # last bit of a float decides (tests/vllm/test_coded.py).
         ("keydiff(budget=64, interval=20) + kivi(bits=8)", 3),
@@ -171,22 +173,25 @@ def test_the_engine_counts_as_many_more_tokens(engine, random_llama, monkeypatch
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=4 * GiB))
     options = {"max_total_tokens": None, "mem_fraction_static": 0.03, "dtype": "bfloat16"}
     bytes_given = int((4.0 - 4.0 * 0.97) * GiB)
-    for bits in (16, 4, 2):
-        policy = "dense" if bits == 16 else f"kivi(bits={bits})"
+    mixed = "kivi(bits=2, first=1, bits_first=4)"
+    for policy in ("dense", "kivi(bits=4)", "kivi(bits=2)", mixed):
         with engine(
             random_llama(dtype="bfloat16"), policy, **{**OPTIONS, **options, "page_size": 64}
         ) as planned:
-            counted[bits] = planned.scheduler.max_total_num_tokens
-            if bits < 16:
+            counted[policy] = planned.scheduler.max_total_num_tokens
+            if policy != "dense":
                 backend = planned.backend
-                pool, page = backend.token_to_kv_pool, backend.token_to_kv_pool.codes[:, 0].nbytes
-                assert sum(pool.get_kv_size_bytes()) == pool.codes.nbytes
-                keys = pool.head_num * pool.layout.key_bytes / 64  # that what chooses reads
+                pool = backend.token_to_kv_pool
+                page = sum(codes[0].nbytes for codes in pool.codes)
+                given = sum(codes.nbytes for codes in pool.codes)
+                assert sum(pool.get_kv_size_bytes()) == given
+                keys = pool.head_num * pool.layouts[-1].key_bytes / 64  # that what chooses reads
                 assert backend.engine.layer_bytes == (pool.slot_bytes, keys)
-                taken = pool.codes.nbytes - page + backend.open.nbytes  # SGLang's own page aside
+                taken = given - page + backend.open.nbytes  # SGLang's own page aside
                 assert bytes_given - 2 * page < taken <= bytes_given
-    for bits, times in ((4, 3.0), (2, 5.0)):
-        layout = parse(f"kivi(bits={bits})").format.layout(64, 64, torch.bfloat16)
-        gained = counted[bits] / counted[16]
-        assert gained >= 0.95 * layout.plain_bytes / layout.page_bytes
+    for policy, times in (("kivi(bits=4)", 3.0), ("kivi(bits=2)", 5.0), (mixed, 4.0)):
+        layouts = parse(policy).format.layouts(2, 64, 64, torch.bfloat16)
+        plain, coded = (sum(getattr(x, f"{n}_bytes") for x in layouts) for n in ("plain", "page"))
+        gained = counted[policy] / counted["dense"]
+        assert gained >= 0.95 * plain / coded
         assert gained >= times

@@ -150,19 +150,23 @@ class Engine:
         """
         import torch
 
-        caches = {layer.kv_cache.data_ptr(): layer.kv_cache for layer in self.all_layers.values()}
+        caches = {}
+        for cache in (layer.kv_cache for layer in self.all_layers.values()):
+            start, size = cache.storage_offset(), cache.stride(0)
+            start = start if start >= size else 0  # a block may have all layers' pages
+            caches[cache.untyped_storage().data_ptr(), start] = cache
         pool, scheduler = self.pool, self.scheduler
         new_blocks, free_blocks = pool.get_new_blocks, pool.free_blocks
         returned: list[int] = []
 
         def spoil(blocks: list[Any], value: float) -> None:
-            for cache in caches.values():
+            for (_, first), cache in caches.items():
                 size = cache.stride(0)
                 filling: float = value
                 if cache.dtype is torch.uint8:  # the same of e4m3 and of e5m2
                     filling = 0x7F if math.isnan(value) else 0x7B
                 for block in blocks:  # its tokens and its digest
-                    start = cache.storage_offset() + block.block_id * size
+                    start = first + block.block_id * size
                     cache.as_strided((size,), (1,), start).fill_(filling)
 
         def get_new_blocks(count: int) -> list[Any]:

@@ -61,16 +61,23 @@ def test_ragged_chunks_found_again_and_aborted(engine, random_llama, prompts, ag
         assert solo(planned, batch[:3], 40) == answers[:3]
 
 
-@pytest.mark.parametrize("caching", [False, pytest.param(True, marks=pytest.mark.cpu)])
-def test_preempted_and_resumed(engine, random_llama, prompts, agreed, caching):
-    policy, batch = "kivi(bits=4)", prompts(224, 256, 240, 231, 97)
+@pytest.mark.parametrize(
+    "policy, caching, taken",
+    [
+        ("kivi(bits=4)", False, 69),
+        pytest.param("kivi(bits=4)", True, 69, marks=pytest.mark.cpu),
+        ("kivi(bits=2, first=1, bits_first=8)", True, 80),
+    ],
+)
+def test_preempted_and_resumed(engine, random_llama, prompts, agreed, policy, caching, taken):
+    batch = prompts(224, 256, 240, 231, 97)
     with engine(
         random_llama(), {"policy": policy}, enable_prefix_caching=caching, **CHUNKS
     ) as planned:
         planned.poison(freed=not caching)
         free, expected = planned.free_blocks, with_room(planned, batch, 120)
         assert agreed(policy, batch, expected) == [120] * len(batch)
-        hostages, seen = leave(planned, 69), preemptions(planned)
+        hostages, seen = leave(planned, taken), preemptions(planned)
         assert planned.generate(batch, 120) == expected
         assert seen, "the pool was meant to be too small"
         planned.pool.free_blocks(hostages)
@@ -84,6 +91,10 @@ def test_preempted_and_resumed(engine, random_llama, prompts, agreed, caching):
         pytest.param(
             "kivi(bits=4) + twilight(budget=0.3, bits=4, dense_layers=1)", 0,
             marks=pytest.mark.cpu,
+        ),
+        pytest.param(
+            "snapkv(budget=96, window=16) + kivi(bits=8, value_bits=4, first=1, bits_first=8) + "
+            "twilight(budget=0.4, bits=8, dense_layers=1)", 3, marks=pytest.mark.cpu,
         ),
         pytest.param(
             "streaming_llm(sinks=4, window=100) + kivi(bits=4)", 0, marks=pytest.mark.cpu
@@ -108,8 +119,9 @@ def test_beside_what_selects_and_what_packs(engine, random_llama, prompts, agree
         assert agreed(policy, batch, answers) == [40] * len(batch)
         impls = [layer.impl for layer in planned.layers.values() if hasattr(layer, "impl")]
         assert [impl.packed_prompts for impl in impls] == [packed] * 2
-        counted = [b.selected_queries for b in planned.builders if hasattr(b, "offer")]
-        assert bool(sum(counted[0].values())) == (parse(policy).selector is not None)
+        builders = [each for each in planned.builders if hasattr(each, "offer")]
+        counted = sum(sum(each.selected_queries.values()) for each in builders)
+        assert bool(counted) == (parse(policy).selector is not None)
         planned.forget()
         assert solo(planned, batch[:2], 40) == answers[:2]
 
@@ -144,16 +156,16 @@ def test_the_engine_counts_as_many_more_tokens(engine, random_llama):
     """As its own start-up line has it, of a model in 16 bits."""
     from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config as most
 
-    counted = {}
-    for bits in (16, 4, 2):
-        policy = "dense" if bits == 16 else f"kivi(bits={bits})"
+    counted, mixed = {}, "kivi(bits=2, first=1, bits_first=4)"
+    for policy in ("dense", "kivi(bits=4)", "kivi(bits=2)", mixed):
         with engine(
             random_llama(dtype="bfloat16"), {"policy": policy}, dtype="bfloat16", block_size=64,
             max_model_len=8192, kv_cache_memory_bytes=32 * MiB,
         ) as planned:  # fmt: skip
-            counted[bits] = most(planned.config, planned.scheduler.kv_cache_config)
-    for bits, times in ((4, 3.0), (2, 5.0)):
-        layout = parse(f"kivi(bits={bits})").format.layout(64, 64, torch.bfloat16)
-        gained = counted[bits] / counted[16]
-        assert gained >= 0.95 * layout.plain_bytes / layout.page_bytes
+            counted[policy] = most(planned.config, planned.scheduler.kv_cache_config)
+    for policy, times in (("kivi(bits=4)", 3.0), ("kivi(bits=2)", 5.0), (mixed, 4.0)):
+        layouts = parse(policy).format.layouts(2, 64, 64, torch.bfloat16)
+        plain, coded = (sum(getattr(x, f"{n}_bytes") for x in layouts) for n in ("plain", "page"))
+        gained = counted[policy] / counted["dense"]
+        assert gained >= 0.95 * plain / coded
         assert gained >= times
