@@ -12,7 +12,8 @@ recurrent one its state, read and written. A prompt's bytes are, for each of its
 weights, the cache of the chunks before it and its own (twice more in plain numbers where it is
 decoded first), and what a packing reads of it at its end; its multiplications 2 for each weight
 and token and 4 Hq D for each token that a query reads. What an engine spends besides (choosing,
-launching, scheduling, sampling) comes on top: what gains a few per cent here gains nothing.
+launching, scheduling, sampling) comes on top: what gains a few per cent here gains nothing. On a
+machine whose steps were measured (``Setup.pace``) a step takes what ``Pace.step`` says instead.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from kvplug.accounting import digest_bytes, step_reads
 from kvplug.advice.capacity import Capacity, as_planned, capacity, coded
 from kvplug.advice.card import Card
 from kvplug.advice.model import Layer, Model
+from kvplug.advice.pace import Pace, StepBytes, reader
 from kvplug.offer import Offer
 from kvplug.plan import Planner
 
@@ -78,6 +80,8 @@ class Setup:
     """Prompt tokens that a step computes at most."""
     steps: int = 2
     """That are in flight at once."""
+    pace: Pace | None = None
+    """Of its decode steps, where they were measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +94,7 @@ class Bounds:
     read: float
     """Cache bytes that a request's decode step reads."""
     step: float
-    """Seconds of a decode step."""
+    """Seconds of a decode step: at least, or as measured ones took."""
     first: float
     """Seconds to a request's first token, alone."""
     rate: float
@@ -100,7 +104,8 @@ class Bounds:
 def bounds(
     model: Model, setup: Setup, traffic: Traffic, offer: Offer, itemsize: int | None = None
 ) -> Bounds:
-    """offer: of the server. itemsize: bytes of a number in the cache."""
+    """offer: of the server. itemsize: bytes of a number in the cache. Raises ValueError for an
+    offer whose reads the setup's pace does not know."""
     held = capacity(
         model, offer, setup.pool, block_size=setup.block_size, prompt=traffic.prompt,
         tokens=traffic.tokens, in_flight=setup.chunk * setup.steps, itemsize=itemsize,
@@ -109,10 +114,15 @@ def bounds(
     together = min(traffic.at_once, held.together)
     n = max(1, together)
     read = reads.decode()
-    step = (model.read_weights(n) + n * read) / setup.card.bandwidth
+    if setup.pace is None:
+        step = (model.read_weights(n) + n * read.bytes) / setup.card.bandwidth
+    else:
+        step = setup.pace.step(reader(offer.settings.policy), n, read)
     first = reads.prompt()
     rate = traffic.answer / (first + traffic.answer * step / n) if together else 0.0
-    return Bounds(capacity=held, at_once=together, read=read, step=step, first=first, rate=rate)
+    return Bounds(
+        capacity=held, at_once=together, read=read.bytes, step=step, first=first, rate=rate
+    )
 
 
 @dataclass(frozen=True)
@@ -125,50 +135,61 @@ class Reads:
     offer: Offer
     itemsize: int
 
-    def decode(self) -> float:
-        """Bytes of the cache that a decode step reads, halfway through the answer."""
+    def decode(self) -> StepBytes:
+        """What a decode step reads of the cache, halfway through the answer."""
         seen = self.traffic.prompt + max(1, self.traffic.answer // 2)
-        return self._layers(np.array([seen - 1]), np.array([seen]))[0] + 2 * self._states
+        read, _ = self._layers(np.array([seen - 1]), np.array([seen]))
+        return read + StepBytes(whole=2 * self._states)
 
     def prompt(self) -> float:
         """Seconds of a prompt's steps at least."""
-        card, chunk = self.setup.card, self.setup.chunk
-        moved = multiplied = 0.0
+        card, (moved, multiplied) = self.setup.card, self.prompt_work()
+        by_bytes = moved / card.bandwidth
+        return max(by_bytes, multiplied / card.arithmetic) if card.arithmetic else by_bytes
+
+    def prompt_work(self) -> tuple[float, float]:
+        """Bytes that a prompt's steps move, and their multiplications."""
+        chunk, moved, multiplied = self.setup.chunk, 0.0, 0.0
         each = 2 / self.model.weight_size * self.model.token_weights
         for begin in range(0, self.traffic.prompt, chunk):
             end = min(begin + chunk, self.traffic.prompt)
             held, pairs = self._layers(np.array([begin]), np.array([end]))
-            moved += self.model.read_weights(end - begin) + held + 2 * self._states
+            moved += self.model.read_weights(end - begin) + held.bytes + 2 * self._states
             multiplied += each * (end - begin) + pairs
         if self.offer.settings.policy.scored is not None:
             tokens = sum(self._token(layer) for layer in self.model.planned)
             moved += tokens * self.traffic.prompt
-        by_bytes = moved / card.bandwidth
-        return max(by_bytes, multiplied / card.arithmetic) if card.arithmetic else by_bytes
+        return moved, multiplied
 
     @property
     def _states(self) -> int:
         return sum(layer.state for layer in self.model.layers)
 
-    def _layers(self, computed: np.ndarray, total: np.ndarray) -> tuple[float, float]:
-        """Bytes of the cache that a step reads, and its multiplications in attention."""
-        held = multiplied = 0.0
+    def _layers(self, computed: np.ndarray, total: np.ndarray) -> tuple[StepBytes, float]:
+        """What a step reads of the cache, and its multiplications in attention."""
+        held, multiplied = StepBytes(), 0.0
         for (layer, window, budget), count in self._kinds.items():
             token = self._token(layer)
             work = 4 * self.model.heads * layer.head_dim
             if window is not None:
                 positions = np.arange(computed[0], total[0])
                 seen = np.minimum(positions + 1, window)
-                held += count * token * min(int(total[0]), window + len(positions) - 1)
+                seen_by_any = min(int(total[0]), window + len(positions) - 1)
+                held += StepBytes(whole=count * token * seen_by_any)
                 multiplied += count * work * float(seen.sum())
                 continue
             planner = Planner(self.offer.settings, self.setup.block_size, budget)
             prompt = np.array([self.traffic.prompt])
             segments = planner.plan(computed, total, prompt)
-            reads = step_reads(segments, planner, [planner.layer_budget(layer.number)])
+            chosen = planner.layer_budget(layer.number)
+            reads = step_reads(segments, planner, [chosen])
             if total[0] > self.traffic.prompt:
-                _, read = reads.bytes(token, self._digest(layer))
-                held += count * read
+                read = count * token * reads.read
+                if chosen is not None and segments.selects.any():
+                    scanned = count * self._digest(layer) * reads.scanned
+                    held += StepBytes(chosen=read, scanned=scanned, choosing=count)
+                else:
+                    held += StepBytes(whole=read)
                 multiplied += count * work * reads.read
             else:  # a chunk reads what any of its queries sees once
                 prefill = reads.prefill
@@ -177,7 +198,7 @@ class Reads:
                 beside = self._digest(layer)
                 if self.offer.format is not None:  # decoded first: written, and read again
                     beside = 2 * self.model.token_bytes(layer, self.itemsize)
-                held += count * (token + beside) * seen
+                held += StepBytes(whole=count * (token + beside) * seen)
                 multiplied += count * work * prefill.read
         return held, multiplied
 

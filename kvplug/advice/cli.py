@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,8 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvplug.advice.bounds import Setup, Traffic, pool_bytes, read_traffic
-from kvplug.advice.card import CARDS, amount, choose_card
+from kvplug.advice.card import CARDS, Card, amount, choose_card
 from kvplug.advice.model import Model, read_model
+from kvplug.advice.pace import Pace, read_pace
 from kvplug.advice.published import CLASSES, ENGINE_FP8
 from kvplug.advice.ranking import WORTH, Advice, Line, advise, commands
 from kvplug.registry import did_you_mean
@@ -54,25 +56,54 @@ def plan(
     chunk: Annotated[
         int, typer.Option(min=1, help="--max-num-batched-tokens of the server.")
     ] = 8192,
+    pace: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file of kvplug bench decode, instead of a card: steps as they took on that "
+            "machine."
+        ),
+    ] = None,
     to: Json = None,
 ) -> None:
     """Say whether kvplug helps, by arithmetic: no engine is started, nothing is fetched.
 
     Bytes and blocks are counted as the engine's, times are bounds that no kernel beats
-    (kvplug.advice.bounds has the formulas); quality is what the project published.
+    (kvplug.advice.bounds has the formulas), or what --pace measured; quality is what the project
+    published.
     """
     if quality not in CLASSES:
         raise ValueError(f"unknown quality {quality!r}.{did_you_mean(quality, list(CLASSES))}")
     comes = read_traffic(traffic)
-    card = choose_card(gpu, memory, bandwidth, arithmetic)
     shape = read_model(model, ranks, int(amount(weights, "weights", "16GiB")) if weights else None)
+    if pace is None:
+        measured, card = None, choose_card(gpu, memory, bandwidth, arithmetic)
+    else:
+        measured = read_pace(pace)
+        measured.check(shape, block_size)
+        shape = replace(shape, itemsize=measured.itemsize)
+        card = _measured_card(measured, memory, cache, gpu or bandwidth or arithmetic)
     pool = amount(cache, "cache", "40GiB") if cache else pool_bytes(shape, card)
-    setup = Setup(card=card, pool=pool, block_size=block_size, chunk=chunk)
+    setup = Setup(card=card, pool=pool, block_size=block_size, chunk=chunk, pace=measured)
     found = advise(shape, setup, comes, quality, policy or ())
     write_json(as_data(shape, setup, comes, quality, found, ranks), to)
     if to != STDOUT:
         show(Console(width=max(Console().width, 118), highlight=False), shape, setup, comes,
              quality, found, ranks)  # fmt: skip
+
+
+def _measured_card(pace: Pace, memory: str | None, cache: str | None, said: str | None) -> Card:
+    """said: of a machine's speed, beside the pace. Raises ValueError."""
+    if said:
+        raise ValueError(
+            "--pace says how fast a machine is, and so do --gpu, --bandwidth and --arithmetic; "
+            "leave one of them out"
+        )
+    if not (memory or cache):
+        raise ValueError("--pace knows no memory; write --cache 4GiB, or --memory 16GiB")
+    return Card(
+        name=pace.source, memory=amount(memory, "memory", "80GiB") if memory else 0,
+        bandwidth=1 / pace.whole, arithmetic=pace.arithmetic,
+    )  # fmt: skip
 
 
 def as_data(
@@ -91,7 +122,8 @@ def as_data(
                 "sharing": sum(not x.owns for x in model.attention),
             },
         },
-        "card": asdict(setup.card), "cache_bytes": setup.pool, "block_size": setup.block_size,
+        "card": asdict(setup.card), "pace": asdict(setup.pace) if setup.pace else None,
+        "cache_bytes": setup.pool, "block_size": setup.block_size,
         "ranks": ranks, "traffic": asdict(traffic), "quality": quality,
         "lines": [_line_data(line) for line in lines],
         "left_out": [{"policy": line, "reason": why} for line, why in advice.left_out],
@@ -140,14 +172,14 @@ def show(
         + (f"; each of {ranks} ranks" if ranks > 1 else "")
     )  # fmt: skip
     console.print(
-        f"{card.name}: {setup.pool / GiB:.1f} GiB for the cache, {card.bandwidth / 1e12:.2f} "
+        f"{card.name}: {setup.pool / GiB:.1f} GiB for the cache, {card.bandwidth / 1e12:.2g} "
         f"TB/s; {traffic.at_once} requests of {traffic.prompt:,} tokens and answers of "
         f"{traffic.answer:,}"
     )
     if model.refused:
         console.print(f"[bold]do not use kvplug here[/]: {model.refused}")
         return
-    console.print(_table(advice, quality))
+    console.print(_table(advice, quality, setup.pace))
     for policy, reason in advice.left_out:
         console.print(f"left out: {escape(policy)}: {escape(reason)}")
     best = advice.best
@@ -157,7 +189,8 @@ def show(
             f"'{quality}', none gains {WORTH - 1:.0%} over dense"
         )
     else:
-        console.print(f"[bold]{escape(best.policy)}[/] gains {_gain(best)} at most:")
+        most = "" if setup.pace else " at most"
+        console.print(f"[bold]{escape(best.policy)}[/] gains {_gain(best)}{most}:")
         for command in commands(model.name, best.policy, setup, traffic, ranks):
             console.print(f"\n  {escape(command)}", soft_wrap=True)
         console.print()
@@ -165,11 +198,14 @@ def show(
         console.print(f"- {escape(note)}", soft_wrap=True)
 
 
-def _table(advice: Advice, quality: str) -> Table:
+def _table(advice: Advice, quality: str, pace: Pace | None) -> Table:
+    times = "step, TTFT and tokens/s are bounds"
+    if pace is not None:
+        times = f"steps as measured ones took ({pace.source}), TTFT by its arithmetic"
     table = Table(
         box=box.SIMPLE,
         padding=(0, 1, 0, 0),
-        caption=f"step, TTFT and tokens/s are bounds. Above the rule: published quality "
+        caption=f"{times}. Above the rule: published quality "
         f"'{quality}'. Loss: nats a token over dense, on the worst published text; look-ups: of "
         "exact recall.",
     )

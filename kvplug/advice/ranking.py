@@ -91,7 +91,10 @@ def advise(
             found.append(_line(model, setup, traffic, policy, quality, dense))
         except ValueError as error:
             left_out.append((policy, str(error)))
-    found.append(_line(model, setup, traffic, ENGINE_FP8, quality, dense))
+    if setup.pace is None:
+        found.append(_line(model, setup, traffic, ENGINE_FP8, quality, dense))
+    else:
+        left_out.append((ENGINE_FP8, f"its steps are not in {setup.pace.source}"))
     found.sort(key=lambda line: (not line.qualifies, -line.gain))
     ours = [x for x in found if x.ours and x.qualifies and x.gain >= WORTH and not x.crowded]
     best = max(ours, key=lambda line: line.gain, default=None)
@@ -188,9 +191,9 @@ def _notes(
             f"{line.policy} has room for {line.bounds.at_once} of {traffic.at_once} requests, and "
             "dense for all: they would push each other's cached prompts out"
         )
-    fp8 = next(line for line in lines if line.policy == ENGINE_FP8)
-    if best is None and fp8.gain >= WORTH:
-        yield f"vLLM's own --kv-cache-dtype fp8 gains {fp8.gain:.2f} without kvplug"
+    for line in lines:
+        if best is None and line.policy == ENGINE_FP8 and line.gain >= WORTH:
+            yield f"vLLM's own --kv-cache-dtype fp8 gains {line.gain:.2f} without kvplug"
 
 
 def commands(model: str, policy: str, setup: Setup, traffic: Traffic, ranks: int) -> list[str]:

@@ -6,10 +6,13 @@ import re
 import runpy
 import subprocess
 import sys
+import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from kvplug import parse, read_offer, read_settings
 from kvplug.new_method import write
@@ -128,6 +131,51 @@ def test_containers_name_what_is_there():
     config = services["server"]["command"][-1]
     filled = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", config)
     assert read_offer(json.loads(filled)["kvplug"], environ={}).settings == read_settings({}, {})
+
+
+def instructions():
+    """Of the container file: word and rest."""
+    text = (ROOT / "containers/Containerfile").read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    return [tuple(line.split(maxsplit=1)) for line in lines]
+
+
+def test_the_container_file_copies_the_wheel_that_is_built_and_nothing_else():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    given = dict(rest.split("=", 1) for word, rest in instructions() if word == "ARG")
+    assert given["WHEEL"] == f"kvplug-{project['version']}-py3-none-any.whl"
+    (copied,) = [rest.split() for word, rest in instructions() if word == "COPY"]
+    assert copied == ["dist/${WHEEL}", "/tmp/"]
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert ignored[-2:] == ["*", "!dist/kvplug-*.whl"], "a context is the wheel alone"
+    assert fnmatch(f"dist/{given['WHEEL']}", ignored[-1].removeprefix("!"))
+
+
+def test_the_container_file_serves_an_engine_that_the_project_is_for():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    given = dict(rest.split("=", 1) for word, rest in instructions() if word == "ARG")
+    (engine,) = map(Requirement, project["optional-dependencies"]["vllm"])
+    image, _, tag = given["BASE"].rpartition(":")
+    assert image.endswith("vllm/vllm-openai")
+    assert engine.specifier.contains(tag.removeprefix("v"))
+    said = (ROOT / "docs/compatibility.md").read_text()
+    assert tag.removeprefix("v") in said
+
+
+def test_the_container_file_s_commands_parse():
+    words = [word for word, _ in instructions()]
+    assert words == ["ARG", "FROM", "ARG", "COPY", "RUN", "ENTRYPOINT"]
+    steps = dict(instructions())
+    subprocess.run(["sh", "-n", "-c", steps["RUN"]], check=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (extra,) = re.findall(r"\[(\w+)\]", steps["RUN"])
+    assert extra in project["optional-dependencies"]
+    assert "kvplug" in project["scripts"]
+    assert json.loads(steps["ENTRYPOINT"]) == ["vllm", "serve"]
+    services = yaml.safe_load((ROOT / "containers/compose.yaml").read_text())["services"]
+    assert services["server"]["command"][1:3] == ["--attention-backend", "kvplug"]
+    for service in services.values():  # none that changes under its name
+        assert re.search(r":v?\d[\d.]+$", service.get("image", ":0.0"))
 
 
 def test_the_list_of_policies_can_be_had_as_json():

@@ -199,6 +199,66 @@ def compression(
 
 
 @app.command()
+def decode(
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="Beside dense; repeatable. quest and twilight at two budgets if none."),
+    ] = None,
+    model: Annotated[Path, typer.Option(help="Model folder.")] = Path(".models/smollm2"),
+    fit: Annotated[
+        list[int] | None,
+        typer.Option(help="Tokens of prompts to learn from; repeatable. 1K, 3K, 6K if none."),
+    ] = None,
+    judge: Annotated[
+        list[int] | None,
+        typer.Option(help="Tokens of prompts to hold it against; 2K, 4K and 7,936 if none."),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Requests at once in one more cell.", min=2)] = 4,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    block_size: Annotated[int, typer.Option(help="Tokens of a cache block.", min=1)] = 32,
+    repeats: Annotated[int, typer.Option(help="Counted pairs of answers.", min=1)] = 3,
+    threads: Annotated[int, typer.Option(help="Of torch and OpenMP.", min=1)] = 2,
+    clock: Annotated[
+        Clock, typer.Option(help="cpu: of one thread alone, where others use the machine.")
+    ] = Clock.WALL,
+    out: Annotated[Path, typer.Option(help="JSON file; the table goes beside it.")] = Path(
+        "results/bench/decode-cpu.json"
+    ),
+    to: Json = None,
+) -> None:
+    """Decode steps of whole engines: the pace that kvplug plan --pace reckons with. Minutes."""
+    if find_spec("vllm") is None:
+        raise SystemExit("vLLM is not installed here; install it with: pip install 'kvplug[vllm]'")
+    with needed("kvplug bench decode", "cli,evals"):
+        from kvplug_evals.bench import decode as bench_decode
+        from kvplug_evals.bench.provenance import WIDTH
+    # The engines are processes that start with this environment.
+    os.environ.update(environment(threads), VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    try:
+        options = bench_decode.Options(
+            policies=policy or bench_decode.LINES,
+            model=model,
+            fit=fit or [1024, 3072, 6144],
+            judge=judge or [2048, 4096, 7936],
+            batch=batch,
+            dtype=dtype,
+            block_size=block_size,
+            repeats=repeats,
+            threads=threads,
+            clock=clock,
+            out=out,
+            command=shlex.join(["kvplug", "bench", "decode", *given("decode")]),
+        )
+        with screen(to) as console:
+            done = bench_decode.run(options, Console(stderr=True), bench_decode.save)
+            console.width = max(console.width, WIDTH)
+            bench_decode.show(done, console)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    _copy(out, to)
+
+
+@app.command()
 def serve(
     engine: Annotated[str, typer.Option(help="vllm, or sglang in its own environment.")] = "vllm",
     policy: Annotated[

@@ -10,16 +10,11 @@ prefix is cached.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from time import perf_counter, process_time
 from typing import Any
 
 from rich.console import Console
@@ -29,10 +24,10 @@ from kvplug import parse
 from kvplug.shown import progress
 from kvplug_evals.bench.options import Clock
 from kvplug_evals.bench.provenance import WIDTH, provenance, table
+from kvplug_evals.bench.steps import DECODES, Timed, Worker, engine
 from kvplug_evals.models.folder import BUILD_MODELS
 
 DENSE = "dense"
-DECODES = 12  # steps behind the prompt: the first packs, the others are ordinary
 CLAIM = 0.05
 
 
@@ -78,81 +73,18 @@ class Steps:
     packed: int
     """Layers that packed it."""
 
+    @classmethod
+    def of(cls, timed: Timed) -> Steps:
+        """The first step behind a prompt packs, the others are ordinary."""
+        packing, *others = timed.behind
+        return cls(
+            first_token=timed.first_token, packing=packing, decode=median(others),
+            packed=timed.packed,
+        )  # fmt: skip
+
     @property
     def cost(self) -> float:
         return self.packing - self.decode
-
-
-def serve(line: str, options: Options, asked: Connection) -> None:
-    """A worker: an engine that answers prompts with Steps until it is sent None."""
-    from vllm import LLM, SamplingParams
-
-    llm = LLM(
-        str(options.model), attention_backend="kvplug",
-        additional_config={"kvplug": {"policy": line}}, enforce_eager=True,
-        block_size=options.block_size, max_num_batched_tokens=options.chunk,
-        max_model_len=options.tokens + DECODES + 1, max_num_seqs=1,
-        kv_cache_memory_bytes=512 << 20, skip_tokenizer_init=True, async_scheduling=False,
-    )  # fmt: skip
-    engine = llm.llm_engine
-    parameters = SamplingParams(
-        temperature=0, max_tokens=DECODES + 1, ignore_eos=True, detokenize=False
-    )
-    layers = engine.vllm_config.compilation_config.static_forward_context.values()
-    clock = process_time if options.clock is Clock.CPU else perf_counter
-    asked.send("ready")
-    number = 0
-    while (prompt := asked.recv()) is not None:
-        packed = sum(layer.impl.packed_prompts for layer in layers)
-        engine.add_request(str(number), {"prompt_token_ids": prompt}, parameters)
-        number += 1
-        first = 0.0
-        behind: list[float] = []
-        while engine.has_unfinished_requests():
-            began = clock()
-            outputs = engine.step()
-            took = (clock() - began) * 1e3
-            if (first and behind) or (outputs and len(outputs[0].outputs[0].token_ids) > 1):
-                behind.append(took)
-            else:
-                first += took
-        assert len(behind) == DECODES, f"{len(behind)} steps behind the prompt"
-        packed = sum(layer.impl.packed_prompts for layer in layers) - packed
-        asked.send(
-            Steps(first_token=first, packing=behind[0], decode=median(behind[1:]), packed=packed)
-        )
-
-
-class Engine:
-    """A worker, seen from the process that asks."""
-
-    def __init__(self, line: str, options: Options) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self.asks, asked = spawn.Pipe()
-        self.process = spawn.Process(target=serve, args=(line, options, asked), daemon=True)
-        self.process.start()
-        asked.close()
-        assert self.answer() == "ready"
-
-    def ask(self, prompt: list[int]) -> Steps:
-        self.asks.send(prompt)
-        return self.answer()
-
-    def answer(self) -> Any:
-        try:
-            return self.asks.recv()
-        except EOFError:
-            raise RuntimeError("an engine ended, its reason is above") from None
-
-
-@contextmanager
-def engine(line: str, options: Options) -> Iterator[Engine]:
-    started = Engine(line, options)
-    try:
-        yield started
-    finally:
-        started.process.terminate()
-        started.process.join()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,14 +129,18 @@ def measure(options: Options, console: Console) -> list[Result]:
     results, source = [], random.Random(0)
     vocabulary = json.loads((options.model / "config.json").read_text())["vocab_size"]
     pairs_in_all = len(options.policies) * (1 + options.repeats)
-    with engine(DENSE, options) as dense, progress(console, pairs_in_all) as bar:
+    how = Worker(
+        model=options.model, tokens=options.tokens, chunk=options.chunk,
+        block_size=options.block_size, kv_cache_mib=512, clock=options.clock,
+    )  # fmt: skip
+    with engine(DENSE, how) as dense, progress(console, pairs_in_all) as bar:
         for line in options.policies:
             bar.say(escape(line))
-            with engine(line, options) as ours:
+            with engine(line, how) as ours:
                 pairs = []
                 for _ in range(1 + options.repeats):
                     prompt = [source.randrange(vocabulary) for _ in range(options.tokens)]
-                    pairs.append((dense.ask(prompt), ours.ask(prompt)))
+                    pairs.append((Steps.of(dense.ask(prompt)), Steps.of(ours.ask(prompt))))
                     bar.advance()
             if not all(steps.packed for _, steps in pairs) or any(s.packed for s, _ in pairs):
                 raise ValueError(f"{line} did not compress every prompt")
