@@ -23,7 +23,7 @@ def planner(line=LINE, **settings):
     [
         (
             "host(pages=64)",
-            "names nothing that chooses; write host.pages=64, room=131072. + quest",
+            r"chooses; write host\(pages=64, room=131072\) \+ quest",
         ),
         ("host + twilight(dense_layers=0)", "twilight does not choose whole pages by digests"),
         ("host + quest(budget=0.5, dense_layers=0)", "quest: a share of the context, 0.5, grows"),

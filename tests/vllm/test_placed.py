@@ -104,6 +104,8 @@ def test_preempted_requests_answer_as_before(engine, random_llama, prompts, cach
 
 def test_requests_wait_for_room_on_the_host_or_are_refused(engine, random_llama, prompts):
     """One block of a directory: one prompt at a time that goes to the host."""
+    from vllm.exceptions import VLLMValidationError
+
     batch = prompts(300, 420, 65, 360)
     options = {**POOL, "max_model_len": 2048}
     with engine(random_llama(), placed(4, room=1), **options) as planned:
@@ -121,7 +123,7 @@ def test_requests_wait_for_room_on_the_host_or_are_refused(engine, random_llama,
         assert max(most) == 1
         (long,) = prompts(1100)
         told = "has 1,100 tokens, and host memory holds 1,056 of all requests; .*room=1100"
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(VLLMValidationError, match=told):
             planned.generate([long], 4)
         assert planned.generate(batch[:1], 24) == expected[:1]
 
