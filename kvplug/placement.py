@@ -3,8 +3,8 @@
 Nothing is forgotten. When a prompt ends its whole pages are written to the host; its request keeps
 private pages in their place, as a packed one does (``kvplug.schedule``): a few *hot* ones, which
 hold what a step has chosen, head by head, and behind them the *directory*, which holds what its
-pages say of their keys. Every page can be chosen at every step, and is brought into a hot one if it
-is not there yet.
+pages say of their keys. Every page can be chosen at every step, and is brought into a hot one
+unless it is there.
 
 A directory's page holds as many digests as fit into it: where a page of S tokens is followed by a
 digest of r vectors of D for each KV head, 2 S / r and the one that would be its own. So a digest
@@ -39,13 +39,13 @@ class Placement(Policy):
     """Tokens that host memory holds of all requests, rounded up to whole pages of a directory."""
 
     def __post_init__(self) -> None:
-        for name, default in (("pages", 64), ("room", 131072)):
+        for name, of, default in (("pages", "pages", 64), ("room", "tokens", 131072)):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
             if not (whole and 1 <= value < LIMIT):
                 raise ValueError(
-                    f"{self.name}: {name} must be a number of {'pages' if default == 64 else 'tokens'}"
-                    f", at least 1, got {value!r}; write {self.name}({name}={default})"
+                    f"{self.name}: {name} must be a number of {of}, at least 1, got {value!r}; "
+                    f"write {self.name}({name}={default})"
                 )
 
     def check_beside(self, selector: Policy | None, others: list[Policy]) -> None:
@@ -81,7 +81,7 @@ class Placement(Policy):
             )
 
     def digests(self, selector: Selector, page_size: int) -> int:
-        """That a page of the directory holds. Raises ValueError where pages do not fit the line."""
+        """In a page of the directory. Raises ValueError where pages do not fit the line."""
         if selector.page(page_size) != page_size:
             raise ValueError(
                 f"{self} moves the pages that {selector.name} chooses, of "

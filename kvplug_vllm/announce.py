@@ -55,12 +55,6 @@ def describe(planner: Planner, spec: Any, tokens: int, vllm_config: Any) -> str:
         if schedule.every:
             held += f"; its answer {schedule.every:,} more at most"
     parts.append(f"A request of {tokens:,} tokens {held}")
-    if schedule.placement is not None:
-        pages = schedule.directory * schedule.digests
-        parts.append(
-            f"(host memory holds prompts of {pages * size:,} tokens, and {schedule.directory:,} "
-            "blocks of the pool what their pages say)"
-        )
     if policy.format is not None:
         model = vllm_config.model_config
         layers = model.hf_text_config.num_hidden_layers

@@ -10,7 +10,7 @@ import torch
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 
-from kvplug import LocalLayers, PageFormat, Planner, digest_bytes
+from kvplug import LocalLayers, PageFormat, Placement, Planner, digest_bytes
 from kvplug_vllm import compat
 from kvplug_vllm.announce import say
 from kvplug_vllm.appending import AppendingSpec
@@ -77,14 +77,7 @@ def customize_spec(spec: Any, layer_class: int | None = 0) -> Any:
             in_flight=engine.vllm_config.max_in_flight_tokens,
         )
     elif policy.placement is not None:
-        spec = replace_as(
-            spec,
-            PlacingSpec,
-            settings=EvictionSettings.of(offer),
-            private_blocks=policy.placement.pages,
-            directory=Planner(engine.settings, spec.block_size).schedule.directory,
-            in_flight=engine.vllm_config.max_in_flight_tokens,
-        )
+        spec = placing_spec(spec, engine, policy.placement)
     elif scored is not None or offer.mixed:
         budget = layer_classes(engine)[layer_class] if not policy.uniform else None
         tokens = offer.max_tokens if budget is None else budget
@@ -101,6 +94,31 @@ def customize_spec(spec: Any, layer_class: int | None = 0) -> Any:
     elif digest:
         spec = replace_as(spec, DigestedSpec, digest_bytes=digest)
     return spec
+
+
+def placing_spec(spec: Any, engine: Engine, placement: Placement) -> PlacingSpec:
+    """Of layers whose prompts go to the host. Says what that takes, of the host and of the cache:
+    vLLM refuses a cache that is too small without saying what asks for how much of it."""
+    schedule = Planner(engine.settings, spec.block_size).schedule
+    placing: PlacingSpec = replace_as(
+        spec,
+        PlacingSpec,
+        settings=EvictionSettings.of(engine.offer),
+        private_blocks=placement.pages,
+        directory=schedule.directory,
+        in_flight=engine.vllm_config.max_in_flight_tokens,
+    )
+    if engine.vllm_config.parallel_config.rank == 0:
+        layers, page = len(planned_layers(engine.vllm_config)), spec.unpadded_page_size_bytes
+        rows, MiB = schedule.directory * schedule.digests, 1 << 20
+        say(
+            engine,
+            f"kvplug: {placement} takes {layers * rows * page / MiB:,.0f} MiB of host memory for "
+            f"prompts of {rows * spec.block_size:,} tokens, and for what their pages say "
+            f"{layers * schedule.directory * spec.page_size_bytes / MiB:,.0f} MiB of the cache, "
+            f"{schedule.directory:,} blocks; where those are too many, write a smaller room.",
+        )
+    return placing
 
 
 def layer_classes(engine: Engine) -> list[int]:

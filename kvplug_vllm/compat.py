@@ -532,16 +532,11 @@ def set_backend(layer: Any, kind: str) -> None:
 
 def take_first_blocks(pool: Any, count: int) -> list[Any]:
     """Blocks 1 to ``count`` of a pool that has handed out none, which from now on is that much
-    smaller. Raises ValueError where it would be left with none.
+    smaller.
 
     BlockPool counts what is free, in use and to be reset by ``num_gpu_blocks``. Until it takes a
     reservation.
     """
-    if count >= pool.get_num_free_blocks():
-        raise ValueError(
-            f"kvplug: a directory of {count:,} blocks leaves none of the pool's "
-            f"{pool.get_num_free_blocks():,}; write a smaller room, or give the cache more memory"
-        )
     blocks = list(pool.get_new_blocks(count))
     assert [block.block_id for block in blocks] == list(range(1, count + 1)), "not the first"
     pool.num_gpu_blocks -= count

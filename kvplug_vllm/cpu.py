@@ -105,7 +105,8 @@ class KVPlugBuilder(PlannedBuilder, CPUAttentionMetadataBuilder):
             elif self.offer.digest is not None:
                 pages = not all(isinstance(each, TokenSelector) for each in choosing)
                 pages |= any(each.digest is not None for each in self.offer.block_selectors)
-                warm_up(self.dtype, cached, pages=pages, tokens=tokens)
+                host = self.offer.settings.policy.placement is not None
+                warm_up(self.dtype, cached, pages=pages, tokens=tokens, host=host)
 
     def _warm_up_codes(self, format: PageFormat) -> None:
         spec, choosing = self.kv_cache_spec, self.offer.selectors

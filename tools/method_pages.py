@@ -25,9 +25,10 @@ LINES = {
     "chunkkv": "chunkkv(snapkv(budget=1024))",
     "duo": 'duo(snapkv(budget=1024), heads="heads.json")',
     "local": 'local(layers="1::2")',
+    "host": "host(pages=64) + quest(budget=1024, dense_layers=0)",
 }
 """For policies that cannot be written by their name alone."""
-VLLM_ALONE = {"duo", "kvzip", "local"}
+VLLM_ALONE = {"duo", "host", "kvzip", "local"}
 NOT_WHEN = {
     "dense": "where memory or a step's reads are what limits the server.",
     "twilight": "for more requests at once: it holds the whole cache and 9.4 % more; contexts "
@@ -50,6 +51,9 @@ NOT_WHEN = {
     "kvzip": "for contexts that few ask about, or that hold what cannot be foretold: those need "
     "all of it.",
     "blend": "where chunks speak of one another: what is taken of one never saw those before it.",
+    "host": "for many requests at a time: each brings an eighth or so of what it reads from the "
+    "host in every step and layer, and they share one bus; nor for prompts that the pool does not "
+    "hold while they are computed.",
     "a_shape": "where a prompt's middle is asked about far from its end.",
     "tri_shape": "where a prompt's middle is asked about before its last tokens.",
     "xattention": "on models with attention sinks, or text that repeats itself, where it loses "

@@ -15,6 +15,7 @@
     decode_pages    the keys and values of such pages, as their codes have them
     coded_decode    softmax attention of one query token over what is chosen of such pages
     pack_tokens     the tokens each KV head keeps of a prompt, copied into pages of their own
+    resident_pages  what each KV head chose of pages on the host, brought to where it is read
 
 Import an op from its folder: ``from kvplug_kernels.page_bound import page_bound``.
 Importing needs torch alone; Triton is imported by the first CUDA call.

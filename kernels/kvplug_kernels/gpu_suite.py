@@ -36,6 +36,7 @@ from kvplug_kernels.pack_tokens import bench as pack_tokens
 from kvplug_kernels.page_bound import bench as page_bound
 from kvplug_kernels.page_digest import bench as page_digest
 from kvplug_kernels.page_select import bench as page_select
+from kvplug_kernels.resident_pages import bench as resident_pages
 from kvplug_kernels.sparse_decode import bench as sparse_decode
 from kvplug_kernels.token_select import bench as token_select
 
@@ -62,6 +63,8 @@ CASES: tuple[Callable[[DecodeInputs], Case], ...] = (
     decode_pages.case,
     coded_decode.case,
     coded_decode.dense_case,
+    resident_pages.case,
+    resident_pages.there_case,
 )
 
 Report = dict[str, Any]

@@ -27,7 +27,7 @@ class _Mapped:
 
 
 def host_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of the device's whose numbers lie in host memory, as they come; of a CPU simply one.
+    """A tensor of the device's whose numbers, anything yet, lie in host memory; of a CPU any.
 
     Exactly as many bytes are locked: torch's own pinned memory is rounded up to a power of two.
     Raises RuntimeError where the host has no room for them, or will not lock them.

@@ -16,6 +16,7 @@ from kvplug_kernels.page_bound import page_bound
 from kvplug_kernels.page_digest import update_page_digest
 from kvplug_kernels.page_layout import PageLayout
 from kvplug_kernels.page_select import page_select
+from kvplug_kernels.resident_pages import EMPTY, resident_pages
 from kvplug_kernels.sparse_decode import sparse_decode
 from kvplug_kernels.token_select import token_select
 from kvplug_kernels.virtual_heads import virtual_heads
@@ -27,10 +28,12 @@ def warm_up(
     pages: bool = True,
     tokens: bool = True,
     layout: PageLayout | None = None,
+    host: bool = False,
 ) -> None:
     """Both the serial and the threaded forms, for this process from now on. dtype: the queries',
     and the cache's unless that has another. pages, tokens: what will be chosen, layout: what will
-    be read of codes; the others' code is compiled when it is first called.
+    be read of codes, host: whether pages come from there; the others' code is compiled when it is
+    first called.
 
     Does nothing without Numba. Call it in a process that will start no other vLLM engine: vLLM
     0.32 cannot start one where Numba is loaded (its scan for Triton kernels stumbles over
@@ -48,6 +51,8 @@ def warm_up(
             choose_tokens(dtype, cached or dtype, width)
         if layout is not None:
             read_codes(layout, width)
+        if host:
+            bring_pages(cached or dtype, width)
 
 
 def read_codes(layout: PageLayout, width: int) -> None:
@@ -75,6 +80,15 @@ def choose_pages(dtype: torch.dtype, cached: torch.dtype, width: int) -> None:
     update_page_digest(
         digest, torch.zeros(width, 1, 64, dtype=cached), torch.zeros(width).long(), 1
     )
+
+
+def bring_pages(cached: torch.dtype, width: int) -> None:
+    """One, to the first of as many hot pages as tokens."""
+    pages = torch.zeros(width, 1, 1, 64, dtype=cached)
+    held = torch.full((width, 1), EMPTY, dtype=torch.int32)
+    hot = torch.arange(width, dtype=torch.int32)[None]
+    one = torch.ones(1, dtype=torch.int32)
+    resident_pages(pages, held, pages, hot, hot, one, hot[:, None], one[:, None], one)
 
 
 def choose_tokens(dtype: torch.dtype, cached: torch.dtype, width: int) -> None:

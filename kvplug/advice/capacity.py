@@ -113,7 +113,7 @@ def capacity(
         states_blocks = -(-states // block)
         most, settled = most + states_blocks, settled + states_blocks
     return Capacity(
-        blocks=int(memory // block), most=most, settled=settled, block_bytes=block,
+        blocks=int(memory // block) - shape.directory, most=most, settled=settled, block_bytes=block,
         exact=not states,
     )  # fmt: skip
 
@@ -190,6 +190,11 @@ class _Shape:
         return found
 
     @property
+    def directory(self) -> int:
+        """Blocks that say what lies on the host, where prompts go there."""
+        return Planner(self.offer.settings, self.size).schedule.directory
+
+    @property
     def open_blocks(self) -> int:
         """Of the page that a request is filling, where full ones are coded."""
         found = (
@@ -218,8 +223,11 @@ class _Shape:
         if planner.eviction is not None or schedule.appends:
             most, settled = (planner.most_pages(n, self.tokens) for n in (self.in_flight, 1))
             return most, settled
-        if planner.scored is None:
+        if not schedule.packs:
             return whole, whole
         most = schedule.most_pages(self.prompt, self.in_flight, self.tokens)
         later = schedule.most_pages(self.prompt, 1, self.tokens, since=self.prompt + 1)
+        if schedule.placement is not None and (private := schedule.course(self.prompt).private):
+            listed = private - schedule.placement.pages  # blocks that are none of the pool's
+            most, later = most - listed, later - listed
         return most, later or most

@@ -31,6 +31,7 @@ from kvplug_kernels.page_bound import kernel as page_bound  # noqa: E402
 from kvplug_kernels.page_digest import kernel as page_digest  # noqa: E402
 from kvplug_kernels.page_layout import PageLayout  # noqa: E402
 from kvplug_kernels.page_select import kernel as page_select  # noqa: E402
+from kvplug_kernels.resident_pages import kernel as resident_pages  # noqa: E402
 from kvplug_kernels.slot_lists import kernel as slot_lists  # noqa: E402
 from kvplug_kernels.sparse_decode import kernel as sparse_decode  # noqa: E402
 from kvplug_kernels.token_select import kernel as token_select  # noqa: E402
@@ -221,6 +222,19 @@ def variants(hip: bool) -> list[Variant]:
         found.append(
             Variant(f"virtual_heads U{unit}", virtual_heads.virtual_heads_kernel, heads, {})
         )
+    for K, J, dtype, size in ((64, 64, "bf16", 32 * 256), (128, 256, "fp32", 16 * 192)):
+        places = dict.fromkeys(("held", "hot", "away", "behind", "columns", "missing"), "*i32")
+        pages = dict.fromkeys(("cache", "host"), f"*{dtype}")
+        seat, copy = resident_pages.seats(K, J), resident_pages.blocks(size)
+        found += [
+            Variant(f"seat K{K} J{J}", resident_pages.seat_kernel, seat, places),
+            Variant(
+                f"copy {dtype} {size}",
+                resident_pages.copy_kernel,
+                copy,
+                places | pages | {"rows": "*i32"},
+            ),
+        ]
     for chooses in (True, False):
         of = {"U": 1 if chooses else 32, "CHOOSES": chooses}
         slots = {"S": 32, **of, "BT": 1024}

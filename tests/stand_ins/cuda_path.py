@@ -29,7 +29,7 @@ SIZES = [1, 4, 8]
 
 OPERATIONS = ("page_bound", "page_select", "page_digest", "virtual_heads", "pack_tokens",
               "key_codes", "code_logits", "token_select", "sparse_decode", "encode_pages",
-              "decode_pages", "coded_decode")  # fmt: skip
+              "decode_pages", "coded_decode", "resident_pages")  # fmt: skip
 NAMES = {"page_digest": "update_page_digest", "key_codes": "update_key_codes"}
 
 

@@ -1,4 +1,4 @@
-"""What each KV head chose of pages on the host, brought into hot pages where it is not there yet."""
+"""What each KV head chose of pages on the host, brought into hot pages unless it is there."""
 
 import torch
 from torch import Tensor

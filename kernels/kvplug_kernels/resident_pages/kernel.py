@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 16  # of what was chosen, compared with all hot pages at once
+TILE = 8  # of what was chosen, compared with all hot pages at once
 ELEMENTS = 2048  # of a page that a program copies at once
 
 
