@@ -27,7 +27,7 @@ LINES = {
     "local": 'local(layers="1::2")',
 }
 """For policies that cannot be written by their name alone."""
-VLLM_ALONE = {"blend", "duo", "kvzip", "local"}
+VLLM_ALONE = {"blend", "kvzip", "local"}
 NOT_WHEN = {
     "dense": "where memory or a step's reads are what limits the server.",
     "twilight": "for more requests at once: it holds the whole cache and 9.4 % more; contexts "

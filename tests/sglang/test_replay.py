@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import heads
+
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 NEW = 3
@@ -45,6 +47,10 @@ CASES = {
         "twilight(budget=40, bits=8, dense_layers=1)",
         ALONE,
     ),
+    "by head": (
+        "duo(snapkv(budget=64, window=16), heads={heads!r}, retrieval=0.5, sink=8, recent=20)",
+        ALONE,
+    ),
     "as the server selects": (
         SELECTING, ["snapkv(budget=64, window=16) + quest(budget=48, dense_layers=1)", None, None]
     ),
@@ -57,7 +63,7 @@ OTHERWISE = {
 
 PAGES = {name: 32 if name.startswith("in codes") else 16 for name in {**CASES, **OTHERWISE}}
 
-IN_TRITON = ("by mass", "by tokens", "both", "of their own", "in another way")
+IN_TRITON = ("by mass", "by tokens", "both", "of their own", "by head", "in another way")
 """What its kernels are called with: the rest is the same over FlashAttention 3, in less time."""
 INTERPRETED = {("triton", name) for name in IN_TRITON} | {
     ("flash", "blocks"),
@@ -71,14 +77,13 @@ SERVED += [("flash", name) for name in {**CASES, **OTHERWISE}]
 @pytest.fixture(scope="module")
 def replayed(eager):
     """One process for all, of SERVED: (stock, case) -> what it did."""
-    model, batch, _ = eager
-    cases = [
-        [stock, (stock, name) in INTERPRETED, *{**CASES, **OTHERWISE}[name], PAGES[name]]
-        for stock, name in SERVED
+    model, batch, cases, _ = eager
+    jobs = [
+        [stock, (stock, name) in INTERPRETED, *cases[name], PAGES[name]] for stock, name in SERVED
     ]
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("replay_once.py")), str(model),
-         json.dumps(batch), str(NEW), *map(json.dumps, cases)],
+         json.dumps(batch), str(NEW), *map(json.dumps, jobs)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "1"},
         capture_output=True, text=True, timeout=880,
     )  # fmt: skip
@@ -87,23 +92,27 @@ def replayed(eager):
 
 
 @pytest.fixture(scope="module")
-def eager(engine, random_llama, prompts):
+def eager(engine, random_llama, prompts, tmp_path_factory):
     """What the CPU backend answers: prompts of three requests, two layers, chunk 64, page 16."""
     model, batch = random_llama(), prompts(150, 97, 1, seed=21)
+    file = tmp_path_factory.mktemp("heads") / "heads.json"
+    heads.losing({0: [0.9, 0.1], 1: [0.1, 0.9]}).save(file)
+    cases = {**CASES, **OTHERWISE}
+    cases["by head"] = cases["by head"][0].format(heads=str(file)), ALONE
     answers = {}
-    for name, (settings, chosen) in {**CASES, **OTHERWISE}.items():
+    for name, (settings, chosen) in cases.items():
         options = {"chunked_prefill_size": 64, "page_size": PAGES[name]}
         with engine(model, settings, **options) as eager:
             rids = [eager.send(p, NEW, policy) for p, policy in zip(batch, chosen, strict=True)]
             eager.drain()
             answers[name] = [eager.output(rid) for rid in rids]
-    return model, batch, answers
+    return model, batch, cases, answers
 
 
 @pytest.mark.parametrize("stock", ["triton", "flash"])
 def test_replayed_steps_answer_as_eager_ones(eager, replayed, stock):
     """Padded batches of three; FlashAttention 3 is held to its contract in each call."""
-    _, _, answers = eager
+    *_, answers = eager
     for (over, name), found in replayed.items():
         if over != stock:
             continue
