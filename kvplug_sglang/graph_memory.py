@@ -27,7 +27,7 @@ from kvplug_sglang.settings import given
 MIB = 1 << 20
 PLANNING = 32
 """Bytes of what is computed for a page of a request while its table is planned."""
-HEADS = 40
+HEADS = 32
 """The same for a page of one of its heads, where those have tables of their own."""
 
 

@@ -28,7 +28,7 @@ LINES = {
     "host": "host(pages=64) + quest(budget=1024, dense_layers=0)",
 }
 """For policies that cannot be written by their name alone."""
-VLLM_ALONE = {"duo", "host", "kvzip", "local"}
+VLLM_ALONE = {"host", "kvzip", "local"}
 NOT_WHEN = {
     "dense": "where memory or a step's reads are what limits the server.",
     "twilight": "for more requests at once: it holds the whole cache and 9.4 % more; contexts "

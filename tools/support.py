@@ -35,8 +35,10 @@ queries, `keydiff` by keys and values (`knorm`, `random`, `vase`, `lagkv`, `cur`
 *share* for `keydiff` with a `chunk`, of which it keeps a number of tokens or a share, `a_shape`
 and `xattention` for what reads prompts by position and by an estimate, *compiled* for `kvzip`,
 `kivi` for pages in a format (in vLLM with `--block-size 32`), *chosen* for a server whose
-requests choose (`allow`); `duo`, whose file is one model's, is in no column. Of beam search a
-number is the answer to the request that asks for it.
+requests choose (`allow`). `duo`, whose file is one model's, is in no column: in both engines tests
+run it on full attention, with the prefix cache, preempted or retracted, aborted and replayed from
+graphs, and `docs/limits.md` says what it is refused beside. Of beam search a number is the answer
+to the request that asks for it.
 Nothing here has run on a GPU unless `kvplug doctor` says so. Written by `tools/support.py`.
 """
 POLICIES: Mapping[str, dict[str, Any]] = {

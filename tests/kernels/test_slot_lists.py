@@ -21,14 +21,14 @@ def lists(bounds, slots):
     return [slots[a:b].tolist() for a, b in pairwise(bounds.tolist())]
 
 
-def run(op, table, lengths, chosen, counts, S=4, unit=None):
+def run(op, table, lengths, chosen, counts, S=4, unit=None, strides=None):
     """The op over outputs that hold nothing yet."""
-    unit = unit or S
+    unit, heads = unit or S, 1 if chosen is None else chosen.shape[1]
     sequences, width = (
         (len(table), table.shape[1]) if chosen is None else (counts.numel(), chosen.shape[2])
     )
     out = table.new_full((sequences + 1,), -5), table.new_full((sequences * width * S,), -5).long()
-    op(table, lengths, S, chosen, counts, *out, unit)
+    op(table, lengths, S, chosen, counts, *out, unit, strides or (S * heads, heads))
     return lists(*out)
 
 
@@ -79,6 +79,16 @@ def test_kernel_equals_the_reference(device, poisoned_outputs, B, H, P, K, S):
         assert lists(*slot_lists(moved[0], moved[1], S, *moved[2:])) == wanted
 
 
+def test_pages_of_a_head_among_others_are_read_by_their_first_slots(device):
+    """Three heads: the tokens of one lie three slots apart."""
+    table, lengths, *_ = selection("cpu", heads=False)
+    first = torch.where((table >= 0) & (table < STALE), table * 4 * 3 + 2, table)
+    wanted = [[3 * slot + 2 for slot in each] for each in ALL]
+    assert run(reference.slot_lists, first, lengths, None, None, strides=(1, 3)) == wanted
+    moved = first.to(device), lengths.to(device)
+    assert lists(*slot_lists(*moved, 4, token_stride=3)) == wanted
+
+
 @pytest.mark.parametrize("unit", [1, 2])
 def test_units_of_tokens_are_read_token_by_token(device, unit):
     """Head 0 of the first request reads tokens 2 and 3 of its page 1 and the newest, 10."""
@@ -107,5 +117,7 @@ def test_a_choice_without_counts_is_refused():
     table, lengths, chosen, _ = selection("cpu")
     with pytest.raises(ValueError, match="chosen and counts must be given together"):
         slot_lists(table, lengths, 4, chosen)
+    with pytest.raises(ValueError, match="pages that are read whole, got a choice beside it"):
+        slot_lists(table, lengths, 4, chosen, torch.zeros(3, 2).int(), token_stride=2)
     with pytest.raises(ValueError, match=r"counts must be \[B=3, H=2\], got \[3, 1\]"):
         slot_lists(table, lengths, 4, chosen, torch.zeros(3, 1, dtype=torch.int32))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+
+from tests import heads
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -87,10 +90,15 @@ def test_sglang_leaves_room_for_them_and_for_packing(resolve):
 
 
 @pytest.mark.parametrize(
-    "policy", ["snapkv(budget=96)", "pyramid(keydiff(budget=96), beta=4) + quest(budget=64)"]
+    "policy",
+    [
+        "snapkv(budget=96)",
+        "pyramid(keydiff(budget=96), beta=4) + quest(budget=64)",
+        "duo(keydiff(budget=512), heads={heads!r}, sink=16, recent=48)",
+    ],
 )
 def test_packing_takes_what_sglang_was_told_whoever_ends_together(
-    engine, random_llama, prompts, monkeypatch, policy
+    engine, random_llama, prompts, monkeypatch, tmp_path, policy
 ):
     """By the tensors that are alive at once: three prompts of almost the longest, in one step."""
     from kvplug_sglang import compat
@@ -106,6 +114,8 @@ def test_packing_takes_what_sglang_was_told_whoever_ends_together(
         steps.add(id(backend.plans[0]))
 
     monkeypatch.setattr(PlannedAttention, "_pack", measured)
+    heads.losing({0: [0.9, 0.1], 1: [0.1, 0.9]}).save(tmp_path / "heads.json")
+    policy = policy.format(heads=str(tmp_path / "heads.json"))
     options = {"context_length": 2048, "chunked_prefill_size": 8192}
     with engine(random_llama(), policy, **options) as planned:
         planned.generate(prompts(2040, 2040, 2040, seed=3), 4)
@@ -155,6 +165,27 @@ def test_they_hold_no_lists_where_flash_attention_reads_tables():
     assert held("snapkv(budget=4096)", kv_splits=8) > 256, "a list of the whole context"
     assert held("snapkv(budget=4096)") < 48
     assert held("quest(budget=8192)", batch=0) == 0
+
+
+def test_heads_with_tables_of_their_own_are_reckoned_with(tmp_path):
+    """Of two kinds: half of a request's 131,072 tokens are 2,048 pages, of eight heads."""
+    import torch
+
+    from kvplug.head_pages import head_tables
+    from kvplug_sglang.compression import Taken
+
+    shape = replace(heads.LLAMA, layers=36, heads=32, kv_heads=8)
+    lost = {n: [0.9 if (n + h) % 2 else 0.1 for h in range(8)] for n in range(36)}
+    heads.losing(lost, shape).save(tmp_path / "heads.json")
+    base, pages = "snapkv(budget=4096)", 131072 // 32
+    line = f"duo({base}, heads={str(tmp_path / 'heads.json')!r})"
+    table = torch.zeros(4, pages, dtype=torch.int32)
+    with Taken() as taken:
+        head_tables(table, torch.ones(4).int(), torch.ones(4, 8).int(), pages, 256, 1)
+    more = held(line, batch=4) - held(base, batch=4)
+    assert taken.most / MIB <= more < 1.3 * taken.most / MIB
+    lists = held(line, batch=4, kv_splits=8) - held(base, batch=4, kv_splits=8) - more
+    assert lists == 2 * 4 * 8 * 8 * 131072 / MIB, "two kinds' lists of all tokens"
 
 
 def test_choosing_for_prompts_is_reckoned_with():

@@ -73,10 +73,36 @@ def test_no_feature_is_left_out():
     assert known - tried == {"enable_deterministic_inference"}
 
 
-def test_heads_of_two_kinds(resolve, tmp_path):
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"tp_size": 2}, "gives each rank some heads of a layer"),
+        ({"kv_cache_dtype": "fp8_e4m3"}, "beside duo was never run; drop --kv-cache-dtype, or"),
+        ({"model": "windowed"}, "layers that see a window, beside which duo was never run"),
+        ({"model": "sharing"}, "layers that share a cache, beside which duo was never run"),
+    ],
+    ids=str,
+)
+def test_heads_of_two_kinds_are_refused_what_they_were_never_run_with(
+    resolve, random_llama, tmp_path, options, reason
+):
+    from transformers import LlamaConfig
+
     heads.made({0: [heads.A] * 4}).save(file := tmp_path / "heads.json")
-    with pytest.raises(ValueError, match=r"use keydiff.*, or serve it in vLLM"):
-        resolve(f"duo(keydiff(budget=512), heads={str(file)!r})")
+    line = f"duo(keydiff(budget=512), heads={str(file)!r})"
+    resolve(line)
+    if "model" in options:
+        more = {"windowed": APART, "sharing": {"num_kv_shared_layers": 1}}[options["model"]]
+        config = LlamaConfig(**SMALL, architectures=["LlamaForCausalLM"], **more)
+        config.save_pretrained(tmp_path)
+        options = {"model": tmp_path, "disable_hybrid_swa_memory": True}
+    with pytest.raises(ValueError, match="use keydiff") as caught:
+        resolve(line, **options)
+    assert reason in str(caught.value)
+    with pytest.raises(ValueError, match="is another"):
+        resolve(line, random_llama(heads=6))
+    with pytest.raises(ValueError, match="cannot read the file of heads 'none'"):
+        resolve("duo(keydiff, heads='none')")
 
 
 def test_deterministic_inference(resolve):
@@ -190,13 +216,6 @@ def test_a_file_of_another_model_s_heads_is_refused(resolve, random_llama, tmp_p
     wanted = r"made for tiny \(llama, 2 layers, 4 heads of 64.* is another \(llama, 2 layers, 6 "
     with pytest.raises(ValueError, match=wanted):
         resolve(line, random_llama(heads=6))
-
-
-def test_a_slot_is_of_all_heads(resolve, tmp_path):
-    heads.made(heads.BEST).save(tmp_path / "heads.json")
-    line = f"duo(snapkv(budget=1024), heads={str(tmp_path / 'heads.json')!r})"
-    with pytest.raises(ValueError, match=r"a token of all heads.*use snapkv\(.*serve it in vLLM"):
-        resolve(line)
 
 
 def test_models_whose_cache_has_no_keys(resolve, tmp_path):

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import heads
+
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 NEW = 3
@@ -48,6 +50,10 @@ CASES = {
         ALONE,
     ),
     NAMING: ("blend(links=8)", ['{"chunks": [[0, 97], [97, 247]]}', None, None]),
+    "by head": (
+        "duo(snapkv(budget=64, window=16), heads={heads!r}, retrieval=0.5, sink=8, recent=20)",
+        ALONE,
+    ),
     "as the server selects": (
         SELECTING, ["snapkv(budget=64, window=16) + quest(budget=48, dense_layers=1)", None, None]
     ),
@@ -62,7 +68,7 @@ BEFORE = {NAMING: (97, 150)}
 """Tokens of prompts that are served before; their chunks are the first request's."""
 PAGES = {name: 32 if name.startswith("in codes") else 16 for name in {**CASES, **OTHERWISE}}
 
-IN_TRITON = ("by mass", "by tokens", "both", "of their own", "in another way")
+IN_TRITON = ("by mass", "by tokens", "both", "of their own", "by head", "in another way")
 """What its kernels are called with: the rest is the same over FlashAttention 3, in less time."""
 INTERPRETED = {("triton", name) for name in IN_TRITON} | {
     ("flash", "blocks"),
@@ -76,17 +82,14 @@ SERVED += [("flash", name) for name in {**CASES, **OTHERWISE}]
 @pytest.fixture(scope="module")
 def replayed(eager):
     """One process for all, of SERVED: (stock, case) -> what it did."""
-    model, batches, _ = eager
-    cases = [
-        [
-            stock, (stock, name) in INTERPRETED, *{**CASES, **OTHERWISE}[name], PAGES[name],
-            *batches[name],
-        ]
+    model, cases, batches, _ = eager
+    jobs = [
+        [stock, (stock, name) in INTERPRETED, *cases[name], PAGES[name], *batches[name]]
         for stock, name in SERVED
-    ]  # fmt: skip
+    ]
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("replay_once.py")), str(model), str(NEW),
-         *map(json.dumps, cases)],
+         *map(json.dumps, jobs)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "1"},
         capture_output=True, text=True, timeout=880,
     )  # fmt: skip
@@ -95,12 +98,16 @@ def replayed(eager):
 
 
 @pytest.fixture(scope="module")
-def eager(engine, random_llama, prompts):
+def eager(engine, random_llama, prompts, tmp_path_factory):
     """What the CPU backend answers: prompts of three requests, two layers, chunk 64, page 16.
-    -> model, (what is served before, the prompts) by case, answers by case"""
+    -> model, cases, (what is served before, the prompts) by case, answers by case"""
     model, plain = random_llama(), prompts(150, 97, 1, seed=21)
+    file = tmp_path_factory.mktemp("heads") / "heads.json"
+    heads.losing({0: [0.9, 0.1], 1: [0.1, 0.9]}).save(file)
+    cases = {**CASES, **OTHERWISE}
+    cases["by head"] = cases["by head"][0].format(heads=str(file)), ALONE
     answers, batches = {}, {}
-    for name, (settings, chosen) in {**CASES, **OTHERWISE}.items():
+    for name, (settings, chosen) in cases.items():
         before = prompts(*BEFORE.get(name, ()), seed=22)
         batch = [[*chain(*before), 5], *plain[1:]] if before else plain
         batches[name] = before, batch
@@ -110,13 +117,13 @@ def eager(engine, random_llama, prompts):
             rids = [eager.send(p, NEW, policy) for p, policy in zip(batch, chosen, strict=True)]
             eager.drain()
             answers[name] = [eager.output(rid) for rid in rids]
-    return model, batches, answers
+    return model, cases, batches, answers
 
 
 @pytest.mark.parametrize("stock", ["triton", "flash"])
 def test_replayed_steps_answer_as_eager_ones(eager, replayed, stock):
     """Padded batches of three; FlashAttention 3 is held to its contract in each call."""
-    _, _, answers = eager
+    *_, answers = eager
     for (over, name), found in replayed.items():
         if over != stock:
             continue
