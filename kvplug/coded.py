@@ -27,19 +27,25 @@ from kvplug_kernels.encode_pages import encode_pages
 from kvplug_kernels.page_layout import Coded, PageLayout
 
 SCRATCH = 1 << 28
-"""Bytes of decoded keys and values at once, or those of one KV head where they are more."""
+"""Bytes of decoded keys and values at once, as they come and as they are read, or those of one KV
+head where they are more."""
 
 Numbers = NDArray[np.int64]
 OnDevice = Callable[[NDArray[Any], torch.dtype], Tensor]
 """A planned array of the host's as a tensor."""
 
 
-def step_bytes(layout: PageLayout, heads: int, queries: int, rows: int, longest: int) -> int:
+def step_bytes(
+    layout: PageLayout, heads: int, groups: int, queries: int, rows: int, longest: int
+) -> int:
     """What a step of so many queries of so many requests takes in a layer, beside its cache: the
-    pages that it gathers, and those that it decodes of a prompt of up to ``longest`` tokens."""
-    of_token = layout.plain_bytes // layout.page_size
-    decoded = max(SCRATCH, 2 * (longest + layout.page_size) * of_token)
-    return decoded + (queries + rows * layout.page_size) * heads * of_token
+    pages that it gathers, and those that it decodes of a prompt of up to ``longest`` tokens, then
+    what a page's queries, ``groups`` for each token and KV head, see of it."""
+    S, of_token = layout.page_size, layout.plain_bytes // layout.page_size
+    of_head = (longest + S) * of_token
+    masks = S * groups * (longest + S) * (2 + layout.dtype.itemsize)  # and the kernel's own of it
+    read = max(SCRATCH, of_head + max(of_head, masks))
+    return read + (queries + rows * S) * heads * of_token
 
 
 @dataclass
@@ -278,18 +284,19 @@ def _read_run(
     S, D, every = layout.page_size, layout.head_size, cache.shape[1]
     G = query.shape[1] // every
     first, coded = run.start // S, len(run.table)
-    of_head = 2 * (coded + 1) * S * D * query.element_size()
-    heads = max(1, SCRATCH // of_head)
+    of_head = 4 * (coded + 1) * S * D * query.element_size()
+    heads = min(max(1, SCRATCH // of_head), every)
+    room = query.new_empty(2, (coded + 1) * S, heads, D)
     end = run.start + run.queries
     for head in range(0, every, heads):
         mine = slice(head, min(head + heads, every))
         H = mine.stop - head
-        found = query.new_empty(2, (coded + 1) * S, H, D)
+        found = room[:, :, :H]
         if coded:
-            for one, decoded in zip(
-                found, decode_pages(cache[:, mine], run.table, layout), strict=True
-            ):
-                one[: coded * S] = decoded.flatten(0, 1)
+            decoded = decode_pages(cache[:, mine], run.table, layout)
+            for n in range(2):
+                found[n, : coded * S] = decoded[n].flatten(0, 1)
+            del decoded  # before the next heads'
         for page in range(coded, first - 1, -1):
             begin, stop = max(page * S, run.start), min((page + 1) * S, end)
             own = slice(page * S, stop)

@@ -79,8 +79,9 @@ def decoded_bytes(format: PageFormat, view: Any, model: Any, page_size: int) -> 
     except ValueError:
         return 0  # refused a little later
     rows, queries = view.max_running_requests or REQUESTS, compat.prefill_tokens(view, model)
-    heads = model.get_num_kv_heads(view.tp_size)
-    return step_bytes(layout, heads, queries + rows, rows, model.context_len)
+    heads, query_heads = model.get_num_kv_heads(view.tp_size), model.num_attention_heads
+    groups = query_heads // view.tp_size // heads
+    return step_bytes(layout, heads, groups, queries + rows, rows, model.context_len)
 
 
 def choosing_bytes(

@@ -145,7 +145,9 @@ class CodedImpl(PlannedImpl):
         assert Engine.current is not None
         rows = Engine.current.vllm_config.scheduler_config.max_num_seqs
         layout = self.open_layer(layer).layout
-        taken = coded.step_bytes(layout, self.num_kv_heads, len(key), rows, longest)
+        taken = coded.step_bytes(
+            layout, self.num_kv_heads, self.num_queries_per_kv, len(key), rows, longest
+        )
         key.new_empty(taken, dtype=torch.uint8)
 
     def read_pages(self, layer: Any, kv_cache: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:

@@ -172,8 +172,10 @@ def _measured(name: str) -> str:
 def _rows(name: str) -> Iterator[Row]:
     for row in published():
         if not row.policy.startswith("engine("):
-            parts = [part.name for policy in parse(row.policy) for part in policy.parts]
-            if parts[0] == name and "+" not in row.policy:
+            line = parse(row.policy)
+            parts = [part.name for policy in line for part in policy.parts]
+            coded = line.format is not None and line.format.name == name
+            if coded or (parts[0] == name and "+" not in row.policy):
                 yield row
 
 

@@ -18,7 +18,7 @@ from kvplug_evals.sweep.results import Result, results
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "kvplug/advice/published.json"
-RECALL = ("recall-cpu", "recall-tokens-cpu")
+RECALL = ("recall-cpu", "recall-tokens-cpu", "recall-formats-cpu")
 TEXT = ("smollm2-cpu", "smollm2-tokens-cpu")
 EVIDENCE = "docs/evidence.md"
 # Tables of EVIDENCE -> tokens, and a line's loss on source and on documentation, or on answers.

@@ -98,11 +98,11 @@ def decode_inputs(shape: DecodeShape, device: str, dtype: torch.dtype) -> Decode
     )
 
 
-def coded_cache(inputs: DecodeInputs) -> tuple[Tensor, PageLayout]:
+def coded_cache(inputs: DecodeInputs, bits: int = PAGE_BITS) -> tuple[Tensor, PageLayout]:
     """As many pages of random codes [N, H, page_bytes]."""
     N, S, H, D = inputs.keys.shape
     layout = PageLayout(
-        page_size=S, head_size=D, key_bits=PAGE_BITS, value_bits=PAGE_BITS, dtype=inputs.keys.dtype
+        page_size=S, head_size=D, key_bits=bits, value_bits=bits, dtype=inputs.keys.dtype
     )
     shape = (N, H, layout.page_bytes)
     cache = torch.randint(0, 256, shape, device=inputs.keys.device, dtype=torch.uint8)

@@ -127,6 +127,49 @@ def test_packing_takes_what_sglang_was_told_whoever_ends_together(
         assert max(taken) <= told < 1.3 * max(taken)
 
 
+@pytest.mark.parametrize("scratch", [0, 1 << 22], ids=["a head at once", "two at once"])
+def test_a_prompt_over_codes_takes_what_sglang_was_told(monkeypatch, scratch):
+    """By the tensors that are alive at once where pages are decoded into those that return alone,
+    as the kernel does: the last 96 tokens of 2,048, eight KV heads."""
+    import numpy as np
+    import torch
+
+    from kvplug import coded, parse
+    from kvplug_sglang.compression import Taken
+    from kvplug_sglang.graph_memory import decoded_bytes
+
+    T, queries, H, G, D, S = 2048, 96, 8, 2, 64, 32
+    format = parse("kivi(bits=4)").format
+    layout = format.layout(S, D, torch.float32)
+
+    def decode(cache, pages, layout):
+        return torch.empty(2, len(pages), S, cache.shape[1], D).unbind()
+
+    monkeypatch.setattr(coded, "SCRATCH", scratch)
+    monkeypatch.setattr(coded, "decode_pages", decode)
+    cache = torch.zeros(T // S, H, layout.page_bytes, dtype=torch.uint8)
+    arena = torch.zeros(1, S, 2, H, D), torch.zeros(1, 1, dtype=torch.int64)
+    writes = coded.Writes.of(
+        torch.arange(T - queries, T), np.array([T - queries]), np.array([T]), S,
+        lambda values, dtype: torch.as_tensor(values, dtype=dtype),
+    )  # fmt: skip
+    monkeypatch.setattr(coded, "encode_pages", lambda *_: None)  # nor does it take any
+    query, (keys, values) = torch.randn(queries, H * G, D), torch.randn(2, queries, H, D)
+    run = coded.Run(0, T - queries, queries, 0, torch.arange(T // S - 1).int())
+    output = torch.empty_like(query)
+    with Taken() as found:
+        read = coded.write(keys, values, cache, layout, coded.OpenPages(*arena), writes)
+        coded.read(query, cache, layout, read, coded.CodedReads(None, [run]), 0.1, output)
+    view = SimpleNamespace(max_running_requests=1, chunked_prefill_size=queries, tp_size=1)
+    model = SimpleNamespace(
+        context_len=T, head_dim=D, dtype=torch.float32, num_attention_heads=H * G,
+        get_num_kv_heads=lambda ranks: H // ranks,
+    )  # fmt: skip
+    told = decoded_bytes(format, view, model, S)
+    assert found.most <= told < 1.3 * found.most
+    assert decoded_bytes(format, view, model, 16) == 0, "refused elsewhere"
+
+
 def test_a_score_that_cannot_be_rehearsed_is_refused(monkeypatch):
     import torch
 

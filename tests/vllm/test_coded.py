@@ -66,7 +66,7 @@ def test_ragged_chunks_found_again_and_aborted(engine, random_llama, prompts, ag
     [
         ("kivi(bits=4)", False, 69),
         pytest.param("kivi(bits=4)", True, 69, marks=pytest.mark.cpu),
-        ("kivi(bits=2, first=1, bits_first=8)", True, 80),
+        ("kivi(bits=4, first=1, bits_first=8)", True, 80),
     ],
 )
 def test_preempted_and_resumed(engine, random_llama, prompts, agreed, policy, caching, taken):
