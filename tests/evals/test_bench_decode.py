@@ -120,6 +120,7 @@ def test_steps_that_do_not_grow_are_refused(asked):
         ({"threads": 2}, "add --threads 1"),
         ({"policies": ["snapkv(budget=64)"]}, "no selector alone"),
         ({"policies": ["kivi(bits=4)"]}, "no selector alone"),
+        ({"policies": ["quest(budget=2048)"]}, "in no layer of .* at 1,024 tokens; raise --fit"),
     ],
 )
 def test_options_that_would_measure_nothing_are_refused(asked, changes, told):
