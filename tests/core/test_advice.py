@@ -2,17 +2,18 @@
 
 import json
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
 
 from kvplug import parse, read_offer
-from kvplug.advice.bounds import Setup, bounds, pool_bytes, read_traffic
+from kvplug.advice.bounds import Reads, Setup, bounds, pool_bytes, read_traffic
 from kvplug.advice.capacity import capacity
 from kvplug.advice.card import CARDS, Card, amount, choose_card
 from kvplug.advice.model import model_of, read_model
 from kvplug.advice.published import ENGINE_FP8, in_class, published, quality_of
-from kvplug.advice.ranking import advise, commands, usual_lines
+from kvplug.advice.ranking import WORTH, advise, commands, usual_lines
 
 ROOT = Path(__file__).parents[2]
 LLAMA = {
@@ -268,30 +269,46 @@ def test_short_prompts_gain_nothing_and_short_answers_by_their_prompts_alone():
     assert all(x.gain < 1.02 for x in prefill.lines if x.policy.startswith(("twi", "quest")))
 
 
+SERVED = {
+    file.stem: json.loads(file.read_text()) for file in ROOT.glob("results/bench/serve-*.json")
+}
+"""What ``kvplug bench serve`` saved."""
+SERVED_MODEL = model_of(
+    {
+        "num_hidden_layers": 2, "hidden_size": 256, "num_attention_heads": 32, "head_dim": 128,
+        "num_key_value_heads": 8, "vocab_size": 4096, "intermediate_size": 4, "dtype": "float32",
+    }
+)  # fmt: skip
+"""Its recall model with an 8B Llama's heads."""
+
+
+def served(report, arithmetic=None):
+    """The setup of those servers."""
+    ran = report["settings"]
+    card = Card(name="", memory=GiB, bandwidth=10e9, arithmetic=arithmetic)
+    return Setup(
+        card=card, pool=ran["kv_cache_mib"] << 20, block_size=ran["block_size"],
+        chunk=ran["chunk"], steps=1,
+    )  # fmt: skip
+
+
+def rates(report, load):
+    """Median tokens a second of each policy; none where the load was left out."""
+    return {
+        cell["policy"]: median(sent["output_tokens_per_second"] for sent in cell["sent"])
+        for cell in report["cells"]
+        if cell["load"] == load
+    }
+
+
 @pytest.mark.parametrize("tokens", [4096, 16384, 32768])
 def test_the_advice_is_what_whole_servers_showed(tokens):
     """``kvplug bench serve`` over requests that fit: twilight lost at 4K, where its digests leave
     the pool room for one less, and gained at 16K and 32K."""
-    report = json.loads((ROOT / f"results/bench/serve-{tokens // 1024}k-cpu.json").read_text())
-    ran = report["settings"]
-    model = model_of(
-        {
-            "num_hidden_layers": 2, "hidden_size": 256, "num_attention_heads": 32, "head_dim": 128,
-            "num_key_value_heads": 8, "vocab_size": 4096, "intermediate_size": 4,
-            "dtype": "float32",
-        }
-    )  # fmt: skip
-    pool = ran["kv_cache_mib"] << 20
-    setup = Setup(
-        card=Card(name="", memory=GiB, bandwidth=10e9), pool=pool, block_size=ran["block_size"],
-        chunk=ran["chunk"], steps=1,
-    )  # fmt: skip
+    report = SERVED[f"serve-{tokens // 1024}k-cpu"]
+    ran, model, setup = report["settings"], SERVED_MODEL, served(report)
     traffic = read_traffic(f"{tokens}/{ran['output']}@{ran['batch']}")
-    measured = {}
-    for cell in report["cells"]:
-        if cell["load"] == "batch":
-            rates = sorted(sent["output_tokens_per_second"] for sent in cell["sent"])
-            measured[cell["policy"]] = rates[len(rates) // 2]
+    measured = rates(report, "batch")
     gained = measured["twilight(dense_layers=0)"] > measured["dense"]
     line = "twilight(budget=0.0625, dense_layers=0)"
     found = advise(model, setup, traffic, "any", [line])
@@ -303,6 +320,35 @@ def test_the_advice_is_what_whole_servers_showed(tokens):
     if not gained:
         assert (twilight.bounds.at_once, dense.at_once) == (1, 2)
         assert advise(model, setup, traffic, "close", [line]).best is None
+
+
+@pytest.mark.parametrize("load", ["batch", "memory"])
+@pytest.mark.parametrize("name", sorted(SERVED))
+def test_a_line_that_gained_nothing_in_a_server_is_not_advised(name, load):
+    """Of prompts that are computed, at the arithmetic that dense's own new prompts showed: on a
+    CPU they are most of a request, and what a step saves is little of it."""
+    report, measured = SERVED[name], rates(SERVED[name], load)
+    others = {line: rate for line, rate in measured.items() if line != "dense"}
+    lost = [line for line, rate in others.items() if rate < WORTH * measured["dense"]]
+    assert len(lost) == (4 if name == "serve-4k-cpu" else 0)
+    ran = report["settings"]
+    at_once = ran["batch"] if load == "batch" else ran["requests"]
+    for line in lost:
+        traffic = read_traffic(f"{ran['tokens']}/{ran['output']}@{at_once}")
+        setup = served(report, arithmetic_of_prompts())
+        found = advise(SERVED_MODEL, setup, traffic, "any", [line])
+        ours = next(each for each in found.lines if each.policy == line)
+        assert ours.gain < WORTH, line
+        assert found.best is None or found.best.policy != line
+
+
+def arithmetic_of_prompts():
+    """Multiplications a second of dense's new prompts, answers left out, by ``serve-4k-cpu``."""
+    report = SERVED["serve-4k-cpu"]
+    ran, rate = report["settings"], rates(report, "memory")["dense"]
+    traffic = read_traffic(f"{ran['tokens']}/{ran['output']}@1")
+    work = Reads(SERVED_MODEL, served(report), traffic, offer("dense"), 4).prompt_work()[1]
+    return work / (ran["output"] / rate)
 
 
 def test_commands_name_the_line_for_both_engines():

@@ -222,3 +222,23 @@ def test_what_a_server_says_against_it_is_said(server):
         Server(server.url).compile("a context")
     with pytest.raises(ValueError, match="does not answer"):
         Server("http://127.0.0.1:9").compile("a context")
+
+
+def test_the_command_s_figures_as_json(server, tmp_path, capfd):
+    pytest.importorskip("typer")
+    from kvplug.cli import app
+
+    (file := tmp_path / "context.txt").write_text("a context " * 20)
+    asked = ["compile", "--file", str(file), "--url", server.url, "--json"]
+    app([*asked, "-"], standalone_mode=False)
+    printed = capfd.readouterr()
+    app([*asked, str(tmp_path / "figures.json")], standalone_mode=False)
+    shown = capfd.readouterr()
+    for found in (json.loads(printed.out), json.loads((tmp_path / "figures.json").read_text())):
+        assert found.pop("seconds") > 0
+        assert found == {
+            "policy": str(parse(LINE)), "tokens": 200, "chunk": CHUNK, "chunks": 3, "blocks": 12,
+            "kept": 3,
+        }  # fmt: skip
+    for text in (printed.err, shown.out):
+        assert "192 were compiled in 3 chunks" in text

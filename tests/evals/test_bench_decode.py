@@ -3,21 +3,24 @@
 import io
 import json
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 rich = pytest.importorskip("rich.console")
 pytest.importorskip("scipy")
 
-from kvplug.advice.model import read_model  # noqa: E402
-from kvplug.advice.pace import Choosing, Pace, read_pace, shape_of  # noqa: E402
+from kvplug.advice.model import model_of, read_model  # noqa: E402
+from kvplug.advice.pace import Choosing, Pace, StepBytes, read_pace, shape_of  # noqa: E402
 from kvplug_evals.bench.decode import (  # noqa: E402
     DENSE,
+    ITEMSIZE,
     LINES,
     Cell,
     Load,
     Options,
     Run,
+    fit,
     reads,
     run,
     save,
@@ -27,6 +30,11 @@ from kvplug_evals.bench.options import Clock  # noqa: E402
 from kvplug_evals.bench.steps import Timed  # noqa: E402
 from kvplug_evals.models.random_llama import build_random_llama  # noqa: E402
 
+RESULTS = Path(__file__).parents[2] / "results/bench"
+ONE_LAYER = {
+    "num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 1, "vocab_size": 64,
+    "intermediate_size": 64,
+}  # fmt: skip
 TRUE = {
     "fixed": 0.05, "each": 0.002, "whole": 2e-9,
     "methods": {
@@ -112,6 +120,38 @@ def test_steps_that_do_not_grow_are_refused(asked):
         _ = done.pace
 
 
+@pytest.mark.parametrize("left_out", [8192, 32768, 131072])
+@pytest.mark.parametrize("heads", ["smollm2", "llama-8b"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_each_length_of_a_published_run_follows_from_the_others(heads, dtype, left_out):
+    """``kvplug bench attention``'s layers, on a machine that did nothing else: by their bytes and
+    one fixed part, and what choosing costs, dense and quest are as fast as they were measured."""
+    report = json.loads((RESULTS / "attention-cpu-amx-1-thread.json").read_text())
+    cells = []
+    for cell in report["cells"]:
+        if (cell["heads"]["name"], cell["dtype"]) == (heads, dtype):
+            load = Load(cell["context"], cell["batch"])
+            token = 2 * cell["heads"]["kv"] * cell["heads"]["dim"] * ITEMSIZE[dtype]
+            dense = StepBytes(whole=load.tokens * token)
+            pages = load.tokens // cell["block_size"]
+            quest = StepBytes(chosen=2048 * token, scanned=pages * token, choosing=1)
+            for line, read in ((DENSE, dense), ("quest(budget=2048)", quest)):
+                of = "stock_ms" if line == DENSE else "quest_ms"
+                seconds = cell[of]["median"] / 1e3
+                cells.append(Cell(policy=line, load=load, measured=seconds, read=read))
+    pace = fit(
+        [cell for cell in cells if cell.load.tokens != left_out],
+        model=model_of(ONE_LAYER), block_size=32, arithmetic=1.0, source="",
+    )  # fmt: skip
+    judged = [cell for cell in cells if cell.load.tokens == left_out]
+    assert len(judged) == 4
+    for cell in judged:
+        planned = pace.step(
+            None if cell.policy == DENSE else "quest", cell.load.at_once, cell.read
+        )
+        assert planned == pytest.approx(cell.measured, rel=0.16), (cell.policy, cell.load)
+
+
 @pytest.mark.parametrize(
     "changes, told",
     [
@@ -120,6 +160,7 @@ def test_steps_that_do_not_grow_are_refused(asked):
         ({"threads": 2}, "add --threads 1"),
         ({"policies": ["snapkv(budget=64)"]}, "no selector alone"),
         ({"policies": ["kivi(bits=4)"]}, "no selector alone"),
+        ({"policies": ["quest(budget=2048)"]}, "in no layer of .* at 1,024 tokens; raise --fit"),
     ],
 )
 def test_options_that_would_measure_nothing_are_refused(asked, changes, told):

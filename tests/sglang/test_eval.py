@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[2]
 RECALL = ROOT / ".models" / "recall"
 QUEST, SNAPKV = "quest(budget=512, dense_layers=0)", "snapkv(budget=512)"
+SELECTS = "quest(budget=128, dense_layers=0)"
 SUITE = """
 about: A small one of the recall suite's kind.
 model: recall
@@ -146,10 +147,29 @@ def likely(asked: list[Request]) -> Request:
     return replace(asked[1], scored=len(asked[1].forced))
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """Of requests that choose for themselves."""
+
+    wave: Wave
+    """One that does not, and one that does."""
+    alone: Wave
+    """That one again."""
+    block_bytes: int
+    refused: str
+
+
 @pytest.fixture(scope="module")
-def answered(asked: list[Request], likely: Request) -> tuple[Wave, Wave, tuple[float, bool]]:
+def chosen() -> list[Chosen]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def answered(
+    asked: list[Request], likely: Request, chosen: list[Chosen]
+) -> tuple[Wave, Wave, tuple[float, bool]]:
     """At once, with overlap and chunks; then the first alone, from a cache that was emptied; and
-    what lm-eval is told of another."""
+    what lm-eval is told of another. At last requests that choose for themselves."""
     from lm_eval.api.instance import Instance
     from lm_eval.api.registry import get_model
     from transformers import AutoTokenizer
@@ -158,7 +178,7 @@ def answered(asked: list[Request], likely: Request) -> tuple[Wave, Wave, tuple[f
 
     options = EngineOptions(
         model=str(RECALL), max_model_len=1600, max_num_seqs=4, kv_cache_mib=64,
-        max_num_batched_tokens=256, dtype="float32",
+        max_num_batched_tokens=256, dtype="float32", allow=("quest",),
     )  # fmt: skip
     engine = start_engine("sglang", "dense", options)
     try:
@@ -176,6 +196,12 @@ def answered(asked: list[Request], likely: Request) -> tuple[Wave, Wave, tuple[f
         assert len(engine.run([full]).replies[0].tokens) == 8, "the most that is let in"
         with pytest.raises(EngineError, match=r"long needs 2,\d+ tokens .* serves 1,598"):
             engine.run([Request(key="long", prompt=asked[0].prompt, new_tokens=2000)])
+        reads_less = replace(asked[0], key="quest", policy=SELECTS)
+        both = engine.run([asked[0], reads_less])
+        again = engine.run([reads_less])
+        with pytest.raises(EngineError) as refused:
+            engine.run([replace(asked[0], policy=SNAPKV)])
+        chosen.append(Chosen(both, again, engine.block_bytes, str(refused.value)))
     finally:
         engine.close()
     assert engine.server.process.process.returncode is not None
@@ -243,6 +269,31 @@ def test_what_a_wave_holds_and_reads(
     assert together.peak_blocks >= together.held_blocks
     assert together.read == together.cached
     assert together.queries > sum(len(r.forced) + r.new_tokens - 1 for r in asked)
+
+
+def test_a_request_s_own_policy_is_served_beside_the_server_s(
+    answered: tuple[Wave, Wave, tuple[float, bool]], chosen: list[Chosen]
+) -> None:
+    """As ``kvplug calibrate --quality`` asks: dense, and lines that requests choose, of one."""
+    (found,) = chosen
+    dense, quest = found.wave.replies
+    first = answered[0].replies[0]
+    assert (dense.tokens, dense.agreed) == (first.tokens, first.agreed)
+    assert dense.losses == pytest.approx(first.losses, rel=1e-3, abs=0.01)
+    assert quest.losses != pytest.approx(first.losses, rel=1e-3, abs=0.01)
+    assert quest.cached_tokens > 700, "of the same prefix"
+    assert quest.losses == pytest.approx(found.alone.replies[0].losses, rel=1e-3, abs=0.01)
+    assert found.alone.read < 0.3 * found.alone.cached
+    assert found.alone.read < found.wave.read < found.wave.cached
+    assert "snapkv" in found.refused
+    assert "quest" in found.refused
+
+
+def test_blocks_are_as_large_as_what_requests_may_choose_makes_them(
+    answered: tuple[Wave, Wave, tuple[float, bool]], chosen: list[Chosen]
+) -> None:
+    """A digest lies in every page, whoever reads it."""
+    assert chosen[0].block_bytes == pytest.approx(32 * 4096 * 33 / 32, rel=0.005)
 
 
 def test_forced_tokens_under_policies_of_requests(

@@ -84,6 +84,12 @@ class Options:
                     f"{line} is no selector alone, over plain pages; leave it out (what evicts "
                     "decodes at dense's pace)"
                 )
+            for load in self.fitted:
+                if not reads(self, line, load).decode().choosing:
+                    raise ValueError(
+                        f"{line} chooses in no layer of {self.model} at {load.tokens:,} tokens; "
+                        "raise --fit, or write a smaller budget, or dense_layers=0"
+                    )
 
     @property
     def methods(self) -> dict[str, list[str]]:

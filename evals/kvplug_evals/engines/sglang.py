@@ -55,7 +55,7 @@ class SGLangEngine:
                 "SGLang's server runs in processes of its own; drop --in-process (multiprocess)"
             )
         try:
-            offer = read_offer({"policy": policy}, environ={})
+            offer = read_offer(options.offer(policy), environ={})
             model = Path(options.model)
             dtype = served_dtype(model, options.dtype)
             of_token = token_bytes(model, dtype)
