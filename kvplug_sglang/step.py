@@ -377,8 +377,8 @@ class StepPlanner:
         """The same in layers whose KV heads are of these kinds."""
         tokens, heads = segments.flat, len(kinds)
         pages = self.head_pages(kinds, segments)
-        longest = segments.visible - segments.kept * self.page_size
-        longest = int((longest + pages.max(1) * self.page_size).max())
+        rest = segments.visible - segments.kept * self.page_size
+        longest = int((rest + pages.max(1) * self.page_size).max())
         in_order = len(tokens) == batch.queries and bool((np.diff(tokens) == 1).all())
         single = bool((segments.queries == 1).all())
         return replace(

@@ -39,7 +39,7 @@ class PlacingSpec(PackingSpec):
     def max_num_blocks_per_req(self, vllm_config: Any, max_len: int) -> int:
         return super().max_num_blocks_per_req(vllm_config, max_len) + self.listed(max_len)
 
-    def most_blocks(self, tokens: int) -> int:
+    def most_blocks(self, tokens: int) -> int:  # type: ignore[override]  # cached there
         """Of the pool's own."""
         return super().most_blocks(tokens) - self.listed(tokens - 1)
 

@@ -65,7 +65,7 @@ def calls(
     rest, scale = (chosen, counts, i.lengths), i.shape.D**-0.5
     newest = i.page_table[:, -1].contiguous()
     plain = head_major(i.keys), head_major(i.values)
-    eight = tuple(each.to(torch.float8_e4m3fn) for each in plain)
+    eight = plain[0].to(torch.float8_e4m3fn), plain[1].to(torch.float8_e4m3fn)
     return {
         "codes": lambda: coded_decode(
             i.query, cache, layout, *plain, newest, i.page_table, *rest, scale, unit

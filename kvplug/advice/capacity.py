@@ -113,8 +113,8 @@ def capacity(
         states_blocks = -(-states // block)
         most, settled = most + states_blocks, settled + states_blocks
     return Capacity(
-        blocks=int(memory // block) - shape.directory, most=most, settled=settled, block_bytes=block,
-        exact=not states,
+        blocks=int(memory // block) - shape.directory, most=most, settled=settled,
+        block_bytes=block, exact=not states,
     )  # fmt: skip
 
 

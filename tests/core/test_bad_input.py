@@ -8,8 +8,8 @@ from kvplug import parse, policy_class, policy_names, read_settings, registry
 
 EXAMPLE = "write, for example, 'quest(budget=2048)' or 'streaming_llm(sinks=4, window=1020)'"
 KNOWN = (
-    "Known: a_shape, blend, block_quest, chunkkv, cur, dense, duo, flexprefill, host, "
-    "keydiff, kivi, knorm, kvzip, lagkv, local, minference, pyramid, quest, r_kv, random, random_prefill, "
+    "Known: a_shape, blend, block_quest, chunkkv, cur, dense, duo, flexprefill, host, keydiff, "
+    "kivi, knorm, kvzip, lagkv, local, minference, pyramid, quest, r_kv, random, random_prefill, "
     "snapkv, streaming_llm, tova, tri_shape, twilight, vase, xattention."
 )
 TOKENS = "must be a number of tokens, at least 0 and below 2 ** 62, got "
