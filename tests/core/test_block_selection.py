@@ -190,6 +190,7 @@ def test_the_largest_shares_are_read_until_they_hold_the_threshold(sinks, thresh
         [min(least[i] + r[2], r[0]) for i, r in enumerate(rows)], dtype=torch.int32
     )
     given = torch.randint(0, 4, (n, H, P)).float()  # ties
+    given[:, :, 0].clamp_(min=1)  # what is shared is never nothing
     given[torch.arange(P) >= pages[:, None, None].expand(n, H, 1)] = torch.nan
     given = given / given.nansum(-1, keepdim=True).clamp(min=1)
 
