@@ -126,6 +126,7 @@ class Arrangement:
         """Of tokens that lie behind the taken pages: how many of those each sees, its request's
         first, and the page from which on it sees all up to itself; 0 and 0 for who sees
         everything. [n] -> [n] twice"""
+        assert (positions >= self.cached * self.page_size).all(), "what is taken is not computed"
         kept = self._before[np.minimum(positions, self.prompt - 1)]
         hidden = (positions < self.prompt) & (kept < self.cached)
         return np.where(hidden, kept, 0), np.where(hidden, self.cached, 0)

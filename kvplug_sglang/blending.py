@@ -88,22 +88,12 @@ def ask(self: Any, req: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def check(engine: Engine, settings: Settings, req: Any) -> None:
-    """Raises Refused for a prompt whose chunks are not what they are said to be, of which more is
-    wanted than an answer, or whose order more than the model would see."""
+    """Raises Refused for a prompt whose chunks are not what they are said to be, or of which more
+    is wanted than an answer."""
     prompt = req.origin_input_ids
     tokens = prompt if req.multimodal_inputs is None else None
     answer = req.sampling_params.max_new_tokens
     engine.offer.check_prompt(settings, engine.page_size, tokens, answer)
-    for what, has in (
-        ("custom_logit_processor", req.custom_logit_processor is not None),
-        ("watermark", req.sampling_params.watermark is not None),
-    ):
-        if has:
-            raise Refused(
-                "order of the prompt",
-                f"kvplug: {what} reads a prompt's tokens as they lie, and where chunks are taken "
-                f"from elsewhere they lie in another order; leave chunks out, or {what}",
-            )
     scored = req.return_logprob and 0 <= req.logprob_start_len < len(prompt)
     embedded = req.input_embeds is not None or req.positional_embed_overrides is not None
     for what, has, instead in (

@@ -59,6 +59,10 @@ def test_a_prompt_lies_pages_first_and_is_whole(case):
             assert begin >= first + links or first == 0
             page += 1
     assert page == arrangement.cached
+    chunk, pages, shift = arrangement.sources
+    begins = np.array([chunks[one][0] for one in chunk], np.int64)
+    assert (shift == begins).all()
+    assert (order[:taken:size] == begins + pages * size).all()
     assert rearranged(range(prompt), arrangement) == order.tolist()
     assert arrangement.logical(np.arange(prompt + 3)).tolist() == [
         *order.tolist(), prompt, prompt + 1, prompt + 2,
@@ -101,6 +105,22 @@ def test_every_query_sees_all_that_stands_before_it_however_a_prompt_is_cut(case
     moved = lies[place] != place
     assert tokens.tolist() == (1 + np.flatnonzero(moved)).tolist()
     assert stands.tolist() == lies[place][moved].tolist()
+
+
+def test_what_lies_alike_is_called_alike_and_nothing_else():
+    policy = parse(LINE).reuse
+    spans = ((0, 40), (40, 100))
+    arrangement = arrange(policy, spans, 110, 16)
+    called = arrangement.own(LINE, None, ["a", "b"])
+    assert arrange(policy, spans, 120, 16).own(LINE, None, ["a", "b"]) == called
+    others = [
+        arrangement.own(LINE, "mine", ["a", "b"]),
+        arrangement.own(LINE, None, ["a", "c"]),
+        arrangement.own("blend(links=3)", None, ["a", "b"]),
+        arrange(policy, ((0, 40), (41, 100)), 110, 16).own(LINE, None, ["a", "b"]),
+        arrange(parse("blend(links=20)").reuse, spans, 110, 16).own(LINE, None, ["a", "b"]),
+    ]
+    assert len({called, *others}) == 6
 
 
 def test_who_names_no_chunks_is_planned_as_ever():
@@ -155,6 +175,8 @@ def test_keys_that_are_turned_are_those_that_a_model_has_further_on(kind):
     after = rotated(keys, there, found.frequencies).unflatten(0, (3, 4))
     torch.testing.assert_close(turn(before, *found.angles(shifts)), after, rtol=0, atol=1e-5)
     assert torch.equal(turn(before, *found.angles(shifts))[0], before[0])
+    parts = [turn(before[part], *angles) for part, *angles in found.in_parts(shifts, 2)]
+    assert torch.equal(torch.cat(parts), turn(before, *found.angles(shifts)))
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -283,11 +283,6 @@ def test_what_a_request_may_not_name_or_want_is_refused_alone(engine, random_lla
                 spans, {"fields": {"return_hidden_states": True}},
                 "leave chunks out, or return_hidden_states", "prompt hidden states",
             ),
-            (
-                spans, {"fields": {"custom_logit_processor": "theirs"}},
-                "custom_logit_processor reads a prompt's tokens as they lie",
-                "order of the prompt",
-            ),
         ]  # fmt: skip
         before = [refused(reason) for *_, reason in asked]
         good = send(blending, prompt, spans)

@@ -62,6 +62,10 @@ class SGLangEngine:
             pages, rows = offer.digest_rows(options.block_size, getattr(torch, dtype).itemsize)
         except ValueError as error:
             raise EngineError(f"SGLang cannot serve {policy!r}: {error}") from None
+        if offer.settings.policy.reuse is not None:
+            raise EngineError(
+                f"kvplug's evals name no chunks to SGLang yet; evaluate {policy!r} in vLLM"
+            )
         self.options = options
         self.tokenizer = encoder(options.model)
         self.ends = end_tokens(options.model)
