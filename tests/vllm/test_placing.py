@@ -114,5 +114,7 @@ def test_who_finds_no_room_waits_and_takes_it_from_who_ends():
         schedule.step()
     assert second not in schedule.running
     schedule.preempt(third)
-    assert not schedule.manager.coordinator.single_type_managers[0].taken
+    (manager,) = schedule.manager.coordinator.single_type_managers
+    assert third.request_id not in manager.taken
+    assert len(manager.directory) == 2
     schedule.drain()
