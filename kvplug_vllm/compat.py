@@ -532,7 +532,7 @@ def set_backend(layer: Any, kind: str) -> None:
 
 def take_first_blocks(pool: Any, count: int) -> list[Any]:
     """Blocks 1 to ``count`` of a pool that has handed out none, which from now on is that much
-    smaller.
+    smaller. Nobody has them yet.
 
     BlockPool counts what is free, in use and to be reset by ``num_gpu_blocks``. Until it takes a
     reservation.
@@ -540,6 +540,8 @@ def take_first_blocks(pool: Any, count: int) -> list[Any]:
     blocks = list(pool.get_new_blocks(count))
     assert [block.block_id for block in blocks] == list(range(1, count + 1)), "not the first"
     pool.num_gpu_blocks -= count
+    for block in blocks:
+        block.ref_cnt = 0
     return blocks
 
 

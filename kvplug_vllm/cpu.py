@@ -21,7 +21,7 @@ from kvplug_vllm import compat, eight_bits
 from kvplug_vllm.attention import PlannedBackend, PlannedImpl
 from kvplug_vllm.coded import CodedBackend, CodedBuilder, CodedImpl, configured_format
 from kvplug_vllm.compression import Packing
-from kvplug_vllm.placed import PlacedBackend, PlacedBuilder, PlacedImpl, places_prompts
+from kvplug_vllm.placed import PlacedBuilder, PlacedImpl, places_prompts
 from kvplug_vllm.step import PlannedBuilder
 
 
@@ -158,7 +158,7 @@ class PlacedCPUBuilder(PlacedBuilder, KVPlugBuilder):
     pass
 
 
-class PlacedCPUBackend(PlacedBackend, KVPlugBackend):
+class PlacedCPUBackend(KVPlugBackend):
     @staticmethod
     def get_builder_cls() -> type[KVPlugBuilder]:
         return PlacedCPUBuilder

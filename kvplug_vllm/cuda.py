@@ -23,7 +23,7 @@ from vllm.v1.attention.backends.flash_attn import (
 from kvplug import TokenSelector, block_bytes, keep_tokens, logits_bytes
 from kvplug_vllm.attention import PlannedBackend, PlannedImpl, by_head
 from kvplug_vllm.coded import CodedBackend, CodedBuilder, CodedImpl, configured_format
-from kvplug_vllm.placed import PlacedBackend, PlacedBuilder, PlacedImpl, places_prompts
+from kvplug_vllm.placed import PlacedBuilder, PlacedImpl, places_prompts
 from kvplug_vllm.settings import Engine, offer_of
 from kvplug_vllm.step import PlannedBuilder
 
@@ -240,7 +240,7 @@ class PlacedCUDABuilder(PlacedBuilder, KVPlugBuilder):
     pass
 
 
-class PlacedCUDABackend(PlacedBackend, KVPlugBackend):
+class PlacedCUDABackend(KVPlugBackend):
     @staticmethod
     def get_builder_cls() -> type[KVPlugBuilder]:
         return PlacedCUDABuilder

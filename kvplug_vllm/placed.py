@@ -19,7 +19,7 @@ from vllm.config import get_current_vllm_config_or_none
 from kvplug import Segments
 from kvplug_kernels.host_memory import host_memory
 from kvplug_kernels.resident_pages import EMPTY, resident_pages
-from kvplug_vllm.attention import PlannedBackend, PlannedImpl
+from kvplug_vllm.attention import PlannedImpl
 from kvplug_vllm.compression import Packing
 from kvplug_vllm.settings import offer_of, selected
 from kvplug_vllm.step import Placed, PlannedBuilder, Selected
@@ -34,10 +34,6 @@ def places_prompts() -> bool:
     if config is None or not selected(config):
         return False
     return offer_of(config).settings.policy.placement is not None
-
-
-class PlacedBackend(PlannedBackend):
-    """Before a planned backend in the bases."""
 
 
 class PlacedImpl(PlannedImpl):

@@ -113,12 +113,16 @@ class PlacingManager(PackingManager):
             new = super(PackingManager, self).allocate_new_blocks(
                 request_id, tokens, num_tokens_main_model
             )
+            for block in self.taken[request_id]:
+                block.ref_cnt = 1
             new += self.taken[request_id]
             self.req_to_blocks[request_id].extend(self.taken[request_id])
         return new + super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
 
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
-        self.directory += self.taken.pop(request_id, [])
+        for block in (back := self.taken.pop(request_id, [])):
+            block.ref_cnt = 0
+        self.directory += back
         blocks = super().pop_blocks_for_free(request_id)
         return [block for block in blocks if block.is_null or block.block_id > self.spec.directory]
 

@@ -19,6 +19,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from kvplug import Settings, parse, read_offer
 from kvplug_vllm.packing import PackingManager, PackingSpec
+from kvplug_vllm.placing import PlacingSpec
 from kvplug_vllm.settings import EvictionSettings
 from tests.core.test_schedule import eras
 from tests.vllm.test_manager import (
@@ -76,6 +77,11 @@ def policy_of(spec, request):
 
 def events_of(spec, request) -> list[tuple[int, int, int]]:
     """Position, pages packed by then and private pages written, of each event of a request."""
+    if isinstance(spec, PlacingSpec):
+        whole = request.num_prompt_tokens // S
+        private = spec.private_blocks + -(-whole // (S + 1))
+        long = whole > private and request.num_prompt_tokens > spec.settings.min_context
+        return [(request.num_prompt_tokens, whole, private)] if long else []
     if not isinstance(spec, PackingSpec) or (policy := policy_of(spec, request)) is None:
         return []
     asked = request.sampling_params.extra_args is not None
@@ -95,7 +101,7 @@ def private_blocks(spec, request) -> int:
     if not events:
         return 0
     policy = policy_of(spec, request)
-    return -(-policy.budget // S) if policy.interval else events[0][2]
+    return -(-policy.budget // S) if policy and policy.interval else events[0][2]
 
 
 def begin_of(spec, request) -> int:
