@@ -14,12 +14,13 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from kvplug import PageFormat, PromptKV, TokenSelector
+from kvplug.head_pages import HeadPacking
 from kvplug_kernels.fp8 import widened
 from kvplug_kernels.warm_up import warm_up
 from kvplug_vllm import compat, eight_bits
 from kvplug_vllm.attention import PlannedBackend, PlannedImpl
 from kvplug_vllm.coded import CodedBackend, CodedBuilder, CodedImpl, configured_format
-from kvplug_vllm.compression import HeadPacking, Packing
+from kvplug_vllm.compression import Packing
 from kvplug_vllm.step import PlannedBuilder
 
 
