@@ -377,8 +377,7 @@ class StepPlanner:
         """The same in layers whose KV heads are of these kinds."""
         tokens, heads = segments.flat, len(kinds)
         pages = self.head_pages(kinds, segments)
-        rest = segments.visible - segments.kept * self.page_size
-        longest = int((rest + pages.max(1) * self.page_size).max())
+        read = segments.visible + (pages.max(1) - segments.kept) * self.page_size
         in_order = len(tokens) == batch.queries and bool((np.diff(tokens) == 1).all())
         single = bool((segments.queries == 1).all())
         return replace(
@@ -387,7 +386,7 @@ class StepPlanner:
                 self._tensor(segments.kept),
                 self._tensor(segments.visible),
                 self._tensor(pages),
-                -(-longest // self.page_size),
+                -(-int(read.max()) // self.page_size),
             ),
             tokens=None if in_order else self._tensor(tokens),
             queries=self._tensor(np.repeat(segments.queries, heads), torch.int32),

@@ -95,7 +95,7 @@ def test_heads_of_two_kinds_are_refused_what_they_were_never_run_with(
         more = {"windowed": APART, "sharing": {"num_kv_shared_layers": 1}}[options["model"]]
         config = LlamaConfig(**SMALL, architectures=["LlamaForCausalLM"], **more)
         config.save_pretrained(tmp_path)
-        options = {"model": tmp_path, "disable_hybrid_swa_memory": True}
+        options = {"model": tmp_path}
     with pytest.raises(ValueError, match="use keydiff") as caught:
         resolve(line, **options)
     assert reason in str(caught.value)
