@@ -72,10 +72,8 @@ class Row:
     def shown(self) -> str:
         if self.refused is not None:
             return f"{self.line}: {self.refused}"
-        return (
-            f"{self.line}: {self.tokens:,} tokens, {self.read:,.0f} bytes a step, "
-            f"{self.loss:+.3f} nats"
-        )
+        lost = "" if self.loss is None else f", {self.loss:+.3f} nats"
+        return f"{self.line}: {self.tokens:,} tokens, {self.read:,.0f} bytes a step{lost}"
 
 
 def filled(line: str, tokens: int) -> str:
@@ -118,7 +116,7 @@ def counted() -> list[float]:
 
 
 def loss(line: str, model: Path) -> float:
-    found, _ = losses(filled(line, PROMPT), model, PROMPT, ANSWER)
+    found, _ = losses(filled(line, PROMPT), model, PROMPT, ANSWER, multiprocess=False)
     return mean(found)
 
 
@@ -126,16 +124,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smollm2", type=Path, default=Path(".models/smollm2"))
     parser.add_argument("--recall", type=Path, default=Path(".models/recall"))
+    parser.add_argument("--no-losses", action="store_true", help="what is held and read alone")
     parser.add_argument("--out", type=Path)
     parser.add_argument("lines", nargs="*", default=LINES)
     given = parser.parse_args()
     source, rows = provenance(shlex.join(["python", *sys.argv]), "vllm"), []
-    dense = loss("dense", given.smollm2)
+    dense = None if given.no_losses else loss("dense", given.smollm2)
     for line in given.lines:
         row = Row(line)
         try:
             row.tokens, row.read = held_and_read(line, given.recall)
-            row.loss = loss(line, given.smollm2) - dense if line != "dense" else 0.0
+            if dense is not None:
+                row.loss = 0.0 if line == "dense" else loss(line, given.smollm2) - dense
         except EngineError as error:
             row.refused = str(error).split(". Its own message", 1)[0]
         print(row.shown(), flush=True)
