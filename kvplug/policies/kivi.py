@@ -11,8 +11,9 @@ at four bits and 5.3 times at two. The page that is being filled stays as it was
 alone, as ``dense_layers`` says.
 
 On answers of SmolLM2 four bits lose .011 nats a token over dense and two .31, more than ``random``
-with a third of the tokens; exact recall finds every look-up at four, with ``twilight`` too, and 96
-of 100 at two, where ``snapkv`` finds 42 by the bytes of four (docs/evidence.md, "Time and memory").
+with a third of the tokens. Exact recall finds every look-up at four, with ``twilight`` too, and 96
+of 100 at two, where ``snapkv`` finds 42 by the bytes of four (docs/evidence.md, "Time and
+memory").
 
 Liu et al., "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache", ICML 2024,
 https://arxiv.org/abs/2402.02750
