@@ -1,7 +1,7 @@
 """What pages in codes hold, read and lose, beside what else saves as many bytes.
 
     make setup models
-    PYTHONPATH=.:kernels:evals .venvs/vllm/bin/python tools/formats.py --out results/formats.json
+    PYTHONPATH=.:kernels:evals .venvs/vllm/bin/python tools/formats.py
 
 For each line two engines. In 16 bits exact recall's model says how many tokens a pool of 64 MiB
 holds, by the engine's own start-up line, and, behind a prompt of 2,039 tokens, how many bytes a
@@ -120,6 +120,30 @@ def loss(line: str, model: Path) -> float:
     return mean(found)
 
 
+def table(source: dict[str, object], rows: list[Row]) -> str:
+    """What the JSON says, its first row the measure of others."""
+    dense, wide = rows[0], max(len(row.line) for row in rows)
+    lines = [
+        f"{source['command']}",
+        f"{source['date']}, commit {source['commit']}, vLLM {source['vllm']}, torch "
+        f"{source['torch']}, {source['cpu']}, one thread of {source['cores']} cores",
+        f"exact recall's model in bfloat16, {CONTEXT:,} tokens, blocks of 32, a pool of {POOL} MiB; "
+        "{share} is of a prompt's tokens; nats a token over dense",
+        "",
+        f"{'policy':<{wide}}  pool, tokens  of dense  bytes a step  of dense  loss",
+    ]
+    for row in rows:
+        if row.tokens is None or row.read is None or dense.tokens is None or dense.read is None:
+            lines.append(f"{row.line:<{wide}}  {row.refused}")
+            continue
+        lost = "" if row.loss is None else f"{row.loss:+.3f}"
+        lines.append(
+            f"{row.line:<{wide}}  {row.tokens:>12,}  {row.tokens / dense.tokens:>7.2f}x  "
+            f"{row.read:>12,.0f}  {row.read / dense.read:>8.1%}  {lost}".rstrip()
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smollm2", type=Path, default=Path(".models/smollm2"))
@@ -144,6 +168,7 @@ def main() -> None:
             source["load_at_end"] = os.getloadavg()[0]
             found = {"provenance": source, "dense": dense, "rows": [asdict(each) for each in rows]}
             given.out.write_text(json.dumps(found, indent=1) + "\n")
+            given.out.with_suffix(".txt").write_text(table(source, rows))
 
 
 if __name__ == "__main__":
