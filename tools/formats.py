@@ -127,7 +127,7 @@ def table(source: dict[str, object], rows: list[Row]) -> str:
         f"{source['command']}",
         f"{source['date']}, commit {source['commit']}, vLLM {source['vllm']}, torch "
         f"{source['torch']}, {source['cpu']}, one thread of {source['cores']} cores",
-        f"exact recall's model in bfloat16, {CONTEXT:,} tokens, blocks of 32, a pool of {POOL} MiB; "
+        f"exact recall's model in bfloat16, {CONTEXT:,} tokens, blocks of 32, {POOL} MiB of pool; "
         "{share} is of a prompt's tokens; nats a token over dense",
         "",
         f"{'policy':<{wide}}  pool, tokens  of dense  bytes a step  of dense  loss",
