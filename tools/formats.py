@@ -1,7 +1,7 @@
 """What pages in codes hold, read and lose, beside what else saves as many bytes.
 
     make setup models
-    PYTHONPATH=.:kernels:evals .venvs/vllm/bin/python tools/formats.py --out results/formats.json
+    PYTHONPATH=.:kernels:evals .venvs/vllm/bin/python tools/formats.py
 
 For each line two engines. In 16 bits exact recall's model says how many tokens a pool of 64 MiB
 holds, by the engine's own start-up line, and, behind a prompt of 2,039 tokens, how many bytes a
@@ -72,10 +72,8 @@ class Row:
     def shown(self) -> str:
         if self.refused is not None:
             return f"{self.line}: {self.refused}"
-        return (
-            f"{self.line}: {self.tokens:,} tokens, {self.read:,.0f} bytes a step, "
-            f"{self.loss:+.3f} nats"
-        )
+        lost = "" if self.loss is None else f", {self.loss:+.3f} nats"
+        return f"{self.line}: {self.tokens:,} tokens, {self.read:,.0f} bytes a step{lost}"
 
 
 def filled(line: str, tokens: int) -> str:
@@ -118,24 +116,50 @@ def counted() -> list[float]:
 
 
 def loss(line: str, model: Path) -> float:
-    found, _ = losses(filled(line, PROMPT), model, PROMPT, ANSWER)
+    found, _ = losses(filled(line, PROMPT), model, PROMPT, ANSWER, multiprocess=False)
     return mean(found)
+
+
+def table(source: dict[str, object], rows: list[Row]) -> str:
+    """What the JSON says, its first row the measure of others."""
+    dense, wide = rows[0], max(len(row.line) for row in rows)
+    lines = [
+        f"{source['command']}",
+        f"{source['date']}, commit {source['commit']}, vLLM {source['vllm']}, torch "
+        f"{source['torch']}, {source['cpu']}, one thread of {source['cores']} cores",
+        f"exact recall's model in bfloat16, {CONTEXT:,} tokens, blocks of 32, {POOL} MiB of pool; "
+        "{share} is of a prompt's tokens; nats a token over dense",
+        "",
+        f"{'policy':<{wide}}  pool, tokens  of dense  bytes a step  of dense  loss",
+    ]
+    for row in rows:
+        if row.tokens is None or row.read is None or dense.tokens is None or dense.read is None:
+            lines.append(f"{row.line:<{wide}}  {row.refused}")
+            continue
+        lost = "" if row.loss is None else f"{row.loss:+.3f}"
+        lines.append(
+            f"{row.line:<{wide}}  {row.tokens:>12,}  {row.tokens / dense.tokens:>7.2f}x  "
+            f"{row.read:>12,.0f}  {row.read / dense.read:>8.1%}  {lost}".rstrip()
+        )
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smollm2", type=Path, default=Path(".models/smollm2"))
     parser.add_argument("--recall", type=Path, default=Path(".models/recall"))
+    parser.add_argument("--no-losses", action="store_true", help="what is held and read alone")
     parser.add_argument("--out", type=Path)
     parser.add_argument("lines", nargs="*", default=LINES)
     given = parser.parse_args()
     source, rows = provenance(shlex.join(["python", *sys.argv]), "vllm"), []
-    dense = loss("dense", given.smollm2)
+    dense = None if given.no_losses else loss("dense", given.smollm2)
     for line in given.lines:
         row = Row(line)
         try:
             row.tokens, row.read = held_and_read(line, given.recall)
-            row.loss = loss(line, given.smollm2) - dense if line != "dense" else 0.0
+            if dense is not None:
+                row.loss = 0.0 if line == "dense" else loss(line, given.smollm2) - dense
         except EngineError as error:
             row.refused = str(error).split(". Its own message", 1)[0]
         print(row.shown(), flush=True)
@@ -144,6 +168,7 @@ def main() -> None:
             source["load_at_end"] = os.getloadavg()[0]
             found = {"provenance": source, "dense": dense, "rows": [asdict(each) for each in rows]}
             given.out.write_text(json.dumps(found, indent=1) + "\n")
+            given.out.with_suffix(".txt").write_text(table(source, rows))
 
 
 if __name__ == "__main__":

@@ -37,11 +37,14 @@ POLICIES = (
 )
 
 
-def losses(policy: str, model: Path, prompt: int, answer: int) -> tuple[list[float], int]:
-    """Mean loss of each text's answer, and the blocks that all held while they decoded."""
+def losses(
+    policy: str, model: Path, prompt: int, answer: int, multiprocess: bool = True
+) -> tuple[list[float], int]:
+    """Mean loss of each text's answer, and the blocks that all held while they decoded.
+    multiprocess: as of ``EngineOptions``"""
     options = EngineOptions(
         model=str(model), max_model_len=prompt + answer + 8, max_num_seqs=len(TEXTS),
-        dtype="float32",
+        dtype="float32", multiprocess=multiprocess,
     )  # fmt: skip
     engine = VLLMEngine(policy, options)
     tokens = [engine.tokenizer.encode(text)[: prompt + answer] for text in TEXTS]

@@ -7,10 +7,13 @@ A key's channels differ in size by orders, and each is alike from token to token
 not. So a page's keys are coded channel by channel over its tokens, its values token by token over
 groups of 64 channels, 32 at two bits. Of a head of 64 in 16 bits that is 3.4 times as many tokens
 at four bits and 5.3 times at two. The page that is being filled stays as it was
-(``kvplug.formats``).
+(``kvplug.formats``). A model's ``first`` layers may have other bits; what selects leaves those
+alone, as ``dense_layers`` says.
 
 On answers of SmolLM2 four bits lose .011 nats a token over dense and two .31, more than ``random``
-with a third of the tokens (docs/evidence.md, "Time and memory").
+with a third of the tokens. Exact recall finds every look-up at four, with ``twilight`` too, and 96
+of 100 at two, where ``snapkv`` finds 42 by the bytes of four (docs/evidence.md, "Time and
+memory").
 
 Liu et al., "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache", ICML 2024,
 https://arxiv.org/abs/2402.02750
