@@ -17,8 +17,8 @@ from kvplug.compress import (
     PositionalEviction,
     ScoredEviction,
 )
-from kvplug.formats import PageFormat
-from kvplug.generate import SparsePrefill
+from kvplug.formats import KeyCodes, PageFormat
+from kvplug.generate import BlockSelector, SparsePrefill
 from kvplug.heads import Shape, read_heads
 from kvplug.load import Selector
 from kvplug.policies.dense import Dense
@@ -151,7 +151,11 @@ class Composition:
 
     @property
     def generate(self) -> SparsePrefill | None:
-        policy = self.stage(Stage.GENERATE)
+        """As it reads pages that carry codes of their keys, where the line's selector has them."""
+        policy, selector = self.stage(Stage.GENERATE), self.stage(Stage.LOAD)
+        if isinstance(policy, BlockSelector) and isinstance(selector, Selector):
+            codes = selector.digest if self.format is None else None
+            return policy.over(codes) if isinstance(codes, KeyCodes) else policy
         return policy if isinstance(policy, SparsePrefill) else None
 
     @property

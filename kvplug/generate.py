@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from kvplug.formats import KeyCodes
 from kvplug.policy import Action, Digest, Evidence, Granularity, Policy, Positions, Sharing, Stage
 
 
@@ -171,6 +172,12 @@ class BlockSelector(SparsePrefill):
     def digest(self) -> Digest | None:
         """What pages must carry for this policy's estimate."""
         return None
+
+    def over(self, codes: KeyCodes) -> BlockSelector:
+        """The same over pages that carry codes of their keys for what selects as requests decode:
+        choosing by those, where it would else want digests of its own. The last page that a block
+        sees may have none yet; it is the block's own."""
+        return self
 
     def page(self, block_size: int) -> int:
         """Tokens of what a digest describes of an engine's block, as ``Selector.page``."""

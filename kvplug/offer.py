@@ -208,7 +208,10 @@ class Offer:
         """What may choose what a prompt's blocks read here, as ``scorers``."""
         own = self.settings.policy.generate
         mine = own if isinstance(own, BlockSelector) else None
-        return self._offered(BlockSelector, mine)  # type: ignore[type-abstract]
+        found = self._offered(BlockSelector, mine)  # type: ignore[type-abstract]
+        carried = [each.digest for each in self.selectors if self.format is None]
+        codes = next((each for each in carried if isinstance(each, KeyCodes)), None)
+        return found if codes is None else [each.over(codes) for each in found]
 
     @property
     def _choosers(self) -> list[Selector | BlockSelector]:
@@ -220,8 +223,7 @@ class Offer:
         if self.format is not None:
             read = self.format.codes
             allowed = [_over(each, read) for each in allowed]
-        others = [each for each in allowed if type(each) is not type(own)]
-        return others if own is None else [own, *others]
+        return allowed if own is None else [own, *(x for x in allowed if x.name != own.name)]
 
     @property
     def generates(self) -> bool:

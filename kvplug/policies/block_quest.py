@@ -4,7 +4,8 @@
     share of a page = softmax(scale u)_p, mean over the query heads that share a KV head
 
 with lo and hi the least and greatest key of a page in each channel, which Quest's digests carry:
-it costs no look at any key.
+it costs no look at any key. Beside ``twilight`` its codes say them, lo and lo + step (2^bits - 1),
+of every page but the last that a block sees, which is the block's own.
 
 The bounds are those of Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM
 Inference", ICML 2024, https://arxiv.org/abs/2406.10774; what is ours is that a block asks with
@@ -14,10 +15,12 @@ block alone looks for is averaged away.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
+import torch
 from torch import Tensor
 
+from kvplug.formats import KeyCodes
 from kvplug.generate import BlockSelector, QueryBlocks
 from kvplug.load import small_page
 from kvplug.policies.quest import KeyExtremes
@@ -41,6 +44,10 @@ class BlockQuest(BlockSelector):
     def digest(self) -> Digest:
         return KeyExtremes()
 
+    def over(self, codes: KeyCodes) -> BlockSelector:
+        own = {f.name: getattr(self, f.name) for f in fields(BlockQuest) if f.init}
+        return BlockQuestOverCodes(**own, codes=codes)
+
     def page(self, block_size: int) -> int:
         return small_page(block_size)
 
@@ -59,6 +66,33 @@ class BlockQuest(BlockSelector):
         # Each query head asks for itself: n * G requests of H heads.
         asked = mean.transpose(1, 2).reshape(n * G, H, D)
         table, seen = (each.repeat_interleave(G, 0) for each in (page_table, pages))
-        bounds = page_bound(asked, digest, table, seen * parts)
+        bounds = self.bounds(asked, digest, table, seen, parts)
         bounds = bounds.view(n, G, H, -1, parts).amax(-1)
         return (bounds * blocks.scale).softmax(-1).mean(1)
+
+    def bounds(
+        self, query: Tensor, digest: Tensor, page_table: Tensor, pages: Tensor, parts: int
+    ) -> Tensor:
+        """On q . k, of each of a page's parts; -inf beyond ``pages``. query [n, H, D] ->
+        [n, H, P * parts]"""
+        return page_bound(query, digest, page_table, pages * parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockQuestOverCodes(BlockQuest):
+    """Where pages carry codes of their keys: the same bounds, from lo and the highest code."""
+
+    codes: KeyCodes = field(repr=False)
+
+    @property
+    def digest(self) -> Digest:
+        return self.codes
+
+    def bounds(
+        self, query: Tensor, digest: Tensor, page_table: Tensor, pages: Tensor, parts: int
+    ) -> Tensor:
+        """-inf for the last page too, which may have no codes yet; 0 where it is the only one."""
+        full, levels = (pages - 1).clamp(min=0) * parts, 2**self.codes.bits - 1
+        bounds = page_bound(query, digest[..., :2, :], page_table, full, levels)
+        first = torch.arange(bounds.shape[2], device=bounds.device) == 0
+        return bounds.masked_fill(first & (pages == 1)[:, None, None], 0.0)

@@ -18,11 +18,14 @@ from kvplug import (
     LastQueries,
     Planner,
     QueryBlocks,
+    Refused,
     Settings,
     choose_pages,
     parse,
+    read_offer,
     step_reads,
 )
+from kvplug.formats import KeyCodes
 from kvplug.policies.block_quest import BlockQuest
 from kvplug.policies.flexprefill import FlexPrefill
 from kvplug.policies.minference import FIRST, NEAREST, MInference
@@ -164,6 +167,56 @@ def test_block_quest_is_the_softmax_of_a_mean_query_s_bounds(S, H, G, parts):
             wanted = torch.zeros(table.shape[1], dtype=torch.float64)
             wanted[: pages[i]] = logits.softmax(-1).mean(0)
             torch.testing.assert_close(shares[i, h].double(), wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("S, H, G", SHAPES)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_beside_twilight_block_quest_asks_the_codes_of_full_pages(S, H, G, parts):
+    blocks, keys, table, pages = paged(5, S, H, 24, LENGTHS, G, ROWS)
+    policy = parse("block_quest + twilight(bits=4)").generate
+    assert policy.digest == KeyCodes(4) == parse("twilight(bits=4)").selector.digest
+    part = S // parts
+    codes = torch.full((len(keys), parts, H, KeyCodes(4).rows(part, 4), 24), torch.nan)
+    for i, length in enumerate(LENGTHS):
+        for page in range(length // S):  # the last that is not full has none
+            for at in range(parts):
+                own = keys[table[i, page].long(), at * part : (at + 1) * part].float()
+                low, high = own.amin(0), own.amax(0)
+                codes[table[i, page].long(), at, :, 0] = low
+                codes[table[i, page].long(), at, :, 1] = (high - low) / 15
+    given = codes if parts > 1 else codes[:, 0]
+    shares = policy.score(blocks, None, given, table, pages)
+    for i in range(len(LENGTHS)):
+        q = blocks.query[blocks.bounds[i] : blocks.bounds[i + 1]].double().mean(0)
+        before = int(pages[i]) - 1
+        page = codes[table[i, :before].long()].double()
+        least, most = page[:, :, :, 0], page[:, :, :, 0] + 15 * page[:, :, :, 1]
+        for h in range(H):
+            wanted = torch.zeros(table.shape[1], dtype=torch.float64)
+            asked = q[h, :, None, None]
+            ends = torch.maximum(asked * least[..., h, :], asked * most[..., h, :])
+            if before:
+                logits = ends.sum(-1).amax(-1) * blocks.scale
+                wanted[:before] = logits.softmax(-1).mean(0)
+            else:
+                wanted[0] = 1
+            torch.testing.assert_close(shares[i, h].double(), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_evidence_is_the_server_s_and_options_stay():
+    offer = read_offer({"policy": "twilight(bits=4)", "allow": ["block_quest"]}, environ={})
+    assert offer.digest == KeyCodes(4)
+    assert [each.digest for each in offer.block_selectors] == [KeyCodes(4)]
+    asked = offer.settings_for("block_quest(budget=512, sinks=32) + twilight(bits=4)")
+    generate = asked.policy.generate
+    assert (generate.budget, generate.sinks, generate.digest) == (512, 32, KeyCodes(4))
+    assert parse(str(generate)).generate == BlockQuest(budget=512, sinks=32)
+    with pytest.raises(Refused, match="do not carry what block_quest"):
+        offer.settings_for("block_quest")
+    own = read_offer({"policy": "block_quest + twilight", "allow": ["block_quest"]}, environ={})
+    assert len(own.block_selectors) == 1
+    assert parse("block_quest + quest").generate.digest == parse("quest").selector.digest
+    assert parse("xattention + twilight").generate.digest is None
 
 
 @claims

@@ -151,6 +151,11 @@ def test_what_was_read_for_a_prompt_s_end_is_nobody_else_s(engine, random_llama,
             *(64, "float32"),
         ),
         (
+            "block_quest(budget=192, sinks=32) + twilight(budget=0.2, dense_layers=0)",
+            {"heads": 4, "kv_heads": 2, "head_dim": 64},
+            *(64, "float32"),
+        ),
+        (
             "flexprefill(threshold=0.5, sinks=32, min_budget=64) + quest(budget=96)",
             {"heads": 6, "kv_heads": 2, "head_dim": 64},
             *(32, "float32"),
@@ -195,6 +200,7 @@ def test_each_head_reads_by_its_own_pattern(engine, random_llama, prompts, monke
     [
         "random_prefill(budget=128, sinks=32)",
         "block_quest(budget=160, sinks=32) + snapkv(budget=96, window=32)",
+        "block_quest(budget=160, sinks=32) + twilight(budget=0.25, bits=4, dense_layers=0)",
         pytest.param(
             "xattention(threshold=0.7, sinks=32) + streaming_llm(sinks=40, window=300) + "
             "quest(budget=96, dense_layers=0)",

@@ -41,7 +41,11 @@ REFUSED = [
         ["a block of 96 queries is neither", "a page of 64 tokens; write a_shape(block=64)"],
     ),
     ({"block_size": 32}, {"policy": "xattention(stride=64)"}, ["write xattention(stride=32)"]),
-    ({}, {"policy": "block_quest + twilight"}, ["block_quest need different digests in a page"]),
+    (
+        {},
+        {"policy": "block_quest", "allow": ["quest", "twilight"]},
+        ["quest and twilight need different digests in a page"],
+    ),
     (
         {"block_size": 128},
         KIVI,
