@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
+import torch
 from torch import Tensor
 
 from kvplug.formats import KeyCodes
@@ -81,7 +82,7 @@ class BlockQuest(BlockSelector):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockQuestOverCodes(BlockQuest):
-    """By codes: a block's last page, which is read in any case, may have none yet and scores 0."""
+    """By codes, which a block's last page may not have yet: it is read in any case."""
 
     codes: KeyCodes = field(repr=False)
 
@@ -90,16 +91,9 @@ class BlockQuestOverCodes(BlockQuest):
         return self.codes
 
     def bounds(self, query: Tensor, digest: Tensor, page_table: Tensor, pages: Tensor) -> Tensor:
+        """-inf for the last page too, but 0 where it is the only one."""
         full, parts = (pages - 1).clamp(min=0), by_page(digest).shape[1]
         levels = 2**self.codes.bits - 1
-        return page_bound(query, digest[..., :2, :], page_table, full * parts, levels)
-
-    def score(
-        self,
-        blocks: QueryBlocks,
-        keys: Tensor | None,
-        digest: Tensor | None,
-        page_table: Tensor,
-        pages: Tensor,
-    ) -> Tensor:
-        return super().score(blocks, keys, digest, page_table, pages).nan_to_num(0.0)
+        bounds = page_bound(query, digest[..., :2, :], page_table, full * parts, levels)
+        first = torch.arange(bounds.shape[2], device=bounds.device) == 0
+        return bounds.masked_fill(first & (full == 0)[:, None, None], 0.0)

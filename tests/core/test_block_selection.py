@@ -22,6 +22,7 @@ from kvplug import (
     Settings,
     choose_pages,
     parse,
+    read_offer,
     step_reads,
 )
 from kvplug.policies.block_quest import BlockQuest
@@ -171,7 +172,23 @@ def test_block_quest_is_the_softmax_of_a_mean_query_s_bounds(S, H, G, parts, cod
             logits = ends.sum(-1).amax(-1) * blocks.scale  # [G, P]
             wanted = torch.zeros(table.shape[1], dtype=torch.float64)
             wanted[: counted[i]] = logits.softmax(-1).mean(0)
+            wanted[0] += counted[i] == 0
             torch.testing.assert_close(shares[i, h].double(), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_evidence_is_the_server_s_and_options_stay():
+    offer = read_offer({"policy": "twilight(bits=4)", "allow": ["block_quest"]}, environ={})
+    assert offer.digest == KeyCodes(4)
+    assert [each.digest for each in offer.block_selectors] == [KeyCodes(4)]
+    asked = offer.settings_for("block_quest(budget=512, sinks=32) + twilight(bits=4)")
+    generate = asked.policy.generate
+    assert (generate.budget, generate.sinks, generate.digest) == (512, 32, KeyCodes(4))
+    assert parse(str(generate)).generate == BlockQuest(budget=512, sinks=32)
+    assert offer.settings_for("block_quest").policy.generate.digest == KeyCodes(4)
+    own = read_offer({"policy": "block_quest + twilight", "allow": ["block_quest"]}, environ={})
+    assert len(own.block_selectors) == 1
+    assert parse("block_quest + quest").generate.digest == parse("quest").selector.digest
+    assert parse("xattention + twilight").generate.digest is None
 
 
 @claims

@@ -18,7 +18,7 @@ POSITIONAL = [
 FULL = [
     "tri_shape(sinks=40, window=4096) + snapkv(budget=4096)",
     "xattention(threshold=1.0, sinks=32) + quest(budget=4096, dense_layers=0)",
-    "block_quest(budget=4096, sinks=32)",
+    "block_quest(budget=4096, sinks=32) + twilight(budget=4096, dense_layers=0)",
     "minference(vertical=4096, slash=4096)",
     "flexprefill(threshold=1.0, sinks=32, min_budget=4096)",
     "random_prefill(budget=4096, sinks=32)",

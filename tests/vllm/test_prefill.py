@@ -151,6 +151,11 @@ def test_what_was_read_for_a_prompt_s_end_is_nobody_else_s(engine, random_llama,
             *(64, "float32"),
         ),
         (
+            "block_quest(budget=192, sinks=32) + twilight(budget=0.2, dense_layers=0)",
+            {"heads": 4, "kv_heads": 2, "head_dim": 64},
+            *(64, "float32"),
+        ),
+        (
             "flexprefill(threshold=0.5, sinks=32, min_budget=64) + quest(budget=96)",
             {"heads": 6, "kv_heads": 2, "head_dim": 64},
             *(32, "float32"),

@@ -53,7 +53,7 @@ def serve(line: str, how: Worker, asked: Connection) -> None:
     None."""
     from vllm import LLM, SamplingParams
 
-    from kvplug_vllm.settings import REQUEST_FIELD
+    from kvplug_evals.engines.vllm import REQUEST_FIELD
 
     kvplug = {"policy": line, **({"allow": list(how.allow)} if how.allow else {})}
     llm = LLM(
