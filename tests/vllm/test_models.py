@@ -36,7 +36,7 @@ def gemma(tmp_path_factory):
 BY_HEAD = ["xattention(threshold=0.6, sinks=32)", "keydiff(budget=96, chunk=64)"]
 """Each KV head chooses for itself, while a prompt comes."""
 LOCAL = 'local(layers="1", window=100) + quest(budget=96, dense_layers=0)'
-CODED = "kivi(bits=4)"
+CODED = "kivi(bits=8, first=1, bits_first=4) + twilight(budget=0.4, bits=8, dense_layers=1)"
 
 
 def turns(engine, prompts):
