@@ -152,6 +152,19 @@ def test_each_length_of_a_published_run_follows_from_the_others(heads, dtype, le
         assert planned == pytest.approx(cell.measured, rel=0.16), (cell.policy, cell.load)
 
 
+def test_published_engines_take_the_time_that_was_planned():
+    """Within a quarter at three lengths that were not fitted, for each of the lines."""
+    report = json.loads((RESULTS / "decode-cpu.json").read_text())
+    pace = read_pace(RESULTS / "decode-cpu.json")
+    judged = [cell for cell in report["cells"] if not cell["fitted"]]
+    assert {cell["load"]["tokens"] for cell in judged} == {2048, 4096, 7936}
+    assert {cell["policy"] for cell in judged} == {DENSE, *LINES}
+    for cell in judged:
+        method = None if cell["policy"] == DENSE else cell["policy"].partition("(")[0]
+        planned = pace.step(method, cell["load"]["at_once"], StepBytes(**cell["read"]))
+        assert planned == pytest.approx(cell["measured"], rel=0.25), cell
+
+
 @pytest.mark.parametrize(
     "changes, told",
     [
