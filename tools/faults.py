@@ -63,8 +63,8 @@ FAULTS = (
     Fault(
         "core: packing at min_context",
         "kvplug/schedule.py",
-        "(prompt > self.settings.min_context)",
-        "(prompt >= self.settings.min_context)",
+        "long = (whole > self._short) & (prompt > self.settings.min_context)",
+        "long = (whole > self._short) & (prompt >= self.settings.min_context)",
         MIN_CONTEXT,
     ),
     Fault(
