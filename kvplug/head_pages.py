@@ -68,7 +68,7 @@ class HeadPacking:
 
     @classmethod
     def by_kinds(
-        cls, scored: ScoredEviction, every: Iterable[tuple[bool, ...]], whole: int,
+        cls, scored: ScoredEviction | None, every: Iterable[tuple[bool, ...]], whole: int,
         private: Tensor, page_size: int, tensor: Callable[[Positions], Tensor],
     ) -> dict[tuple[bool, ...], HeadPacking]:  # fmt: skip
         """Of a prompt of so many whole pages, in the layers of each of these kinds. private: the

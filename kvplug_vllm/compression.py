@@ -138,7 +138,6 @@ class Compression:
 
     def _packing(self, common: Any, event: Event, rows: Rows, prompt: np.int64) -> Packing:
         planner = self.planner.planners[int(rows.choice[event.row])]
-        assert planner.scored is not None
         size, course = planner.page_size, planner.schedule.course(int(prompt))
         column, private = course.column, course.private
         pages = np.asarray(event.pages)

@@ -9,9 +9,9 @@ and see everything before them.
 A chunk that is read alone takes its own first tokens for the text's, and pours attention into
 them: once those are computed in their place, most of the loss is gone. On SmolLM2-135M and four
 chunks of 500 tokens, through vLLM, text that goes on behind them costs .035 nats a token more than
-dense (2.151), and a quote from one of them .092 (.363; -.011 to .213 by resampling its four texts);
-212 of 2,036 tokens are computed, the first comes after .12 of dense's time, and exact recall
-answers 48 of 48 look-ups (``tools/reused_chunks.py --texts 4 --timed 2``).
+dense (2.151), and a quote from one of them .092 (.363; -.011 to .213 by resampling its four
+texts); 212 of 2,036 tokens are computed, the first comes after .12 of dense's time, and exact
+recall answers 48 of 48 look-ups (``tools/reused_chunks.py --texts 4 --timed 2``).
 
 Hu et al., "EPIC: Efficient Position-Independent Caching for Serving Large Language Models", ICML
 2025, https://arxiv.org/abs/2410.15332 (LegoLink); after Yao et al., "CacheBlend: Fast Large
