@@ -141,12 +141,18 @@ def _never_run(who: object, instead: str, vllm_config: Any, *besides: str) -> It
         "speculative decoding": ("--speculative-config", vllm_config.speculative_config),
         "a KV connector": ("--kv-transfer-config", vllm_config.kv_transfer_config),
         "adapters": ("--enable-lora", vllm_config.lora_config),
+        "tensor parallelism": (
+            "--tensor-parallel-size", vllm_config.parallel_config.tensor_parallel_size > 1,
+        ),
     }  # fmt: skip
     for what in besides:
-        if of_the_model.get(what):
-            yield f"the model has {what}, beside which {who} was never run; {instead}"
-        elif by_flag.get(what, ("", False))[1]:
-            yield f"{what} beside {who} was never run; drop {by_flag[what][0]}, or {instead}"
+        if what in of_the_model:
+            if of_the_model[what]:
+                yield f"the model has {what}, beside which {who} was never run; {instead}"
+            continue
+        flag, there = by_flag[what]
+        if there:
+            yield f"{what} beside {who} was never run; drop {flag}, or {instead}"
 
 
 def _compiling(scored: ScoredEviction, vllm_config: Any) -> Iterator[str]:

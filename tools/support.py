@@ -34,11 +34,11 @@ number: refused at start, with the reason below. `snapkv` stands for what scores
 queries, `keydiff` by keys and values (`knorm`, `random`, `vase`, `lagkv`, `cur` too), *chunk* and
 *share* for `keydiff` with a `chunk`, of which it keeps a number of tokens or a share, `a_shape`
 and `xattention` for what reads prompts by position and by an estimate, *compiled* for `kvzip`,
-`kivi` for pages in a format (in vLLM with `--block-size 32`), *chosen* for a server whose
-requests choose (`allow`). `duo`, whose file is one model's, is in no column: in both engines tests
-run it on full attention, with the prefix cache, preempted or retracted, aborted and replayed from
-graphs, and `docs/limits.md` says what it is refused beside. Of beam search a number is the answer
-to the request that asks for it.
+`kivi` for pages in a format (in vLLM with `--block-size 32`), `host` for `host + quest`, *chosen*
+for a server whose requests choose (`allow`). `duo`, whose file is one model's, is in no column: in
+both engines tests run it on full attention, with the prefix cache, preempted or retracted, aborted
+and replayed from graphs, and `docs/limits.md` says what it is refused beside. Of beam search a
+number is the answer to the request that asks for it.
 Nothing here has run on a GPU unless `kvplug doctor` says so. Written by `tools/support.py`.
 """
 POLICIES: Mapping[str, dict[str, Any]] = {
@@ -57,6 +57,7 @@ POLICIES: Mapping[str, dict[str, Any]] = {
     "local": {"policy": 'local(layers="1::2")'},
     "kivi": {"policy": "kivi(bits=4)"},
     "blend": {"policy": "blend"},
+    "host": {"policy": "host(pages=64) + quest(budget=1024, dense_layers=0)"},
     "chosen": {"policy": "dense", "allow": ["quest", "snapkv"], "max_budget": 1024},
 }
 
@@ -122,6 +123,7 @@ VLLM = {
             "xattention",
             "vllm/test_coded.py::test_ragged_chunks_found_again_and_aborted": "kivi",
             "vllm/test_blended.py::test_chunks_in_any_order_answer_by_the_definition": "blend",
+            "vllm/test_placed.py::test_answers_are_the_selectors_own": "host",
             "vllm/test_requests.py::test_a_batch_of_policies_answers_as_each_alone": "chosen",
         }),
         Row("windows between (Gemma 2 and 3)", "gemma3", tests={
@@ -170,6 +172,7 @@ VLLM = {
             "vllm/test_coded.py::test_preempted_and_resumed": "kivi",
             "vllm/test_blended.py::"
             "test_preempted_aborted_and_evicted_requests_lie_as_they_then_can": "blend",
+            "vllm/test_placed.py::test_preempted_requests_answer_as_before": "host",
             "vllm/test_requests.py::test_preempted_requests_keep_their_policies": "chosen",
             "vllm/test_local.py::"
             "test_local_layers_are_those_of_a_configuration_token_for_token": "local",
@@ -179,6 +182,7 @@ VLLM = {
             "dense quest twilight snapkv streaming_llm keydiff pyramid",
             "vllm/test_coded.py::test_ragged_chunks_found_again_and_aborted": "kivi",
             "vllm/test_blended.py::test_chunks_in_any_order_answer_by_the_definition": "blend",
+            "vllm/test_placed.py::test_answers_are_the_selectors_own": "host",
             "vllm/test_chunks.py::"
             "test_answers_are_those_of_a_plain_llama_that_packs_at_the_same_positions": "chunk",
             "vllm/test_chunks.py::"

@@ -55,6 +55,11 @@ REFUSED = [
     ),
     ({**PAGES, "kv_offloading_size": 1}, KIVI, ["a KV connector beside kivi(bits=4)"]),
     (
+        {**PAGES, "tensor_parallel_size": 2},
+        {"policy": "host(pages=32) + quest(budget=1024, dense_layers=0)"},
+        ["tensor parallelism beside host was never run; drop --tensor-parallel-size"],
+    ),
+    (
         PAGES,
         {"policy": "kivi(bits=4) + pyramid(snapkv)"},
         ["layers of different budgets beside kivi(bits=4)"],
