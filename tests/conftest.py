@@ -27,6 +27,7 @@ LONGEST = (
     "test_admission", "test_demo", "test_eviction", "test_both_engines", "test_full_budget",
     "test_recall", "test_compile", "test_cpu", "test_lm", "test_bench_serve", "test_twin",
     "test_chunks", "test_prefill", "test_coded", "test_blended", "test_host", "test_new_user",
+    "test_placed", "test_duo",
 )  # fmt: skip
 """Files that take minutes, which begin first, so that no worker is alone with one at the end."""
 
