@@ -49,6 +49,7 @@ def test_dry_run_fills_a_report(tmp_path):
         "page_digest", "page_bound", "page_select", "sparse_decode", "chain",
         "pack_tokens", "key_codes", "code_logits", "token_select", "token_chain",
         "encode_pages", "decode_pages", "coded_decode", "coded_dense",
+        "resident_pages", "resident_there",
         *report["method"]["baselines"],
     }  # fmt: skip
     for timing in cell["timings"].values():
