@@ -68,7 +68,7 @@ class Offer:
 
     def __post_init__(self) -> None:
         classes = [policy_class(name) for name in self.allow]
-        own = self.settings.policy.over(self.codes)
+        own = self.settings.policy.over(_codes(classes))
         object.__setattr__(self, "settings", replace(self.settings, policy=own))
         if own.local is not None:
             self._check_local(own.local)
@@ -192,14 +192,6 @@ class Offer:
     def format(self) -> PageFormat | None:
         """Of the server's pages; None for plain ones."""
         return self.settings.policy.format
-
-    @property
-    def codes(self) -> KeyCodes | None:
-        """What a full page says of its keys in few bits, where anything on offer reads that."""
-        classes = [policy_class(name) for name in self.allow]
-        choosers = (cls() for cls in classes if issubclass(cls, (Selector, BlockSelector)))
-        digests = (self.settings.policy.codes, *(each.digest for each in choosers))
-        return next((digest for digest in digests if isinstance(digest, KeyCodes)), None)
 
     @property
     def mixed(self) -> bool:
@@ -333,7 +325,7 @@ class Offer:
         if "policy" in wanted:
             policy = parse(wanted["policy"])  # type: ignore[arg-type]
             if self.mixed:
-                policy = policy.in_format(self.format).over(self.codes)
+                policy = policy.in_format(self.format).over(self.settings.policy.codes)
             base = replace(base, policy=policy, min_context=0)
         if "budget" in wanted:
             base = replace(base, policy=_with_budget(base.policy, wanted["budget"]))
@@ -414,7 +406,7 @@ class Offer:
 
     def _check(self, asked: Settings) -> None:
         own = self.settings
-        dense = asked.policy == Composition().in_format(self.format).over(self.codes)
+        dense = asked.policy == Composition().in_format(self.format).over(own.policy.codes)
         if asked == own or (dense and self.mixed and not (self.format and asked.min_context)):
             return
         if not self.mixed:
@@ -523,6 +515,13 @@ def _check_chunks(chunks: tuple[Span, ...], prompt: Sequence[object] | None) -> 
             f"behind {chunks[-1][1]:,}; count the tokens of the whole prompt, as the server's "
             "/tokenize does",
         )
+
+
+def _codes(allowed: Sequence[type[Policy]]) -> KeyCodes | None:
+    """What pages must say of their keys in few bits for these."""
+    choosers = (cls() for cls in allowed if issubclass(cls, (Selector, BlockSelector)))
+    digests = (each.digest for each in choosers)
+    return next((digest for digest in digests if isinstance(digest, KeyCodes)), None)
 
 
 @lru_cache(maxsize=4096)

@@ -314,14 +314,12 @@ def reusing(reuse: ChunkReuse, view: Any, model: Any) -> Iterator[str]:
         Rotation.of(model.hf_text_config, model.head_dim)
     except ValueError as error:
         yield f"{reuse} moves keys: {error}; {instead}"
-    for what, has in (
-        ("recurrent layers", compat.recurrent(model)),
-        ("layers that see a window", compat.windows_apart(model) or compat.declared_window(model)),
-        ("layers that share a cache", compat.shares_caches(model)),
-        ("images or audio in its prompts", model.is_multimodal),
-    ):
-        if has:
-            yield f"the model has {what}, beside which {reuse} was never run; {instead}"
+    yield from beside_layers(reuse, instead, model)
+    if model.is_multimodal:
+        yield (
+            f"the model has images or audio in its prompts, beside which {reuse} was never run; "
+            f"{instead}"
+        )
     for what, flag, has in (
         ("a quantised cache", "--kv-cache-dtype", view.kv_cache_dtype != "auto"),
         ("tensor parallelism", "--tp-size", view.tp_size > 1),
